@@ -276,7 +276,7 @@ class ScheduleConfig:
     """Factor at the end of the warmdown (PR 372: 0.1)."""
     loop_from: float = 0.0
     """Depth recurrence starts at this fraction of the run (PR 2005: 0.35)."""
-    ema_decay: float = 0.0
+    ema_decay: float = 0.997
     """Exponential average of all parameters from the initial weights; 0 switches it off."""
     swa_every: int = 0
     """Stochastic weight averaging: add the weights every N steps ..."""
@@ -416,9 +416,7 @@ class Recipe:
             "optim.clip_per_rank clips one rank's whole gradient: leave micro_rows 0",
         )
         uses_gptq = any(rule.scheme.startswith("gptq") for rule in r.quant.rules)
-        _check(
-            uses_gptq == (r.quant.gptq_batches > 0), "quant.gptq_batches and a gptq scheme in quant.rules go together"
-        )
+        _check(uses_gptq == (r.quant.gptq_batches > 0), "quant.gptq_batches and a gptq scheme in quant.rules go together")
 
 
 def to_dict(config: Any) -> Any:
