@@ -65,6 +65,8 @@ class ModelConfig:
     rope_base: float = 10_000.0
     rope_train_len: int = 0
     """Sequences longer than this use base * (T / rope_train_len)^(r / (r - 2)); 0 never rescales."""
+    rope_bf16_frequencies: bool = False
+    """Round the inverse frequencies to bfloat16, as the buffers of PRs 372 and 2005 were."""
     q_gain_init: float = 1.5
     softcap: float = 30.0
     embed_init_std: float = 0.005
@@ -100,12 +102,14 @@ class ModelConfig:
     loop_repeats: int = 0
     """Extra passes through layers loop_start..loop_end (PR 2005: 2, three passes in total)."""
     fake_quant: FakeQuantConfig = FakeQuantConfig()
+    bf16_params: tuple[str, ...] = ("tok_emb",)
+    """Parameters that `numerics = "as_run"` keeps in bfloat16 (with their AdamW moments), as the records do."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activation dtype; `auto` is bfloat16 on accelerators and float32 on CPU."""
     attention: Literal["auto", "xla", "pallas", "cudnn"] = "auto"
     """Attention backend; `auto` picks by platform. What is named is what runs, or an error."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         c = self
         for name in ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads"):
             _check(getattr(c, name) > 0, f"model.{name} must be positive, got {getattr(c, name)}")
@@ -360,8 +364,8 @@ class EvalConfig:
     stride: int = 64
     """Sliding window: new targets per window; 0 leaves the sliding evaluation out."""
     windows: Literal["pr372", "tail", "tail_min", "exact"] = "exact"
-    """Window list of the recipe (spec section 6): `pr372` scores only full strides, `tail` (638, 1182) and `tail_min` (562) re-score
-    the tail, `exact` (2005) scores every target once."""
+    """Window list of the recipe (spec section 6): `pr372` scores only full strides, `tail` (638, 1182) and `tail_min` (562)
+    re-score the tail, `exact` (2005) scores every target once."""
     batch_rows: int = 32
     """Sequences or windows per device and step."""
     every: int = 0
@@ -386,8 +390,8 @@ class Recipe:
     quant: QuantConfig = QuantConfig()
     eval: EvalConfig = EvalConfig()
     numerics: Literal["as_run", "fp32"] = "as_run"
-    """`as_run`: token and hash tables, their moments and Newton-Schulz in bfloat16, initial weights rounded to bfloat16, as the records
-    do; `fp32`: everything float32."""
+    """`as_run`: `model.bf16_params`, their moments and Newton-Schulz in bfloat16, initial weights rounded to bfloat16, as the
+    records do; `fp32`: everything float32."""
     micro_rows: int = 0
     """Sequences per device and forward pass (gradient accumulation); 0: as many as one rank has."""
     seed: int = 1337
