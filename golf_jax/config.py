@@ -311,6 +311,11 @@ class QuantRule:
     min_numel: int = 0
     max_numel: int = 0
     """Only tensors with at most this many elements; 0: no limit."""
+    step: float = 1.0
+    """Multiplies the scheme's rounding step: above 1 coarser and smaller, 1 exactly as the PR. `quant.fit_to_cap` solves for it."""
+
+    def __post_init__(self):
+        _check(self.step > 0, f"quant.rules: step must be positive, got {self.step} (pattern {self.pattern!r})")
 
 
 @dataclass(frozen=True)
