@@ -1,0 +1,135 @@
+"""Quantization configs of the five recipes, with thresholds that can be scaled down, and what the reference tensors say about them."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+
+from golf_jax.config import QuantConfig, QuantRule
+from golf_jax.quant import QTensor
+
+RECIPES = ("pr372", "pr562", "pr638", "pr1182", "pr2005")
+# Largest tensor that passes through, and (PR 562) largest that is not pruned, in the portable reference tensors.
+PORTABLE_NUMEL = {"pr372": 256, "pr562": 128, "pr638": 192, "pr1182": 192, "pr2005": 192}
+PORTABLE_PRUNE_NUMEL = 192
+
+
+def recipe_quant(pr: str, numel: int, prune_numel: int = 65_536) -> QuantConfig:
+    """The recipe's QuantConfig with `numel` as the largest tensor that passes through unquantized."""
+    rules, rest = {
+        "pr372": (
+            (
+                QuantRule("attn_scale|mlp_scale|resid_mix|q_gain|skip_weight|bigram", "float32", max_numel=numel),
+                QuantRule("", "float16", max_numel=numel),
+                QuantRule("tok_emb|blocks.10.attn.c_k.weight", "float16"),
+                QuantRule(".mlp.", "int5_row"),
+                QuantRule("bigram.embed", "int8_percentile"),
+                QuantRule("", "int6_row"),
+            ),
+            {"compressor": "zstd", "level": 22},
+        ),
+        "pr562": (
+            (
+                QuantRule("", "float16", max_numel=numel),
+                QuantRule("tok_emb|blocks.8.attn.c_k", "float16"),
+                QuantRule(".mlp.", "int5_row_search"),
+                QuantRule("", "int6_row_search"),
+            ),
+            {"compressor": "zstd", "level": 22, "prune_fraction": 0.03, "prune_min_numel": prune_numel},
+        ),
+        "pr638": (
+            (
+                QuantRule("", "float16", max_numel=numel),
+                QuantRule(".mlp.|.attn.", "int6_row_floor"),
+                QuantRule("", "int8_percentile"),
+            ),
+            {"compressor": "zstd", "level": 21},
+        ),
+        "pr1182": (
+            (
+                QuantRule("", "float16", max_numel=numel),
+                QuantRule(".mlp.|.attn.|.proj.", "int6_matrix_search"),
+                QuantRule("", "int8_percentile"),
+            ),
+            {"compressor": "lzma", "level": 6},
+        ),
+        "pr2005": (
+            (
+                QuantRule("", "float16", max_numel=numel),
+                QuantRule("tok_emb", "gptq_int7"),
+                QuantRule("", "gptq_int6"),
+            ),
+            {"compressor": "brotli", "level": 11, "gptq_batches": 64},
+        ),
+    }[pr]
+    return QuantConfig(rules=rules, **rest)
+
+
+def canonical(pr: str, name: str) -> str:
+    return "smear.gate" if pr == "pr372" and name == "smear_gate" else name
+
+
+def reference_tensors(pr: str, z, prefix: str = "param/") -> dict[str, np.ndarray]:
+    """The parameters of a reference file by canonical name, banks split, in the order in which the PR stores them."""
+    tensors: dict[str, np.ndarray] = {}
+    for key in z.files:
+        if not key.startswith(prefix):
+            continue
+        name, value = key[len(prefix) :], z[key]
+        if name.endswith("_bank"):
+            half = len(value) // 2
+            targets = {
+                "qo_bank": (("attn.c_q", value[:half]), ("attn.proj", value[half:])),
+                "kv_bank": (("attn.c_k", value[:half]), ("attn.c_v", value[half:])),
+                "mlp_up_bank": (("mlp.fc", value),),
+                "mlp_down_bank": (("mlp.proj", value),),
+            }[name]
+            for part, stack in targets:
+                tensors |= {f"blocks.{i}.{part}.weight": w for i, w in enumerate(stack)}
+        else:
+            tensors[canonical(pr, name)] = value
+    return tensors
+
+
+def reference_codes(pr: str, z, root: str = "") -> dict[str, QTensor]:
+    """The PR's own stored tensors of a quant.npz (any of the five key layouts), by canonical name."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    pattern = re.compile(re.escape(root) + r"(codes|q|scale|scale_fp16|pass|pass_fp16|fp16)/(.+)$")
+    for key in z.files:
+        match = pattern.match(key)
+        if match and not key.startswith(("unit/", "bf16case/", "syn/")):
+            what = {"q": "codes", "scale_fp16": "scale", "pass_fp16": "pass", "fp16": "pass"}.get(match[1], match[1])
+            found.setdefault(canonical(pr, match[2]), {})[what] = z[key]
+    result = {}
+    for name, parts in found.items():
+        if "pass" in parts:
+            result[name] = QTensor(str(parts["pass"].dtype), "float32", values=parts["pass"])
+        elif "codes" in parts:
+            result[name] = QTensor("", "float32", codes=parts["codes"], scale=parts["scale"])
+    return result
+
+
+def portable_codes(pr: str, z, config: QuantConfig) -> dict[str, QTensor]:
+    """The stored tensors of a portable reference file; pass-through values are the parameters, cast."""
+    del config
+    tensors = reference_tensors(pr, z)
+    result = {}
+    for name, w in tensors.items():
+        key = "smear_gate" if (pr, name) == ("pr372", "smear.gate") else name
+        kind = str(z[f"kind/{key}"])
+        if f"codes/{key}" in z.files:
+            result[name] = QTensor(kind, "float32", codes=z[f"codes/{key}"], scale=z[f"scale/{key}"])
+        else:
+            result[name] = QTensor(kind, "float32", values=w.astype(kind))
+    return result
+
+
+def json_of(z, key: str):
+    return json.loads(str(z[key]))
+
+
+def without_gptq(config: QuantConfig) -> QuantConfig:
+    """The same config where only tensors that need no Hessian are quantized (float16 for the rest)."""
+    rules = tuple(replace(r, scheme="float16") if r.scheme.startswith("gptq") else r for r in config.rules)
+    return replace(config, rules=rules, gptq_batches=0)
