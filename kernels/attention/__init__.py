@@ -1,0 +1,90 @@
+"""XSA attention: causal grouped-query attention, optionally with the exclusive-self-attention epilogue.
+
+One operation, `xsa_attention`, and three backends. What is asked for is what runs, or an error:
+- `xla`     the reference (`reference.py`): any platform, any shape, also a suffix of the queries.
+- `pallas`  on NVIDIA Hopper our fused Mosaic GPU kernels (`mosaic_gpu.py`), bf16 or fp16; on a TPU the shipped splash
+            attention followed by the XSA custom_vjp (`splash_tpu.py`).
+- `cudnn`   cuDNN's fused attention through jax.nn.dot_product_attention, then the XSA custom_vjp (`cudnn.py`).
+
+`pallas` is opaque to the SPMD partitioner: on more than one device call it inside `jax.shard_map(..., check_vma=False)`.
+Sequences are whole documents or packed streams without a document mask, as in all five recipes; segment ids are not
+supported. Shapes: B batch, T positions, S query positions, H query heads, G kv heads, K head_dim.
+"""
+
+import jax
+
+from kernels.attention.reference import causal_attention
+from kernels.attention.xsa import exclude_self_value
+
+BACKENDS = ("xla", "pallas", "cudnn")
+_MARKERS = {"pallas": ("mosaic_gpu", "tpu_custom_call"), "cudnn": ("__cudnn$fmha",)}
+
+
+def xsa_attention(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xsa: bool, backend: str = "xla"
+) -> jax.Array:
+    """Causal attention with scale 1/sqrt(K), softmax in fp32; with `xsa` the part along the own value is removed.
+
+    q [B,T,H,K], k and v [B,T,G,K] of one dtype, H a multiple of G (query head h reads kv head h // (H//G)); returns
+    q's shape and dtype. With the `xla` backend q may hold only the last S <= T positions. Differentiable (reverse).
+    Raises ValueError for shapes, dtypes or platforms that the backend does not have.
+    """
+    _check(q_BTHK, k_BTGK, v_BTGK, backend)
+    if backend == "xla":
+        o = causal_attention(q_BTHK, k_BTGK, v_BTGK)
+        last_v = v_BTGK[:, v_BTGK.shape[1] - q_BTHK.shape[1] :]
+        return exclude_self_value(o, last_v) if xsa else o.astype(q_BTHK.dtype)
+    if backend == "cudnn":
+        from kernels.attention import cudnn
+
+        return cudnn.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
+    from kernels.attention import pallas
+
+    return pallas.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
+
+
+def _check(q, k, v, backend):
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention needs q [B,T,H,K] and k, v [B,T,G,K]; got {q.shape}, {k.shape}, {v.shape}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}: cast after RoPE and gains")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query positions but only {k.shape[1]} key positions")
+    if q.shape[1] != k.shape[1] and backend != "xla":
+        raise ValueError(f"attention backend {backend!r} needs as many queries as keys; a suffix of queries needs 'xla'")
+
+
+def supported_backends(platform: str, head_dim: int, dtype) -> tuple[str, ...]:
+    """The backends that run on a platform ("cpu", "gpu" or "cuda", "tpu") for this head_dim and dtype, best first.
+
+    On a GPU the order is by safety, not by measurement: cuDNN is the shipped kernel, ours is checked only ahead of time.
+    """
+    name, half = jax.numpy.dtype(dtype).name, jax.numpy.dtype(dtype).itemsize == 2
+    if platform == "cpu":
+        return ("xla",)
+    if platform == "tpu":
+        return ("pallas", "xla") if name in ("bfloat16", "float32") and head_dim in (64, 128, 256) else ("xla",)
+    if platform in ("gpu", "cuda"):
+        cudnn = ("cudnn",) if half and head_dim % 8 == 0 and head_dim <= 256 else ()
+        mosaic = ("pallas",) if half and head_dim in (64, 128) else ()
+        return (*cudnn, *mosaic, "xla")
+    raise ValueError(f"unknown platform {platform!r}: expected cpu, gpu, cuda or tpu")
+
+
+def default_backend(platform: str, head_dim: int, dtype) -> str:
+    """The first of `supported_backends`."""
+    return supported_backends(platform, head_dim, dtype)[0]
+
+
+def assert_backend(hlo_text: str, backend: str) -> None:
+    """Raise ValueError unless a lowered or compiled program's text shows exactly the attention backend asked for."""
+    found = {name for name, markers in _MARKERS.items() if any(marker in hlo_text for marker in markers)}
+    expected = set() if backend == "xla" else {backend}
+    if backend not in BACKENDS or found != expected:
+        raise ValueError(
+            f"the compiled program was to use attention backend {backend!r} but shows {', '.join(sorted(found)) or 'xla'}"
+        )

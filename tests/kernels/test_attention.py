@@ -1,0 +1,152 @@
+"""XSA attention in plain XLA against an independent float64 computation, and the promises of its API."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.attention import assert_backend, default_backend, supported_backends, xsa_attention
+from kernels.attention.xsa import exclude_self_value
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}
+
+
+def inputs(B, T, H, G, K, dtype="float32", zero_values=True, seed=0):
+    """q, k, v and the cotangent of y, rounded to dtype, with two zero value vectors."""
+    rng = np.random.default_rng(seed)
+    arrays = [rng.standard_normal((B, T, heads, K)) for heads in (H, G, G, H)]
+    if zero_values:
+        arrays[2][0, 0, 0] = arrays[2][0, T // 2, G - 1] = 0
+    return [jnp.asarray(a, dtype) for a in arrays]
+
+
+def attention_float64(q, k, v, xsa):
+    """The definition, head by head, in float64; `xsa` off is plain attention."""
+    S, H, K = q.shape[1:]
+    T, G = k.shape[1:3]
+    heads = []
+    for h in range(H):
+        g = h // (H // G)
+        logits = jnp.einsum("bsk,btk->bst", q[:, :, h], k[:, :, g]) / np.sqrt(K)
+        logits = jnp.where(np.arange(S)[:, None] + T - S >= np.arange(T)[None], logits, -jnp.inf)
+        o = jax.nn.softmax(logits, -1) @ v[:, :, g]
+        if xsa:
+            own = v[:, T - S :, g]
+            squared = jnp.sum(own * own, -1, keepdims=True)
+            unit = jnp.where(squared > 0, own / jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
+            o = o - jnp.sum(o * unit, -1, keepdims=True) * unit
+        heads.append(o)
+    return jnp.stack(heads, 2)
+
+
+def results_float64(q, k, v, dy, xsa):
+    with jax.enable_x64(True):
+        arguments = [jnp.asarray(np.asarray(a, np.float64)) for a in (q, k, v)]
+        y, pullback = jax.vjp(lambda *a: attention_float64(*a, xsa), *arguments)
+        return [np.asarray(a) for a in (y, *pullback(jnp.asarray(np.asarray(dy, np.float64))))]
+
+
+def results(function, q, k, v, dy):
+    @jax.jit
+    def run(q, k, v, dy):
+        y, pullback = jax.vjp(function, q, k, v)
+        return y, *pullback(dy)
+
+    return run(q, k, v, dy)
+
+
+def assert_close(got, expected, dtype):
+    for name, a, b in zip(("y", "dq", "dk", "dv"), got, expected, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        error = np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+        assert error < TOLERANCE[jnp.dtype(dtype).name], f"{name}: relative L2 error {error:.2e}"
+
+
+SHAPES = [(2, 64, 4, 2, 32), (1, 96, 8, 4, 64), (1, 300, 2, 1, 128), (1, 80, 3, 3, 16)]
+
+
+@pytest.mark.parametrize("xsa", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}T{}H{}G{}K{}".format(*s))
+def test_reference_matches_float64(shape, dtype, xsa):
+    q, k, v, dy = inputs(*shape, dtype)
+    got = results(lambda *a: xsa_attention(*a, xsa=xsa, backend="xla"), q, k, v, dy)
+    assert_close(got, results_float64(q, k, v, dy, xsa), dtype)
+
+
+@pytest.mark.parametrize("queries", [1, 70])
+def test_suffix_of_queries_equals_the_suffix_of_all(queries):
+    q, k, v, _ = inputs(2, 100, 4, 2, 16)
+    whole = xsa_attention(q, k, v, xsa=True)
+    part = xsa_attention(q[:, -queries:], k, v, xsa=True)
+    np.testing.assert_allclose(part, whole[:, -queries:], atol=2e-6)
+
+
+@pytest.mark.parametrize("xsa", [True, False])
+def test_causal_by_gradient_zeros(xsa):
+    q, k, v, _ = inputs(1, 72, 2, 1, 16)
+    position = 40
+    total = lambda q, k, v: jnp.sum(xsa_attention(q, k, v, xsa=xsa)[:, position] ** 2)  # noqa: E731
+    for gradient in jax.grad(total, (0, 1, 2))(q, k, v):
+        assert not gradient[:, position + 1 :].any() and gradient[:, position].any()
+
+
+def test_xsa_output_is_orthogonal_to_the_own_value():
+    q, k, v, _ = inputs(2, 64, 4, 2, 32)
+    y = xsa_attention(q, k, v, xsa=True)
+    along = jnp.einsum("btgrk,btgk->btgr", y.reshape(2, 64, 2, 2, 32), v)
+    assert float(jnp.abs(along).max()) < 2e-6 * 32
+
+
+def test_zero_values_give_finite_gradients_and_zero_xsa_part():
+    _, _, v, dy = inputs(1, 8, 2, 1, 16)
+    v = jnp.zeros_like(v)
+    y, pullback = jax.vjp(exclude_self_value, 2 * dy, v)
+    do, dv = pullback(dy)
+    np.testing.assert_array_equal(y, 2 * dy)
+    np.testing.assert_array_equal(do, dy)
+    np.testing.assert_array_equal(dv, 0)
+
+
+def test_epilogue_matches_the_recorded_pytorch_tensors(shared):
+    with np.load(shared / "golden/pr372/attn_gqa.npz") as golden:
+        out = exclude_self_value(jnp.asarray(golden["xsa_unit/y"]), jnp.asarray(golden["xsa_unit/v"]))
+        np.testing.assert_allclose(out, golden["xsa_unit/out"], atol=2e-6)
+
+
+BAD_CALLS = {
+    "not one of": dict(backend="triton"),
+    "not a multiple": dict(H=3),
+    "share one dtype": dict(k_dtype="bfloat16"),
+    "suffix of queries": dict(S=8, backend="pallas"),
+    "key positions": dict(S=32),
+    "needs bfloat16": dict(backend="cudnn"),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_unsupported_calls_are_refused(message):
+    options = dict(S=16, H=4, k_dtype="float32", backend="xla") | BAD_CALLS[message]
+    q = jnp.zeros((1, options["S"], options["H"], 64))
+    k, v = jnp.zeros((1, 16, 2, 64), options["k_dtype"]), jnp.zeros((1, 16, 2, 64))
+    with pytest.raises(ValueError, match=message):
+        xsa_attention(q, k, v, xsa=True, backend=options["backend"])
+
+
+def test_default_backends():
+    assert default_backend("cpu", 64, jnp.bfloat16) == "xla"
+    assert default_backend("cuda", 64, jnp.float32) == "xla"
+    assert supported_backends("gpu", 64, jnp.bfloat16) == ("cudnn", "pallas", "xla")
+    assert default_backend("tpu", 64, jnp.bfloat16) == "pallas"
+    with pytest.raises(ValueError, match="unknown platform"):
+        default_backend("rocm", 64, jnp.bfloat16)
+
+
+def test_program_text_is_checked_for_the_backend():
+    text = jax.jit(lambda q, k, v: xsa_attention(q, k, v, xsa=True)).lower(*inputs(1, 16, 2, 1, 16)[:3]).as_text()
+    assert_backend(text, "xla")
+    for backend in ("pallas", "cudnn"):
+        with pytest.raises(ValueError, match="shows xla"):
+            assert_backend(text, backend)
+    with pytest.raises(ValueError, match="shows cudnn"):
+        assert_backend('custom_call_target="__cudnn$fmhaSoftmax"', "xla")
