@@ -235,6 +235,8 @@ class OptimConfig:
     newton_schulz_steps: int = 5
     row_normalize: bool = False
     """MuonEq-R: rows of the Nesterov update are normalised before Newton-Schulz (PR 2005)."""
+    bf16_momentum: bool = False
+    """Momentum and averaged matrix gradients in bfloat16 when `numerics = "as_run"` (PR 1182)."""
     decay_last: bool = False
     """Weight decay after the update, on the updated weight (PR 372); otherwise before it."""
     clip_norm: float = 0.3

@@ -1,0 +1,266 @@
+"""The forward pass: one pure function for all recipes, unrolled over layers because they differ.
+
+`hidden` maps tokens to the normalised state before the head; `nll` and `logits` put the tied head on it. A thin Linen module owns
+the parameters (`GPT`). `tap(name, x)`, where given, receives intermediate activations: calibration of GPTQ and the reference tensors
+of `golf_jax.reproduce` read them there instead of through a second forward pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from golf_jax.config import GolfError, ModelConfig
+from golf_jax.model import layers as ops
+from golf_jax.model.fake_quant import fake_quantize
+from golf_jax.model.params import Params, leaves
+from kernels.attention import default_backend, xsa_attention
+from kernels.cross_entropy import softcap_cross_entropy
+
+Tap = Callable[[str, jax.Array], None]
+
+
+def resolve(config: ModelConfig, platform: str) -> ModelConfig:
+    """Replace `auto` choices (dtype, attention backend) by what the platform (`cpu`, `gpu`, `tpu`) gets."""
+    dtype = config.dtype if config.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16")
+    attention = config.attention
+    if attention == "auto":
+        attention = default_backend(platform, config.head_dim, jnp.dtype(dtype))
+    return replace(config, dtype=dtype, attention=attention)
+
+
+def hidden(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    looping: bool = True,
+    last: int | None = None,
+    fake_quant: jax.Array | float | None = None,
+    tap: Tap | None = None,
+) -> jax.Array:
+    """Normalised final state [B, T, D] in the activation dtype.
+
+    looping: depth recurrence on (evaluation) or not (start of training); no effect without it in the config.
+    last: compute only the last N positions of the last block and of the result: [B, N, D]. Everything before is needed in full.
+    fake_quant: strength of fake quantization, 0 to 1, may be traced; default is what evaluation uses (`config.fake_quant.in_eval`).
+    """
+    config = resolve(config, jax.default_backend()) if "auto" in (config.dtype, config.attention) else config
+    if fake_quant is None and config.fake_quant.in_eval:
+        fake_quant = 1.0
+    if fake_quant is not None:
+        params = fake_quantize(config, params, fake_quant)
+    dtype = jnp.dtype(config.dtype)
+    tap = tap or (lambda name, x: None)
+    seq_len = tokens_BT.shape[1]
+    last = None if last is None or last >= seq_len else last
+
+    x_BTD, values = _embed(config, params, tokens_BT, dtype, tap)
+    x0_BTD, v0_BTGK = x_BTD, None
+    stacks = {name: ops.unstack(params[name].astype(dtype)) for name, leaf in leaves(config).items() if leaf.per_layer}
+    rope = ops.rope_tables(
+        seq_len, config.rope_dims or config.head_dim, config.rope_base, config.rope_train_len, config.rope_bf16_frequencies
+    )
+
+    encoder, decoder = config.layer_order(looping)
+    skips: list[jax.Array] = []
+    for step, i in enumerate(encoder + decoder):
+        j = step - len(encoder)
+        if 0 <= j < config.num_skips and skips:
+            x_BTD = _skip(config, params, j, x_BTD, skips.pop(), dtype)
+        tap(f"{step}/in", x_BTD)
+        block = {name: stack[i] for name, stack in stacks.items()}
+        only = last if step == len(encoder + decoder) - 1 else None
+        x_BTD, v_BTGK = _block(config, i, block, x_BTD, x0_BTD, v0_BTGK, values.get(i), rope, only, _prefixed(tap, step, i))
+        v0_BTGK = v_BTGK if v0_BTGK is None else v0_BTGK
+        tap(f"{step}/out", x_BTD)
+        if j < 0:
+            skips.append(x_BTD)
+    x_BTD = ops.rms_norm(x_BTD)
+    tap("final_norm", x_BTD)
+    return x_BTD
+
+
+def _prefixed(tap: Tap, step: int, layer: int) -> Tap:
+    return lambda name, x: tap(f"{step}/{layer}/{name}", x)
+
+
+def _embed(config: ModelConfig, params: Params, tokens_BT: jax.Array, dtype: jnp.dtype, tap: Tap) -> tuple[jax.Array, dict]:
+    """Input state after hash embeddings, norm and smear, and the value embedding of each layer that has one."""
+    x_BTD = params["tok_emb"].astype(dtype)[tokens_BT]
+    tap("tok_emb", x_BTD)
+    if config.bigram_buckets:
+        table = params["bigram_table"].astype(dtype)
+        hashed = table[ops.bigram_ids(tokens_BT, config.bigram_buckets)]
+        if config.trigram == "shared":
+            hashed = hashed + table[ops.trigram_ids(tokens_BT, config.bigram_buckets, bigram_at_1=False)]
+        x_BTD = x_BTD + _project(params, "bigram", hashed, tap)
+    if config.trigram == "table":
+        ids = ops.trigram_ids(tokens_BT, config.trigram_buckets, bigram_at_1=True)
+        x_BTD = x_BTD + _project(params, "trigram", params["trigram_table"].astype(dtype)[ids], tap)
+    tap("emb_sum", x_BTD)
+    x_BTD = ops.rms_norm(x_BTD)
+    tap("emb_norm", x_BTD)
+    if config.smear_gate:
+        x_BTD = ops.smear(x_BTD, params["smear_gate"])
+    tap("x0", x_BTD)
+    values = {}
+    if config.value_embed_layers:
+        shared = _project(params, "ve_shared", params["ve_shared_table"].astype(dtype)[tokens_BT], tap)
+        scales = params["ve_layer_scales"].astype(dtype)
+        values = {layer: scales[j] * shared for j, layer in enumerate(config.value_embed_layers)}
+    return x_BTD, values
+
+
+def _project(params: Params, name: str, x: jax.Array, tap: Tap) -> jax.Array:
+    if f"{name}_proj" in params:
+        x = x @ params[f"{name}_proj"].astype(x.dtype)
+    x = x * params[f"{name}_scale"].astype(x.dtype)
+    tap(name, x)
+    return x
+
+
+def _skip(config: ModelConfig, params: Params, j: int, x: jax.Array, skip: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """U-Net skip into decoder step j. `gated`: the gate weights the running stream, 1 - gate the scaled skip (PR 2005, 2.4)."""
+    scaled = params["skip_weights"][j].astype(dtype) * skip
+    if config.skip == "add":
+        return x + scaled
+    g_D = jax.nn.sigmoid(params["skip_gates"][j].astype(dtype))
+    return g_D * x + (1 - g_D) * scaled
+
+
+def _block(
+    config: ModelConfig,
+    i: int,
+    w: Params,
+    x_BTD: jax.Array,
+    x0_BTD: jax.Array,
+    v0_BTGK: jax.Array | None,
+    value_embed: jax.Array | None,
+    rope: tuple[jax.Array, jax.Array],
+    last: int | None,
+    tap: Tap,
+) -> tuple[jax.Array, jax.Array]:
+    """One transformer block with the weights of physical layer i. Returns its output and its own, unmixed value."""
+    scale = (i + 1) ** -0.5 if config.layer_scale else 1.0
+    x_BTD = w["resid_mix"][0] * x_BTD + w["resid_mix"][1] * x0_BTD
+    z_BTD = ops.rms_norm(x_BTD) * jnp.asarray(scale, x_BTD.dtype)
+    tap("attn_in", z_BTD)
+    a_BTD, v_BTGK = _attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap)
+    tap("attn_out", a_BTD)
+    if last is not None:
+        x_BTD, z_BTD = x_BTD[:, -last:], z_BTD[:, -last:]
+    y_BTD = x_BTD + w["attn_scale"] * a_BTD
+    parallel = 0 <= config.parallel_from <= i
+    if not parallel:
+        z_BTD = ops.rms_norm(y_BTD) * jnp.asarray(scale, x_BTD.dtype)
+    tap("mlp_in", z_BTD)
+    m_BTD = _mlp(config, w, z_BTD, tap)
+    tap("mlp_out", m_BTD)
+    return y_BTD + w["mlp_scale"] * m_BTD, v_BTGK
+
+
+def _attention(
+    config: ModelConfig,
+    i: int,
+    w: Params,
+    z_BTD: jax.Array,
+    v0_BTGK: jax.Array | None,
+    value_embed: jax.Array | None,
+    rope: tuple[jax.Array, jax.Array],
+    last: int | None,
+    tap: Tap,
+) -> tuple[jax.Array, jax.Array]:
+    c = config
+    b, t = z_BTD.shape[:2]
+    zq_BSD = z_BTD if last is None else z_BTD[:, -last:]
+    s = zq_BSD.shape[1]
+    qg = zq_BSD @ w["q"]
+    tap("q_proj", qg)
+    q_BSHK = qg[..., : c.width].reshape(b, s, c.num_heads, c.head_dim)
+    k_BTGK = (z_BTD @ w["k"]).reshape(b, t, c.num_kv_heads, c.head_dim)
+    v_BTK = z_BTD @ w["v"]
+    if value_embed is not None:
+        v_BTK = v_BTK + value_embed
+    raw_BTGK = v_BTGK = v_BTK.reshape(b, t, c.num_kv_heads, c.head_dim)
+    tap("k_proj", k_BTGK)
+    tap("v_raw", raw_BTGK)
+    if c.value_residual:
+        lam = w["vr_lambda"]
+        if v0_BTGK is not None:
+            v_BTGK = lam[0] * v0_BTGK + lam[1] * raw_BTGK
+        elif c.value_residual_first:
+            v_BTGK = (lam[0] + lam[1]) * raw_BTGK
+    cos, sin = rope
+    q_BSHK = ops.rope(ops.rms_norm(q_BSHK), cos[t - s :], sin[t - s :])
+    k_BTGK = ops.rope(ops.rms_norm(k_BTGK), cos, sin)
+    tap("q_rope", q_BSHK)
+    q_BSHK = q_BSHK * w["q_gain"][:, None]
+    tap("q", q_BSHK)
+    tap("k", k_BTGK)
+    tap("v", v_BTGK)
+    xsa = i >= c.num_layers - c.xsa_last_n
+    backend = c.attention if last is None else "xla"  # rectangular attention exists in the reference only
+    y_BSHK = xsa_attention(q_BSHK, k_BTGK, v_BTGK, xsa=xsa, backend=backend)
+    tap("y", y_BSHK)
+    if c.head_gate == "linear":
+        gate_BSH = zq_BSD @ w["gate"] + w["gate_bias"]
+    elif c.head_gate == "query_rows":
+        gate_BSH = qg[..., c.width :]
+    if c.head_gate != "off":
+        tap("gate", gate_BSH)  # pyright: ignore[reportPossiblyUnboundVariable]
+        y_BSHK = y_BSHK * jax.nn.sigmoid(gate_BSH)[..., None]  # pyright: ignore[reportPossiblyUnboundVariable]
+    y_BSD = y_BSHK.reshape(b, s, -1)
+    tap("o_in", y_BSD)
+    return y_BSD @ w["o"], raw_BTGK
+
+
+def _mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap) -> jax.Array:
+    """(leaky_relu(z W_up))^2 W_down."""
+    u_BTF = z_BTD @ w["up"]
+    h_BTF = jnp.square(jnp.where(u_BTF > 0, u_BTF, config.mlp_slope * u_BTF))
+    tap("down_in", h_BTF)
+    return h_BTF @ w["down"]
+
+
+def nll(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    looping: bool = True,
+    last: int | None = None,
+    fake_quant: jax.Array | float | None = None,
+) -> jax.Array:
+    """Negative log-likelihood of each target in nats, float32 [B, T] (or of the last N targets, [B, N], see `hidden`).
+
+    targets_BT has one entry per returned position: pass the last N targets when `last` is N.
+    """
+    x_BTD = hidden(config, params, tokens_BT, looping=looping, last=last, fake_quant=fake_quant)
+    flat = softcap_cross_entropy(
+        x_BTD.reshape(-1, config.width), params["tok_emb"].astype(x_BTD.dtype), targets_BT.reshape(-1), softcap=config.softcap
+    )
+    return flat.reshape(targets_BT.shape)
+
+
+def logits(config: ModelConfig, params: Params, tokens_BT: jax.Array, *, looping: bool = True, tap: Tap | None = None) -> jax.Array:
+    """Soft-capped next-token logits as evaluation computes them (PR 372: with fake quantization), float32 [B, T, V]."""
+    if tokens_BT.ndim != 2:
+        raise GolfError(f"tokens must be [batch, time], got shape {tokens_BT.shape}")
+    x_BTD = hidden(config, params, tokens_BT, looping=looping, tap=tap)
+    z_BTV = jnp.einsum("btd,vd->btv", x_BTD, params["tok_emb"].astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    return config.softcap * jnp.tanh(z_BTV / config.softcap)
+
+
+class GPT(nn.Module):
+    """Linen module that owns the parameters: `init(key, tokens)`, and `apply(variables, tokens)` -> logits [B, T, V]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array, *, looping: bool = True) -> jax.Array:
+        params = {name: self.param(name, leaf.init, leaf.shape) for name, leaf in leaves(self.config).items()}
+        return logits(self.config, params, tokens_BT, looping=looping)
