@@ -1,0 +1,133 @@
+"""`python -m golf_jax.data build | download | verify`: training data from text, from the hub, and its inspection."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from golf_jax.config import GolfError
+
+
+@dataclass(frozen=True)
+class Build:
+    """Make tokenizer, shards and manifest.json from your own text.
+
+    A text file is one document, or, when it is long, one every 8,192 characters or more, cut at blank lines. JSONL has one document per line,
+    in the field `text`. A directory gives all .txt, .md and .jsonl files below it, in name order (shuffle your documents
+    beforehand if neighbours are alike: training reads them in this order). Example:
+
+      python -m golf_jax.data build books/ --out data/books --vocab-size 1024
+    """
+
+    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    """Text files, JSONL files, or directories of them."""
+    out: Path
+    """New directory for tokenizer.model, train_*.bin, val_*.bin and manifest.json."""
+    vocab_size: int = 1024
+    """Pieces of the BPE model that is trained (at most 65,536). Ignored with --tokenizer."""
+    tokenizer: Path | None = None
+    """A SentencePiece .model to use instead of training one."""
+    val_every: int = 10
+    """One document in this many is held out, chosen by the hash of its text."""
+    shard_tokens: int = 100_000_000
+    """Tokens per file."""
+
+    def run(self) -> int:
+        from golf_jax.data.build import build
+
+        if not self.inputs:
+            raise GolfError("build: name at least one text file, JSONL file or directory")
+        build(
+            self.inputs,
+            self.out,
+            vocab_size=self.vocab_size,
+            tokenizer=self.tokenizer,
+            val_every=self.val_every,
+            shard_tokens=self.shard_tokens,
+        )
+        print(f"train with: --data.train '{self.out}/train_*.bin' --data.val '{self.out}/val_*.bin'"
+              f" --data.tokenizer {self.out}/tokenizer.model")  # fmt: skip
+        return 0
+
+
+@dataclass(frozen=True)
+class Download:
+    """Fetch the challenge's official FineWeb shards and tokenizer (needs `pip install 'golf-jax[data]'`).
+
+    Every shard has 100 million tokens (200 MB). Validation is always complete. Run again to resume, or to add shards. Example:
+
+      python -m golf_jax.data download sp1024 --train-shards 10
+    """
+
+    variant: tyro.conf.Positional[str]
+    """sp1024, sp8192, ...: the tokenizer family."""
+    out: Path = Path("data")
+    """Root directory: gets datasets/, tokenizers/ and manifest.json."""
+    train_shards: int = 80
+    """How many training shards, from the first on (the order is frozen, so fewer is a prefix of more)."""
+    repo: str = "willdepueoai/parameter-golf"
+    """Dataset repository on the Hugging Face hub with the same layout."""
+    revision: str | None = None
+    """Branch, tag or commit of the repository."""
+
+    def run(self) -> int:
+        from golf_jax.data.download import HuggingFaceHub, download
+
+        directory = download(self.variant, self.out, self.train_shards, HuggingFaceHub(self.repo, self.revision))
+        print(f"complete: {directory}; check it in depth with `python -m golf_jax.data verify {directory}`")
+        return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check a data directory: headers, lengths, token range, hashes, BOS, byte tables, no validation text in training.
+
+    Exit status 1 when something is wrong. Example:
+
+      python -m golf_jax.data verify data/datasets/fineweb10B_sp1024
+    """
+
+    directory: tyro.conf.Positional[Path]
+    """Directory with *train*.bin and *val*.bin, and manifest.json as `build` and `download` write it."""
+    tokenizer: Path | None = None
+    """SentencePiece .model; needed only where no manifest.json names one."""
+
+    def run(self) -> int:
+        from golf_jax.data.verify import verify_directory
+
+        report = verify_directory(self.directory, self.tokenizer)
+        print("\n".join(report.facts))
+        for problem in report.problems:
+            print(f"PROBLEM: {problem}")
+        print(f"{len(report.problems)} problem(s)" if report.problems else "sound")
+        return 1 if report.problems else 0
+
+
+Command = (
+    Annotated[Build, tyro.conf.subcommand("build")]
+    | Annotated[Download, tyro.conf.subcommand("download")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0 fine, 1 problems found, 2 an error told in one line."""
+    command: Build | Download | Verify = tyro.cli(
+        Command,  # pyright: ignore[reportArgumentType]
+        prog="python -m golf_jax.data",
+        description=__doc__,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    try:
+        return command.run()
+    except GolfError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Text in, training data out: tokenizer, shards and manifest in one directory that appears complete or not at all."""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from golf_jax.config import GolfError
+from golf_jax.data.manifest import NAME, file_entry, read_manifest, write_manifest
+from golf_jax.data.shards import load_val_tokens, write_atomic, write_shard
+from golf_jax.data.tokenizer import Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
+
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
+LONG_DOCUMENT = 8192  # characters; a longer text file is cut at blank lines, so that one book can be split too
+TOKENIZER_SAMPLE = 100_000_000  # characters of training text the tokenizer learns from; more changes little and takes long
+SHARD_TOKENS = 100_000_000  # the official export's
+ENCODE_BATCH = 512
+
+
+def is_validation(text: str, val_every: int) -> bool:
+    """The split rule: one document in `val_every`, by the SHA-256 of its text, wherever it stands and however often."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % val_every == 0
+
+
+def read_documents(inputs: Sequence[str | Path]) -> Iterator[str]:
+    """Documents of text files (cut at blank lines when long), JSONL files (field `text`) and directories of both, in name order."""
+    for path in map(Path, inputs):
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+            if not files:
+                raise GolfError(f"{path}: holds no {', '.join(TEXT_SUFFIXES)} file")
+        else:
+            files = [path]
+        for file in files:
+            yield from _read_jsonl(file) if file.suffix == ".jsonl" else _read_text(file)
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise GolfError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise GolfError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    paragraphs: list[str] = []
+    for paragraph in text.split("\n\n"):
+        paragraphs.append(paragraph)
+        if sum(map(len, paragraphs)) >= LONG_DOCUMENT:
+            yield "\n\n".join(paragraphs)
+            paragraphs = []
+    yield "\n\n".join(paragraphs)
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    text = json.loads(line)["text"]
+                    text.encode()
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise GolfError(f"{path}:{number}: needs a JSON object with a string field `text`") from error
+                yield text
+    except OSError as error:
+        raise GolfError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+class _SplitWriter:
+    """Collects the documents of one split and writes a shard whenever enough tokens came together."""
+
+    def __init__(self, directory: Path, split: str, shard_tokens: int) -> None:
+        self.directory, self.split, self.shard_tokens = directory, split, shard_tokens
+        self.buffer: list[np.ndarray] = []
+        self.buffered = self.documents = self.bytes = 0
+        self.files: list[dict[str, Any]] = []
+
+    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
+        self.buffer.append(tokens)
+        self.buffered, self.documents, self.bytes = self.buffered + len(tokens), self.documents + 1, self.bytes + num_bytes
+        while self.buffered >= self.shard_tokens:
+            self._write(self.shard_tokens)
+
+    def _write(self, count: int) -> None:
+        tokens = np.concatenate(self.buffer)
+        path = write_shard(self.directory / f"{self.split}_{len(self.files):06d}.bin", tokens[:count])
+        self.files.append(file_entry(path, count))
+        self.buffer, self.buffered = [tokens[count:]], len(tokens) - count
+
+    def finish(self) -> dict[str, Any]:
+        if self.buffered:
+            self._write(self.buffered)
+        tokens = sum(file["tokens"] for file in self.files)
+        return {"documents": self.documents, "tokens": tokens, "bytes": self.bytes, "files": self.files}
+
+
+def build_documents(
+    documents: Callable[[], Iterable[str]],
+    directory: str | Path,
+    *,
+    source: str,
+    vocab_size: int = 1024,
+    tokenizer: str | Path | None = None,
+    val_every: int = 10,
+    shard_tokens: int = SHARD_TOKENS,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Writes tokenizer.model, train_*.bin, val_*.bin and manifest.json for `documents` (read twice); returns the manifest.
+
+    The tokenizer learns from training documents only. A document whose tokens came before is dropped, so none can be in both
+    splits. GolfError when `directory` exists, when a split stays empty, when the byte tables disagree with the text.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise GolfError(f"{directory}: exists already; remove it or name another directory")
+    if val_every < 2 or shard_tokens < 2:
+        raise GolfError(f"data build: val_every={val_every} and shard_tokens={shard_tokens} must be at least 2")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    except OSError as error:
+        raise GolfError(f"{directory}: cannot be written ({error.strerror})") from error
+    try:
+        if tokenizer is None:
+            log(f"training a tokenizer of {vocab_size} pieces")
+            training = (text for text in documents() if not is_validation(text, val_every))
+            model = train_bpe(_first_characters(training, TOKENIZER_SAMPLE), vocab_size)
+        else:
+            model = Tokenizer(tokenizer).model
+        manifest = {
+            "source": source,
+            "split": f"validation: first 8 bytes of SHA-256(text), big-endian, mod {val_every} == 0; repeated documents dropped",
+            **_write_splits(documents(), temporary, Tokenizer(model), val_every, shard_tokens),
+        }
+        write_manifest(temporary, manifest)
+        temporary.chmod(0o755)
+        os.rename(temporary, directory)
+    except OSError as error:
+        raise GolfError(f"{directory}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for split in ("train", "val"):
+        log("{}: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(split, **manifest[split]))
+    return read_manifest(directory / NAME)
+
+
+def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        if (limit := limit - len(text)) <= 0:
+            return
+
+
+def _write_splits(
+    documents: Iterable[str], directory: Path, tokenizer: Tokenizer, val_every: int, shard_tokens: int
+) -> dict[str, Any]:
+    write_atomic(directory / "tokenizer.model", tokenizer.model)
+    tables = byte_tables(tokenizer.processor)
+    writers = {split: _SplitWriter(directory, split, shard_tokens) for split in ("train", "val")}
+    seen: set[bytes] = set()
+    texts = iter(documents)
+    while batch := list(itertools.islice(texts, ENCODE_BATCH)):
+        for text, tokens in zip(batch, tokenizer.encode_documents(batch), strict=True):
+            digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
+            if len(tokens) < 2 or digest in seen:
+                continue
+            seen.add(digest)
+            split = "val" if is_validation(text, val_every) else "train"
+            writers[split].add(tokens, int(count_bytes(tables, tokens[:-1], tokens[1:]).sum()))
+    splits = {split: writer.finish() for split, writer in writers.items()}
+    for split, entry in splits.items():
+        if not entry["documents"]:
+            raise GolfError(f"data build: {len(seen)} documents leave none for {split}; give more text or another val_every")
+    check_tables(tokenizer, load_val_tokens(directory / "val_*.bin"), tables)
+    identity = {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+    return {"tokenizer": identity, **splits}
+
+
+def build(inputs: Sequence[str | Path], directory: str | Path, **options: Any) -> dict[str, Any]:
+    """`build_documents` (see there for `options`) on text files, JSONL files or directories of them."""
+    source = ", ".join(str(path) for path in inputs)
+    return build_documents(lambda: read_documents(inputs), directory, source=source, **options)

@@ -1,0 +1,94 @@
+"""Reads batches ahead in a thread and puts them on the devices while the previous step runs."""
+
+import queue
+import threading
+from types import TracebackType
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from golf_jax.config import GolfError
+from golf_jax.data.loader import Loader
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> slice:
+    """The rows of a batch [num_rows, ...], sharded over the mesh axis `data`, that this process has to read."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    if num_rows % mesh.shape["data"]:
+        raise GolfError(f"batch of {num_rows} sequences does not divide over {mesh.shape['data']} devices")
+    spans = {index[0].indices(num_rows)[:2] for index in sharding.addressable_devices_indices_map((num_rows,)).values()}
+    ordered = sorted(spans)
+    if any(before[1] != after[0] for before, after in zip(ordered, ordered[1:], strict=False)):
+        raise GolfError("mesh: the devices of a process must hold neighbouring rows; build it in process order")
+    return slice(ordered[0][0], ordered[-1][1])
+
+
+class Prefetcher:
+    """Iterator of (inputs, targets), int32 [ranks * rows, seq_len] sharded over `data`, `depth` batches ahead of the caller.
+
+    The loader must be restricted to `local_rows(mesh, ...)` (with one process: all rows). After construction it belongs to the
+    thread; ask `state()` here for the position. An error of the thread is raised by the next call. Use as a context manager.
+    """
+
+    def __init__(self, loader: Loader, mesh: Mesh, depth: int = 2) -> None:
+        expected = local_rows(mesh, loader.global_shape[0])
+        if loader.row_slice != expected:
+            raise GolfError(f"data loader reads rows {loader.row_slice}, this process places rows {expected}")
+        self._loader, self._sharding = loader, NamedSharding(mesh, PartitionSpec("data"))
+        self._state = loader.state()
+        self._queue: queue.Queue = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="golf_jax-prefetch", daemon=True)
+        self._thread.start()
+
+    def _place(self, rows: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(self._sharding, rows, self._loader.global_shape)
+
+    def _work(self) -> None:
+        try:
+            while not self._stop.is_set():
+                x, y = self._loader.next_batch()
+                self._put((self._place(x), self._place(y), self._loader.state()))
+        except BaseException as error:  # whatever it is, it belongs to the consumer
+            self._put(error)
+
+    def _put(self, item: object) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> tuple[jax.Array, jax.Array]:
+        if self._error is not None:
+            raise self._error
+        if self._stop.is_set():
+            raise GolfError("prefetcher: closed")
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._error = item
+            raise item
+        x, y, self._state = item
+        return x, y
+
+    def state(self) -> dict[str, int]:
+        """The loader position behind the batch returned last (not behind those read ahead): what a checkpoint stores."""
+        return dict(self._state)
+
+    def close(self) -> None:
+        """Stops the thread and drops what it read ahead. May be called twice."""
+        self._stop.set()
+        self._thread.join()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

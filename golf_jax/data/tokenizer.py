@@ -1,0 +1,190 @@
+"""SentencePiece tokenizers and the challenge's byte tables: how many UTF-8 bytes of text a token stands for.
+
+Every bits-per-byte score divides by these counts, and most withdrawn records had them wrong: byte-fallback pieces counted as the
+three bytes of `<0x..>` (PR 1143, 1184), the leading space counted twice (issue 1719), a vocabulary without a lone U+2581 piece
+(issue 897), control tokens counted as text. `check_tables` makes each of these an error.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from golf_jax.config import GolfError
+
+SPACE = "\u2581"  # SentencePiece writes a space as LOWER ONE EIGHTH BLOCK
+
+
+class Tokenizer:
+    """A SentencePiece model, from its path or its bytes."""
+
+    def __init__(self, model: str | Path | bytes) -> None:
+        self.name = "<bytes>" if isinstance(model, bytes) else str(model)
+        try:
+            self.model = model if isinstance(model, bytes) else Path(model).read_bytes()
+        except OSError as error:
+            raise GolfError(f"tokenizer {self.name}: cannot be read ({error.strerror})") from error
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(self.model)
+        except (RuntimeError, TypeError) as error:
+            raise GolfError(f"tokenizer {self.name}: not a SentencePiece model") from error
+        if not self.model or self.processor.vocab_size() > 2**16:
+            raise GolfError(f"tokenizer {self.name}: empty, or more than 65,536 pieces (shards hold uint16 tokens)")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.processor.vocab_size()
+
+    @property
+    def bos_id(self) -> int:
+        """Token before every document. GolfError when the model has none."""
+        if (token := self.processor.bos_id()) < 0:
+            raise GolfError(f"tokenizer {self.name}: has no BOS piece; shards need one before each document")
+        return token
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the model's bytes: the identity that manifests and runs record."""
+        return hashlib.sha256(self.model).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self.processor.encode(text)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One uint16 array per text: BOS, then its tokens."""
+        encoded = self.processor.encode(list(texts))
+        return [np.array([self.bos_id, *ids], dtype=np.uint16) for ids in encoded]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self.processor.decode([int(token) for token in ids])
+
+
+@dataclass(frozen=True)
+class ByteTables:
+    """Per token id: UTF-8 bytes of its text without a leading space, whether it has one, whether it bounds text (V entries each)."""
+
+    base_bytes: np.ndarray  # int16 [V]
+    has_leading_space: np.ndarray  # bool [V]
+    is_boundary: np.ndarray  # bool [V]
+
+
+def byte_tables(processor: sentencepiece.SentencePieceProcessor) -> ByteTables:
+    """The challenge's tables for a SentencePiece model.
+
+    Control, unknown and unused pieces: 0 bytes and a boundary. Byte pieces: 1 byte. Others: one leading U+2581 is the leading
+    space, the rest counts its UTF-8 bytes.
+    """
+    size = processor.vocab_size()
+    tables = ByteTables(np.zeros(size, np.int16), np.zeros(size, bool), np.zeros(size, bool))
+    for token in range(size):
+        if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
+            tables.is_boundary[token] = True
+        elif processor.is_byte(token):
+            tables.base_bytes[token] = 1
+        else:
+            piece = processor.id_to_piece(token)
+            tables.has_leading_space[token] = piece.startswith(SPACE)
+            tables.base_bytes[token] = len(piece.removeprefix(SPACE).encode())
+    return tables
+
+
+def count_bytes(tables: ByteTables, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Bytes of text of each target, given the token before it: int32, shaped like `targets`.
+
+    A leading space counts unless the token before is a boundary: at the start of a document decoding drops it.
+    """
+    space = tables.has_leading_space[targets] & ~tables.is_boundary[previous]
+    return tables.base_bytes[targets].astype(np.int32) + space
+
+
+def split_documents(tokens: np.ndarray, bos_id: int) -> Iterator[np.ndarray]:
+    """Views of the documents in `tokens` [n], each with its BOS; what precedes the first BOS comes first, without one."""
+    starts = np.flatnonzero(tokens == bos_id)
+    bounds = [*([] if starts.size and starts[0] == 0 else [0]), *starts.tolist(), len(tokens)]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        yield tokens[start:stop]
+
+
+def check_tables(tokenizer: Tokenizer, tokens: np.ndarray, tables: ByteTables | None = None) -> int:
+    """Proves the byte count of `tokens` [n] document by document against the decoded text; returns the bytes in total.
+
+    GolfError names the first document where the tables (those of `byte_tables` by default) disagree with
+    `len(decode(ids).encode())`. Tokens before the first BOS and a character cut off at the very end are left out.
+    """
+    processor = tokenizer.processor
+    tables = tables or byte_tables(processor)
+    if processor.piece_to_id(SPACE) == processor.unk_id():
+        raise GolfError(
+            f"tokenizer {tokenizer.name}: no piece for a lone space (U+2581); it would become three byte pieces and "
+            "count as 3 bytes instead of 1"
+        )
+    total = 0
+    documents = list(split_documents(tokens, tokenizer.bos_id))
+    if len(tokens) and tokens[0] != tokenizer.bos_id:
+        documents.pop(0)
+    for number, ids in enumerate(documents):
+        if number == len(documents) - 1:
+            ids = _without_cut_character(processor, ids)
+        counted = int(count_bytes(tables, ids[:-1], ids[1:]).sum())
+        text = tokenizer.decode(ids)
+        if counted != (actual := len(text.encode())):
+            raise GolfError(
+                f"tokenizer {tokenizer.name}: byte tables count {counted} bytes for document {number}, its text has "
+                f"{actual}: {text[:60]!r}"
+            )
+        total += counted
+    return total
+
+
+def _without_cut_character(processor: sentencepiece.SentencePieceProcessor, ids: np.ndarray) -> np.ndarray:
+    """Drops the byte pieces at the end if they stop inside a character (the stream was cut there)."""
+    tail = len(ids)
+    while tail and processor.is_byte(int(ids[tail - 1])):
+        tail -= 1
+    raw = bytes(int(processor.id_to_piece(int(token))[3:5], 16) for token in ids[tail:])
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return ids[: tail + error.start] if error.reason == "unexpected end of data" else ids
+    return ids
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Trains a BPE model with the settings of the challenge's own models and returns its bytes; deterministic.
+
+    Byte fallback, split digits, NFKC, no dummy prefix, 0 pad, 1 bos, 2 eos, 3 unk. GolfError when the text is too little for
+    `vocab_size` pieces.
+    """
+    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.999,
+            byte_fallback=True,
+            split_digits=True,
+            add_dummy_prefix=False,
+            normalization_rule_name="nmt_nfkc",
+            hard_vocab_limit=False,
+            max_sentence_length=2**16,
+            num_threads=1,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise GolfError(f"tokenizer: training at vocab_size={vocab_size} failed: {' '.join(str(error).split())}") from error
+    tokenizer = Tokenizer(model.getvalue())
+    if tokenizer.vocab_size != vocab_size:
+        raise GolfError(f"tokenizer: the text yields {tokenizer.vocab_size} pieces, not vocab_size={vocab_size}; ask for fewer")
+    return tokenizer.model

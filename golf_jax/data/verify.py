@@ -1,0 +1,129 @@
+"""Is this data what it claims to be? Headers, lengths, token range, hashes, document starts, byte tables, leaks."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from golf_jax.config import GolfError
+from golf_jax.data.manifest import NAME, read_manifest, sha256_file
+from golf_jax.data.shards import check_token_range, find_shards, open_shard
+from golf_jax.data.tokenizer import Tokenizer, check_tables
+
+OFFICIAL_DOCUMENTS, OFFICIAL_BYTES = 50_000, 151_080_891  # FineWeb validation set of the challenge
+
+
+@dataclass
+class Report:
+    """What was found: `facts` in order, and `problems` (empty: the data is sound)."""
+
+    facts: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def document_hashes(shards: Sequence[np.ndarray], bos_id: int) -> Iterator[bytes]:
+    """A digest of the tokens of each document, also of those that go on in the next shard. Empty ones are left out."""
+    carry = np.empty(0, np.uint16)
+    for shard in shards:
+        starts = np.flatnonzero(shard == bos_id).tolist()
+        if not starts:
+            carry = np.concatenate([carry, shard])
+            continue
+        bounds = [*starts, len(shard)]
+        pieces = [shard[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+        for document in [np.concatenate([carry, shard[: starts[0]]]), *pieces[:-1]]:
+            if len(document) > 1:
+                yield hashlib.blake2b(document.tobytes(), digest_size=8).digest()
+        carry = pieces[-1]
+    if len(carry) > 1:
+        yield hashlib.blake2b(carry.tobytes(), digest_size=8).digest()
+
+
+def verify(train: str, val: str, tokenizer: str | Path, manifest: dict[str, Any] | None = None) -> Report:
+    """Checks the shards of two globs against a tokenizer and, when given, a manifest of this package. Reads every token once."""
+    report = Report()
+    model = Tokenizer(tokenizer)
+    report.facts.append(f"tokenizer: {model.vocab_size} pieces, sha256 {model.sha256}")
+    if manifest is None:
+        report.facts.append("manifest: none, so hashes and counts cannot be compared")
+    elif manifest["tokenizer"]["sha256"] != model.sha256:
+        report.problems.append(f"{tokenizer}: sha256 {model.sha256}, the manifest says {manifest['tokenizer']['sha256']}")
+    splits = {
+        split: _verify_split(report, split, pattern, model, (manifest or {}).get(split))
+        for split, pattern in (("train", train), ("val", val))
+    }
+    if splits["val"]:
+        _verify_val(report, splits["val"], model, (manifest or {}).get("val", {}))
+    held_out = set(document_hashes(splits["val"], model.bos_id))
+    leaked = held_out.intersection(document_hashes(splits["train"], model.bos_id))
+    report.facts.append(f"overlap: {len(leaked)} of {len(held_out)} validation documents are in training")
+    if leaked:
+        report.problems.append(f"{len(leaked)} of {len(held_out)} validation documents are also training documents")
+    return report
+
+
+def _verify_split(report: Report, split: str, pattern: str, model: Tokenizer, entry: dict[str, Any] | None) -> list[np.ndarray]:
+    listed = {file["name"]: file for file in entry["files"]} if entry else {}
+    shards: list[np.ndarray] = []
+    documents = 0
+    try:
+        paths = find_shards(pattern)
+    except GolfError as error:
+        report.problems.append(str(error))
+        paths = []
+    for path in paths:
+        try:
+            shard = open_shard(path)
+            check_token_range(shard, model.vocab_size, path)
+        except GolfError as error:
+            report.problems.append(str(error))
+            continue
+        finally:
+            expected = listed.pop(path.name, None)
+        if not shards and shard[0] != model.bos_id:
+            report.problems.append(f"{path}: starts with token {shard[0]}, not with BOS ({model.bos_id})")
+        shards.append(shard)
+        documents += int(np.count_nonzero(shard == model.bos_id))
+        if entry and expected is None:
+            report.problems.append(f"{path}: is not in the manifest")
+        elif expected and sha256_file(path) != expected["sha256"]:
+            report.problems.append(f"{path}: sha256 differs from the manifest's; the file was altered")
+        elif expected and len(shard) != expected["tokens"]:
+            report.problems.append(f"{path}: {len(shard)} tokens, the manifest says {expected['tokens']}")
+    report.problems += [f"{pattern}: {name} of the manifest is missing" for name in listed]
+    report.facts.append(f"{split}: {len(shards)} shards, {sum(map(len, shards)):,} tokens, {documents:,} documents")
+    if shards and not documents:
+        report.problems.append(f"{pattern}: no BOS ({model.bos_id}) anywhere, documents have no start")
+    elif entry and documents != entry.get("documents", documents):
+        report.problems.append(f"{pattern}: {documents} documents, the manifest says {entry['documents']}")
+    return shards
+
+
+def _verify_val(report: Report, shards: Sequence[np.ndarray], model: Tokenizer, entry: dict[str, Any]) -> None:
+    tokens = np.concatenate(shards)
+    try:
+        num_bytes = check_tables(model, tokens)
+    except GolfError as error:
+        report.problems.append(str(error))
+        return
+    official = num_bytes == OFFICIAL_BYTES and np.count_nonzero(tokens == model.bos_id) == OFFICIAL_DOCUMENTS
+    report.facts.append(
+        f"val bytes: {num_bytes:,}, equal to the decoded text of every document"
+        f" ({'the official validation set' if official else 'not the official validation set'})"
+    )
+    if num_bytes != entry.get("bytes", num_bytes):
+        report.problems.append(f"validation text has {num_bytes} bytes, the manifest says {entry['bytes']}")
+
+
+def verify_directory(directory: str | Path, tokenizer: str | Path | None = None) -> Report:
+    """`verify` on a directory that `build` or `download` wrote, or on any with *train*.bin, *val*.bin and a given tokenizer."""
+    directory = Path(directory)
+    manifest = read_manifest(directory / NAME) if (directory / NAME).exists() else None
+    if tokenizer is None:
+        if manifest is None:
+            raise GolfError(f"{directory}: has no {NAME} that names a tokenizer; give --tokenizer MODEL")
+        tokenizer = directory / str(manifest["tokenizer"]["file"])
+    return verify(str(directory / "*train*.bin"), str(directory / "*val*.bin"), tokenizer, manifest)

@@ -1,0 +1,166 @@
+"""Training orders: the records' own batches, resume, and a process's share of them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from golf_jax.config import GolfError
+from golf_jax.data.loader import ShuffledLoader, StreamLoader, make_loader
+from golf_jax.data.shards import open_shard, write_shard
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 1024, size).astype(np.uint16) for size in (700, 1103, 501)]
+
+
+def batches(loader, count):
+    pairs = [loader.next_batch() for _ in range(count)]
+    return np.stack([x for x, _ in pairs]), np.stack([y for _, y in pairs])
+
+
+def test_stream_wraps_spans_shards_and_leaves_span_ends_as_targets_only(arrays):
+    stream = np.concatenate(arrays * 3)
+    x, y = batches(StreamLoader(arrays, ranks=4, rows=2, seq_len=16), 40)
+    spans = stream[: 40 * 4 * 33].reshape(40, 4, 33)
+    assert x.dtype == y.dtype == np.int32
+    np.testing.assert_array_equal(x, spans[..., :-1].reshape(40, 8, 16))
+    np.testing.assert_array_equal(y, spans[..., 1:].reshape(40, 8, 16))
+
+
+def test_stream_equals_pr1182(shared):
+    golden = np.load(shared / "golden/pr1182/loader.npz")
+    loader = StreamLoader([golden[f"shard{number}"] for number in range(3)], ranks=8, rows=2, seq_len=16)
+    x, y = batches(loader, 14)
+    np.testing.assert_array_equal(x.reshape(14, 8, 2, 16), golden["x"])
+    np.testing.assert_array_equal(y.reshape(14, 8, 2, 16), golden["y"])
+
+
+def test_stream_equals_pr372(shared):
+    golden = np.load(shared / "golden/pr372/train.npz")
+    loader = StreamLoader([golden[f"shard{number}"] for number in range(3)], ranks=8, rows=2, seq_len=128)
+    x, y = batches(loader, 20)
+    np.testing.assert_array_equal(x.reshape(20, 8, 2, 128), golden["x"])
+    np.testing.assert_array_equal(y.reshape(20, 8, 2, 128), golden["y"])
+
+
+def test_stream_equals_pr638(shared):
+    golden = np.load(shared / "golden/pr638/train.npz")
+    sizes = json.loads(str(golden["config"]))["train_shard_sizes"]
+    shards = np.split(golden["train_shards"], np.cumsum(sizes)[:-1])
+    x, y = batches(StreamLoader(shards, ranks=8, rows=4, seq_len=128), 20)
+    np.testing.assert_array_equal(x.reshape(20, 8, 4, 128), golden["x"])
+    np.testing.assert_array_equal(y[..., -1].reshape(20, 8, 4), golden["y_last"])
+
+
+def test_stream_equals_pr562(shared):
+    golden = np.load(shared / "golden/pr562/train.npz")
+    tokens = open_shard(shared / "data/fineweb_sp1024/fineweb_train_000000.bin")[:120_000]
+    loader = StreamLoader([tokens[:30_001], tokens[30_001:]], ranks=8, rows=2, seq_len=128)
+    x, y = batches(loader, 20)
+    np.testing.assert_array_equal(x.reshape(20, 8, 2, 128), golden["tokens"])
+    np.testing.assert_array_equal(y[..., -1].reshape(20, 8, 2), golden["targets_last"])
+
+
+def test_shuffled_equals_pr2005(shared):
+    train = np.load(shared / "golden/pr2005/train.npz")
+    loader = make_loader("shuffled", shared / "data/fineweb_sp8192/fineweb_train_*.bin", ranks=1, rows=8, seq_len=128)
+    x, y = batches(loader, 20)
+    np.testing.assert_array_equal(x, train["tokens"])
+    np.testing.assert_array_equal(y, train["targets"])
+    np.testing.assert_array_equal(x[:4], np.load(shared / "golden/pr2005/quant.npz")["calibration_tokens"])
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_shuffled_equals_pr2005_on_several_shards_ranks_and_passes(shared, ranks, rank):
+    golden = np.load(shared / "golden/pr2005/units.npz")
+    files = golden[f"loader/world{ranks}_rank{rank}/files"]
+    # a token tells its shard and place, so that the batch tells what was drawn
+    shards = [index * 8192 + np.arange(size) for index, size in enumerate(golden["loader/shard_lengths"])]
+    loader = ShuffledLoader(shards, ranks, rows=8, seq_len=128, row_slice=slice(8 * rank, 8 * rank + 8))
+    x, y = batches(loader, 9)
+    index, start = np.divmod(x[..., 0], 8192)
+    np.testing.assert_array_equal(index, files[golden[f"loader/world{ranks}_rank{rank}/local_shard_and_start"][..., 0]])
+    np.testing.assert_array_equal(start, golden[f"loader/world{ranks}_rank{rank}/local_shard_and_start"][..., 1])
+    np.testing.assert_array_equal(x, x[..., :1] + np.arange(128))
+    np.testing.assert_array_equal(y, x + 1)
+
+
+def test_shuffled_draws_as_numpys_weighted_choice(arrays):
+    """The order of PR 2005 written down a second time, naively, with `Generator.choice` and over several passes."""
+    seq_len, rng = 16, np.random.Generator(np.random.PCG64(1))
+    shards, expected, orders = arrays[1::2] + arrays[:1], [], []
+    while len(expected) < 400:
+        if not sum(map(len, orders)):
+            orders = []
+            for shard in shards:
+                phase = int(rng.integers(seq_len))
+                orders.append((phase + rng.permutation((len(shard) - 1 - phase) // seq_len) * seq_len).tolist())
+        left = np.array([len(order) for order in orders], float)
+        chosen = int(rng.choice(len(shards), p=left / left.sum()))
+        start = orders[chosen].pop()
+        expected.append(shards[chosen][start : start + seq_len])
+    interleaved = [arrays[2], shards[0], arrays[2], shards[1]]  # rank 1 of 2 owns the second and the fourth
+    x, _ = batches(ShuffledLoader(interleaved, 2, rows=8, seq_len=seq_len, row_slice=slice(8, 16)), 50)
+    np.testing.assert_array_equal(x.reshape(400, seq_len), expected)
+
+
+@pytest.mark.parametrize("order", ["stream", "shuffled"])
+@pytest.mark.parametrize("done", [0, 1, 7, 40])
+def test_a_restored_loader_goes_on_as_if_never_stopped(arrays, order, done):
+    whole, resumed = (make_loader(order, arrays, ranks=3, rows=2, seq_len=16) for _ in range(2))
+    batches(whole, done) if done else None
+    resumed.restore(json.loads(json.dumps(whole.state())))
+    for before, after in zip(batches(whole, 30), batches(resumed, 30), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert whole.state() == resumed.state() and whole.state()["batches"] == done + 30
+
+
+@pytest.mark.parametrize("order", ["stream", "shuffled"])
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(3, 8), slice(5, 6)])
+def test_a_process_gets_its_rows_of_the_global_batch(arrays, order, rows):
+    whole = make_loader(order, arrays, ranks=4, rows=2, seq_len=16)
+    part = make_loader(order, arrays, ranks=4, rows=2, seq_len=16, row_slice=rows)
+    part.restore(whole.state())
+    for _ in range(3):
+        for all_rows, some in zip(whole.next_batch(), part.next_batch(), strict=True):
+            np.testing.assert_array_equal(all_rows[rows], some)
+    assert whole.state() == part.state()
+
+
+def test_ranks_share_shards_only_when_there_are_too_few(arrays):
+    shared_shards = ShuffledLoader(arrays[:2], ranks=3, rows=1, seq_len=16)
+    assert shared_shards.owned == {0: [0], 1: [1], 2: [0]}
+    x, _ = batches(shared_shards, 20)
+    assert (x[:, 0] != x[:, 2]).any()  # rank 2 reads shard 0 in an order of its own
+    assert ShuffledLoader(arrays, ranks=2, rows=1, seq_len=16).owned == {0: [0, 2], 1: [1]}
+
+
+def test_files_and_arrays_give_the_same_batches(arrays, tmp_path):
+    for number, array in enumerate(arrays):
+        write_shard(tmp_path / f"train_{number:06d}.bin", array)
+    for order in ("stream", "shuffled"):
+        from_files = make_loader(order, tmp_path / "train_*.bin", ranks=2, rows=2, seq_len=16)
+        from_arrays = make_loader(order, arrays, ranks=2, rows=2, seq_len=16)
+        np.testing.assert_array_equal(batches(from_files, 5), batches(from_arrays, 5))
+
+
+def test_a_position_does_not_fit_other_data_or_another_shape(arrays):
+    state = StreamLoader(arrays, ranks=2, rows=2, seq_len=16).state()
+    with pytest.raises(GolfError, match="tokens was 2304"):
+        StreamLoader(arrays[:2], ranks=2, rows=2, seq_len=16).restore(state)
+    with pytest.raises(GolfError, match="ranks was 2"):
+        StreamLoader(arrays, ranks=1, rows=2, seq_len=16).restore(state)
+
+
+def test_mistakes_are_refused(arrays):
+    with pytest.raises(GolfError, match="must be one of stream, shuffled"):
+        make_loader("random", arrays, ranks=1, rows=1, seq_len=16)
+    with pytest.raises(GolfError, match="no sequence of 2000"):
+        ShuffledLoader(arrays, ranks=1, rows=1, seq_len=2000)
+    with pytest.raises(GolfError, match="row_slice"):
+        StreamLoader(arrays, ranks=1, rows=2, seq_len=16, row_slice=slice(2, 4))
+    with pytest.raises(GolfError, match="outside a vocabulary of 512"):
+        StreamLoader(arrays, ranks=1, rows=8, seq_len=64, vocab_size=512).next_batch()

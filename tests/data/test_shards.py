@@ -1,0 +1,94 @@
+"""Shards: what is written comes back, and every kind of damage is named."""
+
+import os
+
+import numpy as np
+import pytest
+
+from golf_jax.config import GolfError
+from golf_jax.data.shards import HEADER_BYTES, find_shards, load_val_tokens, open_shard, write_shard
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return write_shard(tmp_path / "val_000000.bin", np.arange(100))
+
+
+def test_header_and_tokens_have_the_challenges_layout(shard):
+    raw = shard.read_bytes()
+    assert np.frombuffer(raw[:12], "<i4").tolist() == [20240520, 1, 100] and not any(raw[12:HEADER_BYTES])
+    assert np.frombuffer(raw[HEADER_BYTES:], "<u2").tolist() == list(range(100))
+
+
+def test_open_maps_the_file_instead_of_reading_it(shard):
+    tokens = open_shard(shard)
+    assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and not tokens.flags.writeable
+    assert tokens.tolist() == list(range(100))
+
+
+def test_official_shards_open(shared):
+    tokens = open_shard(shared / "data" / "fineweb_sp1024" / "fineweb_val_000000.bin")
+    assert tokens[0] == 1 and np.count_nonzero(tokens == 1) == 181
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[:-1], "truncated"),
+        (lambda raw: raw[:500], "truncated, 500 bytes where the header"),
+        (lambda raw: b"", "truncated, 0 bytes"),
+        (lambda raw: raw + b"\0\0", "2 trailing bytes"),
+        (lambda raw: b"\1" + raw[1:], "not a token shard"),
+        (lambda raw: raw[:4] + b"\2" + raw[5:], "version 2"),
+        (lambda raw: raw[:8] + b"\0\0\0\0" + raw[12:], "0 tokens"),
+        (lambda raw: raw[:8] + b"\xff\xff\xff\xff" + raw[12:], "-1 tokens"),
+    ],
+)
+def test_damage_is_told_in_one_line_with_the_file(shard, damage, message):
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(GolfError, match=message) as caught:
+        open_shard(shard)
+    assert str(shard) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_file_and_empty_glob(tmp_path):
+    with pytest.raises(GolfError, match="No such file"):
+        open_shard(tmp_path / "none.bin")
+    with pytest.raises(GolfError, match="no shard matches"):
+        find_shards(tmp_path / "*.bin")
+
+
+def test_shards_are_found_in_name_order_and_concatenated(tmp_path):
+    for number in (2, 0, 1):
+        write_shard(tmp_path / f"val_{number}.bin", np.full(3, number))
+    assert load_val_tokens(tmp_path / "val_*.bin").tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_byte_sidecars_are_not_taken_for_tokens(tmp_path, shard):
+    write_shard(tmp_path / "val_bytes_000000.bin", np.arange(3))
+    with pytest.raises(GolfError, match="sidecar"):
+        find_shards(tmp_path / "val_*.bin")
+
+
+def test_tokens_outside_the_vocabulary_are_refused(tmp_path, shard):
+    assert load_val_tokens(shard, vocab_size=100).size == 100
+    with pytest.raises(GolfError, match="token 99 is outside a vocabulary of 99"):
+        load_val_tokens(shard, vocab_size=99)
+
+
+@pytest.mark.parametrize("tokens", [np.array([-1, 2]), np.array([65536]), np.empty(0, int), np.zeros((2, 2), int), np.ones(3)])
+def test_what_is_no_token_array_is_not_written(tmp_path, tokens):
+    with pytest.raises(GolfError):
+        write_shard(tmp_path / "x.bin", tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_disk_leaves_the_old_file_and_no_rest(tmp_path, shard, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    before = shard.read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(GolfError, match="No space left on device"):
+        write_shard(shard, np.arange(50))
+    assert [path.name for path in tmp_path.iterdir()] == [shard.name] and shard.read_bytes() == before
