@@ -101,18 +101,28 @@ def reference_codes(pr: str, z, root: str = "") -> dict[str, QTensor]:
         if match and not key.startswith(("unit/", "bf16case/", "syn/")):
             what = {"q": "codes", "scale_fp16": "scale", "pass_fp16": "pass", "fp16": "pass"}.get(match[1], match[1])
             found.setdefault(canonical(pr, match[2]), {})[what] = z[key]
+    kinds = reference_kinds(z, root)
     result = {}
     for name, parts in found.items():
         if "pass" in parts:
             result[name] = QTensor(str(parts["pass"].dtype), "float32", values=parts["pass"])
         elif "codes" in parts:
-            result[name] = QTensor("", "float32", codes=parts["codes"], scale=parts["scale"])
+            result[name] = QTensor(kinds[name], "float32", codes=parts["codes"], scale=parts["scale"])
     return result
 
 
-def portable_codes(pr: str, z, config: QuantConfig) -> dict[str, QTensor]:
+def reference_kinds(z, root: str = "") -> dict[str, str]:
+    """Name -> int5/int6/int7/int8 of the quantized tensors of a quant.npz."""
+    for key in ("kinds_json", "kinds", "meta", "config"):
+        if root + key in z.files:
+            found = json.loads(str(z[root + key]))
+            found = found.get("kind", found) if key == "config" else found
+            return {n: m[0] for n, v in found.items() if (m := re.search(r"int\d", str(v)))}
+    raise KeyError("no kinds")
+
+
+def portable_codes(pr: str, z) -> dict[str, QTensor]:
     """The stored tensors of a portable reference file; pass-through values are the parameters, cast."""
-    del config
     tensors = reference_tensors(pr, z)
     result = {}
     for name, w in tensors.items():
