@@ -57,7 +57,8 @@ def _zstd(data: bytes, size: int) -> bytes:
 
 
 def _lzma(data: bytes, size: int) -> bytes:
-    decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=_lzma_filters(9))
+    window = {"id": lzma.FILTER_LZMA2, "dict_size": max(size, 4096)}  # no match reaches further back than the output is long
+    decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=[window])
     raw = decoder.decompress(data, max_length=size + 1)
     if not decoder.eof and len(raw) <= size:
         raw += decoder.decompress(b"", max_length=1)
