@@ -78,6 +78,8 @@ class ModelConfig:
     """`shared`: XOR trigrams look up the bigram table too (PR 562); `table`: a table of their own (PR 1182)."""
     trigram_buckets: int = 0
     trigram_dim: int = 128
+    linear_init: Literal["orthogonal", "uniform"] = "orthogonal"
+    """Linear maps start orthogonal (both dimensions >= 64), or uniform(+-1/sqrt(in)) as in the naive baseline; outputs start at zero."""
     hash_proj_init: Literal["orthogonal", "orthogonal_scaled"] = "orthogonal_scaled"
     """`orthogonal_scaled` multiplies by 1/sqrt(2 num_layers) (PRs 372, 562, 638); PR 1182 does not."""
     xsa_last_n: int = 0

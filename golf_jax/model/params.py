@@ -62,11 +62,11 @@ def _resid_mix(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.zeros(shape, jnp.float32).at[:, 0].set(1.0)
 
 
-def _linear(gain: float = 1.0) -> Callable:
+def _linear(gain: float = 1.0, orthogonal: bool = True) -> Callable:
     """Orthogonal (Haar) where both dimensions are at least 64, else uniform(+-1/sqrt(in)): the records' rule."""
 
     def one(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        if min(shape) >= 64:
+        if orthogonal and min(shape) >= 64:
             return gain * jax.nn.initializers.orthogonal()(key, shape, jnp.float32)
         return jax.random.uniform(key, shape, jnp.float32, -1, 1) / math.sqrt(shape[0])
 
@@ -108,14 +108,15 @@ def leaves(config: ModelConfig) -> dict[str, Leaf]:
     if c.value_residual:
         out["vr_lambda"] = Leaf((n, 2), "vector", _constant(0.5), "blocks.{i}.attn.vr_lambda")
     gate_rows = h if c.head_gate == "query_rows" else 0
-    out["q"] = Leaf((n, d, q_dim + gate_rows), "matrix", _linear(), "blocks.{i}.attn.c_q.weight", True)
-    out["k"] = Leaf((n, d, kv_dim), "matrix", _linear(), "blocks.{i}.attn.c_k.weight", True)
-    out["v"] = Leaf((n, d, kv_dim), "matrix", _linear(), "blocks.{i}.attn.c_v.weight", True)
+    linear = _linear(orthogonal=c.linear_init == "orthogonal")
+    out["q"] = Leaf((n, d, q_dim + gate_rows), "matrix", linear, "blocks.{i}.attn.c_q.weight", True)
+    out["k"] = Leaf((n, d, kv_dim), "matrix", linear, "blocks.{i}.attn.c_k.weight", True)
+    out["v"] = Leaf((n, d, kv_dim), "matrix", linear, "blocks.{i}.attn.c_v.weight", True)
     out["o"] = Leaf((n, q_dim, d), "matrix", zeros, "blocks.{i}.attn.proj.weight", True)
     if c.head_gate == "linear":
         out["gate"] = Leaf((n, d, h), "gate", zeros, "blocks.{i}.attn.attn_gate.weight", True)
         out["gate_bias"] = Leaf((n, h), "vector", _constant(4.0), "blocks.{i}.attn.attn_gate.bias")
-    out["up"] = Leaf((n, d, f), "matrix", _linear(), "blocks.{i}.mlp.fc.weight", True)
+    out["up"] = Leaf((n, d, f), "matrix", linear, "blocks.{i}.mlp.fc.weight", True)
     out["down"] = Leaf((n, f, d), "matrix", zeros, "blocks.{i}.mlp.proj.weight", True)
     return out
 

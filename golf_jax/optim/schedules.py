@@ -30,8 +30,8 @@ def lr_factor(schedule: ScheduleConfig, budget: BudgetConfig, clock: Clock) -> f
         frac = fraction(budget, clock)
         return 1.0 if frac < 1 - schedule.warmdown_frac else max((1 - frac) / schedule.warmdown_frac, floor)
     if budget.steps:
-        left, window = float(budget.steps - clock.step), float(min(schedule.warmdown_steps, budget.steps))
-        return floor + (1 - floor) * max(left, 0.0) / schedule.warmdown_steps if left <= window and window else 1.0
+        left = budget.steps - clock.step
+        return floor + (1 - floor) * left / schedule.warmdown_steps if 0 < left <= schedule.warmdown_steps else 1.0
     # The records' estimate: warmdown_steps at the average step time so far.
     left = max(budget.seconds - clock.seconds, 0.0)
     window = schedule.warmdown_steps * clock.seconds / max(clock.step, 1)
