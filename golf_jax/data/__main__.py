@@ -15,9 +15,9 @@ from golf_jax.config import GolfError
 class Build:
     """Make tokenizer, shards and manifest.json from your own text.
 
-    A text file is one document, or, when it is long, one every 8,192 characters or more, cut at blank lines. JSONL has one document per line,
-    in the field `text`. A directory gives all .txt, .md and .jsonl files below it, in name order (shuffle your documents
-    beforehand if neighbours are alike: training reads them in this order). Example:
+    A text file is one document; a long one is cut at blank lines into documents of 8,192 characters or a little more. JSONL
+    has one document per line, in the field `text`. A directory gives all .txt, .md and .jsonl files below it, in name order.
+    Training reads documents in this order: shuffle them beforehand if neighbours are alike. Example:
 
       python -m golf_jax.data build books/ --out data/books --vocab-size 1024
     """

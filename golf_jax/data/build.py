@@ -55,7 +55,8 @@ def _read_text(path: Path) -> Iterator[str]:
         if sum(map(len, paragraphs)) >= LONG_DOCUMENT:
             yield "\n\n".join(paragraphs)
             paragraphs = []
-    yield "\n\n".join(paragraphs)
+    if paragraphs:
+        yield "\n\n".join(paragraphs)
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
@@ -159,9 +160,7 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
             return
 
 
-def _write_splits(
-    documents: Iterable[str], directory: Path, tokenizer: Tokenizer, val_every: int, shard_tokens: int
-) -> dict[str, Any]:
+def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenizer, val_every: int, shard_tokens: int) -> dict[str, Any]:
     write_atomic(directory / "tokenizer.model", tokenizer.model)
     tables = byte_tables(tokenizer.processor)
     writers = {split: _SplitWriter(directory, split, shard_tokens) for split in ("train", "val")}

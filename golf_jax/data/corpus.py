@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import sysconfig
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from golf_jax.data.manifest import NAME, read_manifest
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__pycache__"}
 RULES = "2"  # counts changes of what `documents` does
+PARSER = threading.Lock()  # ast.parse in two threads at once fails on CPython 3.11 (SystemError: recursion depth mismatch)
 
 
 def _sources() -> list[Path]:
@@ -58,7 +60,7 @@ def documents() -> list[str]:
     texts, seen = list(_topics().values()), set()
     for path in _sources():
         try:
-            with warnings.catch_warnings(action="ignore"):
+            with PARSER, warnings.catch_warnings(action="ignore"):
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
             continue  # templates and the like: not text of the corpus

@@ -45,9 +45,7 @@ class HuggingFaceHub:
 
     def fetch(self, path: str, into: Path) -> Path:
         """See `Hub.fetch`."""
-        return Path(
-            self.hub.hf_hub_download(self.repo, path, repo_type="dataset", revision=self.revision, local_dir=into)
-        )
+        return Path(self.hub.hf_hub_download(self.repo, path, repo_type="dataset", revision=self.revision, local_dir=into))
 
     def sha256(self, paths: list[str]) -> dict[str, str]:
         """See `Hub.sha256`."""
@@ -62,10 +60,11 @@ def download(
     hub: Hub | None = None,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Brings `variant` (sp1024, sp8192, ...) with its first `train_shards` shards and all of validation; returns the shards' folder.
+    """Brings `variant` (sp1024, sp8192, ...): tokenizer, all of validation, the first `train_shards` training shards.
 
-    Files already there and sound are kept, so an interrupted download goes on where it stopped. GolfError for an unknown variant, too
-    many shards, a file that is damaged after a fresh fetch, a validation set that is not as long as the official manifest says.
+    Returns the shards' folder. Files already there and sound are kept, so an interrupted download goes on where it stopped.
+    GolfError for an unknown variant, too many shards, a file that is damaged after a fresh fetch, a validation set that is not
+    as long as the official manifest says.
     """
     if not re.fullmatch(r"sp\d+", variant):
         raise GolfError(f"variant {variant!r}: must be sp and a vocabulary size (sp1024, sp8192); others need byte sidecars")

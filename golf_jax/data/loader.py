@@ -39,9 +39,7 @@ class Loader(Protocol):
 class _Rows:
     """What both orders share: opened shards, shape of a batch, the part of it that this process reads."""
 
-    def __init__(
-        self, shards: Shards, ranks: int, rows: int, seq_len: int, row_slice: slice | None, vocab_size: int | None
-    ) -> None:
+    def __init__(self, shards: Shards, ranks: int, rows: int, seq_len: int, row_slice: slice | None, vocab_size: int | None) -> None:
         self.names: list[object] = ["shard"]
         if isinstance(shards, str | Path):
             self.names = list(find_shards(shards))
@@ -195,8 +193,7 @@ class ShuffledLoader(_Rows):
         first, last = self.row_slice.start // rows, (self.row_slice.stop - 1) // rows
         self.owned = {rank: self._shards_of(rank) for rank in range(first, last + 1)}
         self.shuffles = {
-            rank: _RankShuffle(rank, [len(self.shards[index]) for index in owned], seq_len)
-            for rank, owned in self.owned.items()
+            rank: _RankShuffle(rank, [len(self.shards[index]) for index in owned], seq_len) for rank, owned in self.owned.items()
         }
 
     def _shards_of(self, rank: int) -> list[int]:
@@ -236,8 +233,8 @@ def make_loader(
 ) -> StreamLoader | ShuffledLoader:
     """The training order named `order` over the glob (or the open arrays) `shards`.
 
-    Args: `ranks` processes of the recipe with `rows` sequences of `seq_len` tokens each per step; `row_slice`, the rows of the global
-    batch [ranks * rows, seq_len] this process needs (all by default); `vocab_size`, to refuse tokens outside of it.
+    `ranks` processes of the recipe train on `rows` sequences of `seq_len` tokens each per step. `row_slice`: the rows of the
+    global batch [ranks * rows, seq_len] that this process needs (all by default). `vocab_size`: refuse tokens outside of it.
     """
     if order not in ORDERS:
         raise GolfError(f"data.order={order!r}: must be one of {', '.join(ORDERS)}")

@@ -6,19 +6,19 @@ from types import TracebackType
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from golf_jax.config import GolfError
 from golf_jax.data.loader import Loader
+from golf_jax.mesh import AXIS, rows
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> slice:
     """The rows of a batch [num_rows, ...], sharded over the mesh axis `data`, that this process has to read."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    if num_rows % mesh.shape["data"]:
-        raise GolfError(f"batch of {num_rows} sequences does not divide over {mesh.shape['data']} devices")
-    spans = {index[0].indices(num_rows)[:2] for index in sharding.addressable_devices_indices_map((num_rows,)).values()}
-    ordered = sorted(spans)
+    if num_rows % mesh.shape[AXIS]:
+        raise GolfError(f"batch of {num_rows} sequences does not divide over {mesh.shape[AXIS]} devices")
+    indices = rows(mesh).addressable_devices_indices_map((num_rows,)).values()
+    ordered = sorted({index[0].indices(num_rows)[:2] for index in indices if index is not None})
     if any(before[1] != after[0] for before, after in zip(ordered, ordered[1:], strict=False)):
         raise GolfError("mesh: the devices of a process must hold neighbouring rows; build it in process order")
     return slice(ordered[0][0], ordered[-1][1])
@@ -35,7 +35,7 @@ class Prefetcher:
         expected = local_rows(mesh, loader.global_shape[0])
         if loader.row_slice != expected:
             raise GolfError(f"data loader reads rows {loader.row_slice}, this process places rows {expected}")
-        self._loader, self._sharding = loader, NamedSharding(mesh, PartitionSpec("data"))
+        self._loader, self._sharding = loader, rows(mesh)
         self._state = loader.state()
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
@@ -43,8 +43,8 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._work, name="golf_jax-prefetch", daemon=True)
         self._thread.start()
 
-    def _place(self, rows: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(self._sharding, rows, self._loader.global_shape)
+    def _place(self, local: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(self._sharding, local, self._loader.global_shape)
 
     def _work(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Token shards in the challenge's format: 256 little-endian int32 header words (magic, version, token count), then uint16 tokens."""
+"""Token shards in the challenge's format: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens."""
 
 import glob
 import os

@@ -66,7 +66,7 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class ByteTables:
-    """Per token id: UTF-8 bytes of its text without a leading space, whether it has one, whether it bounds text (V entries each)."""
+    """Per token id: bytes of its text without a leading space, whether it has one, whether it bounds text. V entries each."""
 
     base_bytes: np.ndarray  # int16 [V]
     has_leading_space: np.ndarray  # bool [V]
@@ -134,8 +134,7 @@ def check_tables(tokenizer: Tokenizer, tokens: np.ndarray, tables: ByteTables | 
         text = tokenizer.decode(ids)
         if counted != (actual := len(text.encode())):
             raise GolfError(
-                f"tokenizer {tokenizer.name}: byte tables count {counted} bytes for document {number}, its text has "
-                f"{actual}: {text[:60]!r}"
+                f"tokenizer {tokenizer.name}: byte tables count {counted} bytes for document {number}, its text has {actual}: {text[:60]!r}"
             )
         total += counted
     return total
@@ -183,7 +182,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise GolfError(f"tokenizer: training at vocab_size={vocab_size} failed: {' '.join(str(error).split())}") from error
+        reason = str(error).rpartition("] ")[2].strip()  # behind the trainer's source line and condition
+        raise GolfError(f"tokenizer: training at vocab_size={vocab_size} failed: {reason}") from error
     tokenizer = Tokenizer(model.getvalue())
     if tokenizer.vocab_size != vocab_size:
         raise GolfError(f"tokenizer: the text yields {tokenizer.vocab_size} pieces, not vocab_size={vocab_size}; ask for fewer")

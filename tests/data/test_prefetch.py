@@ -2,19 +2,19 @@
 
 import threading
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from golf_jax.config import GolfError
 from golf_jax.data.loader import StreamLoader
 from golf_jax.data.prefetch import Prefetcher, local_rows
+from golf_jax.mesh import make_mesh
 
 
 @pytest.fixture
 def mesh():
-    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    return make_mesh(8)
 
 
 def make(tokens=5000, **options):

@@ -1,0 +1,239 @@
+"""Build, embedded corpus, verify: what comes out is complete, counted, split without overlap; damage is found."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import golf_jax
+from golf_jax.config import GolfError
+from golf_jax.data import build as build_module
+from golf_jax.data import corpus
+from golf_jax.data.build import build, is_validation, read_documents
+from golf_jax.data.manifest import read_manifest, sha256_file
+from golf_jax.data.shards import find_shards, load_val_tokens, open_shard, write_shard
+from golf_jax.data.tokenizer import Tokenizer, split_documents
+from golf_jax.data.verify import document_hashes, verify_directory
+
+TEXTS = [f"Document {number} has its own words: {number * 7919:x} and {number * 104729:o}." for number in range(200)]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def built(tmp_path, jsonl):
+    build([jsonl], tmp_path / "data", vocab_size=300, shard_tokens=2500, log=lambda line: None)
+    return tmp_path / "data"
+
+
+def problems(directory):
+    return "\n".join(verify_directory(directory).problems)
+
+
+def test_every_document_is_in_the_split_its_hash_says(built):
+    tokenizer = Tokenizer(built / "tokenizer.model")
+    for split, held_out in (("train", False), ("val", True)):
+        documents = split_documents(load_val_tokens(built / f"{split}_*.bin"), tokenizer.bos_id)
+        decoded = [tokenizer.decode(document) for document in documents]
+        assert decoded == [text for text in TEXTS if is_validation(text, 10) == held_out] and decoded
+
+
+def test_manifest_counts_and_hashes_are_true(built):
+    manifest = read_manifest(built / "manifest.json")
+    assert len(manifest["train"]["files"]) > 1
+    assert manifest["train"]["documents"] + manifest["val"]["documents"] == len(TEXTS)
+    assert manifest["train"]["bytes"] + manifest["val"]["bytes"] == sum(map(len, TEXTS))
+    for split in ("train", "val"):
+        files = manifest[split]["files"]
+        assert [file["name"] for file in files] == [path.name for path in find_shards(built / f"{split}_*.bin")]
+        assert [file["sha256"] for file in files] == [sha256_file(built / file["name"]) for file in files]
+        assert sum(len(open_shard(built / file["name"])) for file in files) == manifest[split]["tokens"]
+    assert manifest["tokenizer"] == {
+        "file": "tokenizer.model",
+        "sha256": Tokenizer(built / "tokenizer.model").sha256,
+        "vocab_size": 300,
+    }
+    assert verify_directory(built).problems == []
+
+
+def test_the_tokenizer_never_saw_validation_text(tmp_path, jsonl, monkeypatch):
+    seen = []
+    monkeypatch.setattr(build_module, "train_bpe", lambda texts, size: seen.extend(texts) or original([*seen], size))
+    build([jsonl], tmp_path / "data", vocab_size=300, log=lambda line: None)
+    assert seen == [text for text in TEXTS if not is_validation(text, 10)]
+
+
+original = build_module.train_bpe
+
+
+def test_repeated_and_empty_documents_are_dropped(tmp_path, jsonl, built):
+    jsonl.write_text(jsonl.read_text() * 2 + json.dumps({"text": " \n"}) + "\n" + json.dumps({"text": f"  {TEXTS[3]}"}) + "\n")
+    tokenizer = built / "tokenizer.model"
+    again = build([jsonl], tmp_path / "again", tokenizer=tokenizer, shard_tokens=2500, log=lambda line: None)
+    before = read_manifest(built / "manifest.json")
+    assert (again["train"], again["val"]) == (before["train"], before["val"])
+
+
+def test_directories_texts_and_long_documents(tmp_path):
+    folder = tmp_path / "books"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "b.txt").write_text("short")
+    paragraphs = [f"paragraph {number} " + "word " * 400 for number in range(20)]
+    (folder / "a.md").write_text("\n\n".join(paragraphs))
+    (folder / "sub" / "c.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    (folder / "ignored.bin").write_bytes(b"\xff")
+    *parts, short, one, two = read_documents([folder])
+    assert (short, one, two) == ("short", "one", "two")
+    assert len(parts) > 3 and all(len(part) >= 8192 for part in parts[:-1]) and max(map(len, parts)) < 12_000
+    assert "\n\n".join(parts) == "\n\n".join(paragraphs)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "a.jsonl:2: needs a JSON object"),
+        ("a.jsonl", b'{"text": "x"\n', "a.jsonl:1"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1"),
+        ("a.txt", b"ab\xff", r"a.txt: not UTF-8 text \(byte 2\)"),
+        ("a.csv", None, "a.csv: cannot be read"),
+    ],
+)
+def test_bad_inputs_are_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(GolfError, match=message):
+        list(read_documents([tmp_path / name]))
+
+
+def test_a_failed_build_leaves_nothing_and_an_old_one_is_kept(tmp_path, jsonl, built):
+    with pytest.raises(GolfError, match="exists already"):
+        build([jsonl], built)
+    (tmp_path / "one.txt").write_text("word " * 2000)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(GolfError, match="leave none for"):
+        build([tmp_path / "one.txt"], tmp_path / "new", tokenizer=built / "tokenizer.model", log=lambda line: None)
+    with pytest.raises(GolfError, match="vocab_size=60000"):
+        build([jsonl], tmp_path / "new", vocab_size=60_000, log=lambda line: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_verify_finds_a_flipped_byte(built):
+    path = built / "train_000000.bin"
+    raw = bytearray(path.read_bytes())
+    raw[-2] ^= 1
+    path.write_bytes(raw)
+    assert "train_000000.bin: sha256 differs" in problems(built)
+
+
+def test_verify_finds_a_validation_document_in_training(built):
+    """Also one that runs over the end of a shard: the leak of issue 2127."""
+    held_out = open_shard(built / "val_000000.bin")
+    training = open_shard(built / "train_000000.bin")
+    second = np.flatnonzero(held_out == 1)[1]
+    leak = np.concatenate([training, held_out[:second]])
+    (built / "manifest.json").unlink()
+    write_shard(built / "train_000000.bin", leak[:-5])
+    write_shard(built / "train_000000b.bin", np.concatenate([leak[-5:], [1, 40]]))
+    report = verify_directory(built, built / "tokenizer.model")
+    assert len(report.problems) == 1 and "1 of 23 validation documents are also training" in report.problems[0]
+
+
+def test_verify_finds_missing_foreign_and_truncated_shards(built):
+    (built / "train_000001.bin").unlink()
+    write_shard(built / "train_000009.bin", np.array([1, 5, 6]))
+    path = built / "val_000000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    found = problems(built)
+    for message in ("train_000001.bin of the manifest is missing", "train_000009.bin: is not in the manifest", "truncated"):
+        assert message in found
+
+
+def test_verify_finds_another_tokenizer_and_a_missing_bos(tmp_path, jsonl, built):
+    build([jsonl], tmp_path / "small", vocab_size=291, log=lambda line: None)
+    report = verify_directory(built, tmp_path / "small" / "tokenizer.model")
+    assert any("the manifest says" in problem for problem in report.problems)
+    assert any("outside a vocabulary of 291" in problem for problem in report.problems)
+    write_shard(tmp_path / "small" / "val_000000.bin", np.arange(40, 60))
+    assert "starts with token 40, not with BOS" in problems(tmp_path / "small")
+    assert "no BOS (1) anywhere" in problems(tmp_path / "small")
+
+
+def test_document_hashes_do_not_depend_on_where_shards_end(built):
+    tokens = load_val_tokens(built / "train_*.bin")
+    whole = list(document_hashes([tokens], 1))
+    assert len(set(whole)) == 177
+    for size in (7, 50, 1000):
+        assert list(document_hashes(np.split(tokens, range(size, len(tokens), size)), 1)) == whole
+
+
+def test_official_shards_are_sound(shared):
+    for vocab in (1024, 8192):
+        model = shared / f"data/tokenizers/fineweb_{vocab}_bpe.model"
+        report = verify_directory(shared / f"data/fineweb_sp{vocab}", model)
+        assert report.problems == [] and any("0 of 181 validation documents" in fact for fact in report.facts)
+
+
+BUILD_IN_A_PROCESS = """
+import json, sys
+from golf_jax.data.corpus import build_embedded
+print(json.dumps(build_embedded(sys.argv[1], 512)))
+"""
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    root = tmp_path_factory.mktemp("embedded")
+    environment = {**os.environ, "PYTHONPATH": str(Path(golf_jax.__file__).parents[1])}
+    command = [sys.executable, "-c", BUILD_IN_A_PROCESS, str(root)]
+    racers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    return root, [json.loads(racer.communicate()[0]) for racer in racers]
+
+
+def test_embedded_corpus_is_about_two_megabytes_of_sound_data(embedded):
+    manifest = embedded[1][0]
+    size = manifest["train"]["bytes"] + manifest["val"]["bytes"]
+    assert 1_200_000 < size < 4_000_000 and manifest["val"]["bytes"] > 0.04 * size
+    assert verify_directory(manifest["directory"]).problems == []
+
+
+def test_embedded_corpus_is_built_once_by_racing_builders(embedded, monkeypatch):
+    root, (one, two) = embedded
+    assert one == two and [path.name for path in root.iterdir()] == [one["directory"].rsplit("/", 1)[1]]
+
+    def fail(*args, **options):
+        raise AssertionError("the cache was not used")
+
+    monkeypatch.setattr(corpus, "build_documents", fail)
+    assert corpus.build_embedded(root, 512) == one
+
+
+def test_the_slower_builder_takes_the_faster_ones_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "documents", lambda: TEXTS)
+    rename = os.rename
+
+    def lose(temporary, directory):
+        shutil.copytree(temporary, directory)
+        (directory / "winner").touch()
+        rename(temporary, directory)
+
+    monkeypatch.setattr(os, "rename", lose)
+    manifest = corpus.build_embedded(tmp_path, 300)
+    directory = Path(manifest["directory"])
+    assert (directory / "winner").exists() and [path.name for path in tmp_path.iterdir()] == [directory.name]
+
+
+def test_embedded_corpus_hash_follows_what_it_is_made_of(monkeypatch):
+    before = corpus.content_hash(512)
+    assert corpus.content_hash(512) == before != corpus.content_hash(1024)
+    monkeypatch.setattr(corpus, "_topics", lambda: {"one": "text"})
+    assert corpus.content_hash(512) != before

@@ -1,0 +1,41 @@
+"""`python -m golf_jax.data`: the commands run, teach, and never show a traceback for a user's mistake."""
+
+import pytest
+
+from golf_jax.data.__main__ import main
+
+
+def test_build_then_verify(tmp_path, capsys):
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text(f"File {number} holds {number**5} and {number**7:x}.")
+    assert main(["build", str(tmp_path), "--out", str(tmp_path / "data"), "--vocab-size", "300", "--val-every", "5"]) == 0
+    assert "--data.train" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "data")]) == 0
+    assert capsys.readouterr().out.endswith("sound\n")
+    (tmp_path / "data/val_000000.bin").write_bytes(b"")
+    assert main(["verify", str(tmp_path / "data")]) == 1
+    assert "PROBLEM: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "no-such-file.txt", "--out", "new"], "error: no-such-file.txt: cannot be read"),
+        (["verify", "no-such-directory"], "error: no-such-directory: has no manifest.json"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_two(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "words"), [("build", "JSONL"), ("download", "--train-shards"), ("verify", "no validation text in training")]
+)
+def test_help_explains_each_command(command, words, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert words in shown and "python -m golf_jax.data" in shown
