@@ -8,6 +8,7 @@ import numpy as np
 
 from golf_jax.config import QuantConfig, QuantRule
 from golf_jax.quant import QTensor
+from golf_jax.quant.rounding import prune_by_magnitude
 
 RECIPES = ("pr372", "pr562", "pr638", "pr1182", "pr2005")
 # Largest tensor that passes through, and (PR 562) largest that is not pruned, in the portable reference tensors.
@@ -122,7 +123,7 @@ def reference_kinds(z, root: str = "") -> dict[str, str]:
 
 
 def portable_codes(pr: str, z) -> dict[str, QTensor]:
-    """The stored tensors of a portable reference file; pass-through values are the parameters, cast."""
+    """The stored tensors of a portable reference file; pass-through values are the parameters, pruned and cast."""
     tensors = reference_tensors(pr, z)
     result = {}
     for name, w in tensors.items():
@@ -131,6 +132,8 @@ def portable_codes(pr: str, z) -> dict[str, QTensor]:
         if f"codes/{key}" in z.files:
             result[name] = QTensor(kind, "float32", codes=z[f"codes/{key}"], scale=z[f"scale/{key}"])
         else:
+            if pr == "pr562" and w.ndim == 2 and w.size > PORTABLE_PRUNE_NUMEL:
+                w = prune_by_magnitude(w, 0.03)
             result[name] = QTensor(kind, "float32", values=w.astype(kind))
     return result
 
