@@ -62,7 +62,7 @@ class Download:
       python -m golf_jax.data download sp1024 --train-shards 10
     """
 
-    variant: tyro.conf.Positional[str]
+    variant: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VARIANT")]
     """sp1024, sp8192, ...: the tokenizer family."""
     out: Path = Path("data")
     """Root directory: gets datasets/, tokenizers/ and manifest.json."""

@@ -40,9 +40,9 @@ class _Rows:
     """What both orders share: opened shards, shape of a batch, the part of it that this process reads."""
 
     def __init__(self, shards: Shards, ranks: int, rows: int, seq_len: int, row_slice: slice | None, vocab_size: int | None) -> None:
-        self.names: list[object] = ["shard"]
+        self.source: object = "training data"
         if isinstance(shards, str | Path):
-            self.names = list(find_shards(shards))
+            self.source = shards
             shards = [open_shard(path) for path in find_shards(shards)]
         if min(ranks, rows, seq_len) < 1:
             raise GolfError(f"data loader: ranks={ranks}, rows={rows}, seq_len={seq_len} must all be at least 1")
@@ -69,7 +69,7 @@ class _Rows:
     def _pair(self, sequences: list[np.ndarray]) -> Batch:
         sequences_NT = np.stack(sequences).astype(np.int32)
         if self.vocab_size is not None:
-            check_token_range(sequences_NT, self.vocab_size, f"training data ({self.names[0]}, ...)")
+            check_token_range(sequences_NT, self.vocab_size, self.source)
         return sequences_NT[:, :-1], sequences_NT[:, 1:]
 
 

@@ -1,11 +1,18 @@
 """Prefetching: right rows on right devices, exact position, errors of the thread, clean end."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+import golf_jax
 from golf_jax.config import GolfError
 from golf_jax.data.loader import StreamLoader
 from golf_jax.data.prefetch import Prefetcher, local_rows
@@ -61,6 +68,44 @@ def test_close_ends_the_thread_while_it_waits_for_room(mesh):
     assert not [thread for thread in threading.enumerate() if thread.name == "golf_jax-prefetch"]
     with pytest.raises(GolfError, match="closed"):
         next(ahead)
+
+
+ONE_OF_TWO = """
+import json, sys
+import jax, numpy as np
+from golf_jax.data.loader import StreamLoader
+from golf_jax.data.prefetch import Prefetcher, local_rows
+from golf_jax.mesh import make_mesh
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+mesh = make_mesh()
+mine = local_rows(mesh, 16)
+loader = StreamLoader([np.arange(5000, dtype=np.uint16)], ranks=8, rows=2, seq_len=16, row_slice=mine)
+with Prefetcher(loader, mesh) as ahead:
+    next(ahead)
+    x, y = next(ahead)
+    whole = [{str(s.index): np.asarray(s.data).tolist() for s in a.addressable_shards} for a in (x, y)]
+    print(json.dumps([x.shape, [mine.start, mine.stop], ahead.state()["batches"], whole]))
+"""
+
+
+def test_two_processes_place_their_halves_of_the_same_batch():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(golf_jax.__file__).parents[1])}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, address, str(i)], env=environment, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    reports = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
+    reference = make()
+    reference.next_batch()
+    batch = reference.next_batch()
+    for number, (shape, rows, batches, halves) in enumerate(reports):
+        assert (shape, rows, batches) == ([16, 16], [8 * number, 8 * number + 8], 2)
+        for half, expected in zip(halves, batch, strict=True):
+            assert sorted(half.values()) == [expected[row : row + 2].tolist() for row in range(rows[0], rows[1], 2)]
 
 
 def test_rows_of_this_process(mesh):
