@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from golf_jax.config import QuantConfig, QuantRule
+from golf_jax.config import QuantConfig, load_recipe
 from golf_jax.quant import QTensor
 from golf_jax.quant.rounding import prune_by_magnitude
 
@@ -18,53 +18,9 @@ PORTABLE_PRUNE_NUMEL = 192
 
 def recipe_quant(pr: str, numel: int, prune_numel: int = 65_536) -> QuantConfig:
     """The recipe's QuantConfig with `numel` as the largest tensor that passes through unquantized."""
-    rules, rest = {
-        "pr372": (
-            (
-                QuantRule("attn_scale|mlp_scale|resid_mix|q_gain|skip_weight|bigram", "float32", max_numel=numel),
-                QuantRule("", "float16", max_numel=numel),
-                QuantRule("tok_emb|blocks.10.attn.c_k.weight", "float16"),
-                QuantRule(".mlp.", "int5_row"),
-                QuantRule("bigram.embed", "int8_percentile"),
-                QuantRule("", "int6_row"),
-            ),
-            {"compressor": "zstd", "level": 22},
-        ),
-        "pr562": (
-            (
-                QuantRule("", "float16", max_numel=numel),
-                QuantRule("tok_emb|blocks.8.attn.c_k", "float16"),
-                QuantRule(".mlp.", "int5_row_search"),
-                QuantRule("", "int6_row_search"),
-            ),
-            {"compressor": "zstd", "level": 22, "prune_fraction": 0.03, "prune_min_numel": prune_numel},
-        ),
-        "pr638": (
-            (
-                QuantRule("", "float16", max_numel=numel),
-                QuantRule(".mlp.|.attn.", "int6_row_floor"),
-                QuantRule("", "int8_percentile"),
-            ),
-            {"compressor": "zstd", "level": 21},
-        ),
-        "pr1182": (
-            (
-                QuantRule("", "float16", max_numel=numel),
-                QuantRule(".mlp.|.attn.|.proj.", "int6_matrix_search"),
-                QuantRule("", "int8_percentile"),
-            ),
-            {"compressor": "lzma", "level": 6},
-        ),
-        "pr2005": (
-            (
-                QuantRule("", "float16", max_numel=numel),
-                QuantRule("tok_emb", "gptq_int7"),
-                QuantRule("", "gptq_int6"),
-            ),
-            {"compressor": "brotli", "level": 11, "gptq_batches": 64},
-        ),
-    }[pr]
-    return QuantConfig(rules=rules, **rest)
+    config = load_recipe(pr).quant
+    rules = tuple(replace(r, max_numel=numel) if r.max_numel else r for r in config.rules)
+    return replace(config, rules=rules, prune_min_numel=prune_numel)
 
 
 def canonical(pr: str, name: str) -> str:
@@ -140,9 +96,3 @@ def portable_codes(pr: str, z) -> dict[str, QTensor]:
 
 def json_of(z, key: str):
     return json.loads(str(z[key]))
-
-
-def without_gptq(config: QuantConfig) -> QuantConfig:
-    """The same config where only tensors that need no Hessian are quantized (float16 for the rest)."""
-    rules = tuple(replace(r, scheme="float16") if r.scheme.startswith("gptq") else r for r in config.rules)
-    return replace(config, rules=rules, gptq_batches=0)

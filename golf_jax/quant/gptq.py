@@ -23,22 +23,20 @@ def accumulate_hessian(x_BTD: jax.Array) -> jax.Array:
     return jnp.matmul(x_ND.T, x_ND, precision=jax.lax.Precision.HIGHEST)
 
 
-def gptq_codes(w_RC: np.ndarray, hessian_CC: np.ndarray, high: int, sigmas: float) -> tuple[np.ndarray, np.ndarray]:
-    """GPTQ codes int8 [R, C] in -high..high and scales float16 [R] = max(sigmas * std(row) / high, 1e-10).
+def gptq_codes(w_RC: np.ndarray, hessian_CC: np.ndarray, scale_R: np.ndarray, high: int) -> np.ndarray:
+    """GPTQ codes int8 [R, C] in -high..high for given row scales, float16 [R].
 
-    One compilation per shape; `sigmas` is traced. Raises GolfError if the Hessian is not a finite positive semi-definite matrix.
+    One compilation per shape. Raises GolfError if the Hessian is not a finite positive semi-definite matrix.
     """
     columns = w_RC.shape[1]
     if hessian_CC.shape != (columns, columns):
         raise GolfError(f"GPTQ: Hessian of shape {hessian_CC.shape} for a matrix with {columns} columns")
     if not np.isfinite(hessian_CC).all():
         raise GolfError("GPTQ: the Hessian holds NaN or infinity")
-    scale_R = np.maximum(np.float32(sigmas) * w_RC.std(axis=1, ddof=1, dtype=np.float64).astype(np.float32) / np.float32(high), 1e-10)
-    scale_R = scale_R.astype(np.float16)
     codes_RC, ok = _solve(jnp.asarray(w_RC), jnp.asarray(hessian_CC), jnp.asarray(scale_R.astype(np.float32)), high)
     if not ok:
         raise GolfError("GPTQ: the Hessian is not positive definite even after damping; collect it from more tokens")
-    return np.asarray(codes_RC), scale_R
+    return np.asarray(codes_RC)
 
 
 @functools.partial(jax.jit, static_argnames="high")

@@ -4,7 +4,7 @@ Tensors are `dict[str, np.ndarray]` by canonical names (`blocks.3.attn.c_q.weigh
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -109,6 +109,22 @@ def _matrix_search(w_RC, step, _):
     return best
 
 
+def sd_scale(w_RC: np.ndarray, high: int, sigmas: float) -> np.ndarray:
+    """SDClip: float16 [R] = max(sigmas * std(row) / high, 1e-10); the standard deviation divides by C - 1."""
+    std_R = w_RC.std(axis=1, ddof=1, dtype=np.float64).astype(F32)
+    return np.maximum(F32(sigmas) * std_R / F32(high), F32(1e-10)).astype(np.float16)
+
+
+def _sd_clip(high: int, sigmas: float):
+    """The scale of PR 2005 with plain rounding: what GPTQ costs in bytes, known without a Hessian."""
+
+    def make(w_RC, step, _):
+        scale_R = sd_scale(w_RC, high, sigmas * step)
+        return to_codes(w_RC, scale_R, -high, high), scale_R
+
+    return make
+
+
 def _gptq(high: int, sigmas: float):
     """PR 2005: full-Hessian GPTQ, clip at `sigmas` standard deviations of the row."""
 
@@ -116,7 +132,8 @@ def _gptq(high: int, sigmas: float):
         from golf_jax.quant.gptq import gptq_codes  # jax: only who runs GPTQ pays for its import
 
         assert hessian_CC is not None
-        return gptq_codes(w_RC, hessian_CC, high, sigmas * step)
+        scale_R = sd_scale(w_RC, high, sigmas * step)
+        return gptq_codes(w_RC, hessian_CC, scale_R, high), scale_R
 
     return make
 
@@ -129,9 +146,17 @@ SCHEMES: dict[str, Scheme] = {
     "int5_row_search": Scheme("int5", _row_search(15)),
     "int6_row_search": Scheme("int6", _row_search(31)),
     "int6_matrix_search": Scheme("int6", _matrix_search),
+    "int6_sdclip": Scheme("int6", _sd_clip(31, 12.85)),
+    "int7_sdclip": Scheme("int7", _sd_clip(63, 15.0)),
     "gptq_int6": Scheme("int6", _gptq(31, 12.85), needs_hessian=True),
     "gptq_int7": Scheme("int7", _gptq(63, 15.0), needs_hessian=True),
 }
+
+
+def without_hessians(config: QuantConfig) -> QuantConfig:
+    """`config` with plain rounding at the same scales in place of GPTQ: for byte estimates while training."""
+    plain = {"gptq_int6": "int6_sdclip", "gptq_int7": "int7_sdclip"}
+    return replace(config, rules=tuple(replace(r, scheme=plain.get(r.scheme, r.scheme)) for r in config.rules))
 
 
 def match_rule(config: QuantConfig, name: str, numel: int) -> QuantRule:

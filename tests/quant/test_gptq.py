@@ -8,6 +8,12 @@ from golden_quant import recipe_quant, reference_tensors
 from golf_jax.config import GolfError
 from golf_jax.quant import quantize
 from golf_jax.quant.gptq import accumulate_hessian, gptq_codes
+from golf_jax.quant.schemes import sd_scale
+
+
+def gptq(w, hessian, high, sigmas):
+    scale = sd_scale(w, high, sigmas)
+    return gptq_codes(w, hessian, scale, high), scale
 
 
 def settings(name):
@@ -32,7 +38,7 @@ def test_shared_codes_from_stored_hessians(shared):
     names = [k[8:] for k in z.files if k.startswith("hessian/")]
     assert len(names) == 5
     for name in names:
-        codes, scale = gptq_codes(weights[f"param/{name}"], z[f"hessian/{name}"], *settings(name))
+        codes, scale = gptq(weights[f"param/{name}"], z[f"hessian/{name}"], *settings(name))
         np.testing.assert_array_equal(scale, z[f"scale/{name}"], err_msg=name)
         np.testing.assert_array_equal(codes, z[f"q/{name}"], err_msg=name)
 
@@ -42,7 +48,7 @@ def test_synthetic_cases(case, shared):
     """Dead columns, heavy clipping over three column blocks, int7, a rank-deficient Hessian."""
     z = np.load(shared / "golden" / "pr2005" / "quant.npz")
     w, h, q, scale, sigmas, high = (z[f"syn/{case}/{k}"] for k in ("W", "H", "q", "scale", "clip_sigmas", "clip_range"))
-    codes, found_scale = gptq_codes(w, h, int(high), float(sigmas))
+    codes, found_scale = gptq(w, h, int(high), float(sigmas))
     np.testing.assert_array_equal(found_scale, scale)
     np.testing.assert_array_equal(codes, q)
 
@@ -70,7 +76,7 @@ def test_equals_the_definition_in_float64(columns):
     x = rng.standard_normal((4 * columns, columns)).astype(np.float32) * np.linspace(0.5, 2, columns, dtype=np.float32)
     x[:, 3] = 0
     h = np.asarray(accumulate_hessian(x))
-    codes, scale = gptq_codes(w, h, 31, 4.0)
+    codes, scale = gptq(w, h, 31, 4.0)
     assert (codes == textbook_gptq(w, h, 31, scale.astype(np.float64))).mean() >= 0.999
     assert (codes[:, 3] == 0).all()
     plain = np.clip(np.rint(w / scale.astype(np.float32)[:, None]), -31, 31)
@@ -89,4 +95,4 @@ def test_bad_hessians_are_named():
     w = np.ones((2, 4), np.float32)
     for h, message in [(np.eye(3), "shape"), (np.full((4, 4), np.nan), "NaN"), (-np.eye(4), "not positive definite")]:
         with pytest.raises(GolfError, match=message):
-            gptq_codes(w, h.astype(np.float32), 31, 12.85)
+            gptq(w, h.astype(np.float32), 31, 12.85)
