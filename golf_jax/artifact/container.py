@@ -92,7 +92,7 @@ def pack(header: dict[str, Any], qtensors: Mapping[str, QTensor], compressor: st
     """The artifact as bytes; the same input gives the same bytes. header: JSON-able (model config and whatever the reader needs)."""
     entries = [Entry(name, q.kind, q.dtype, tuple(q.shape)) for name, q in qtensors.items()]
     tensors = list(qtensors.values())
-    raws = [_join(section, tensors) for section in section_plan(entries)]
+    raws = [join_section(section, tensors) for section in section_plan(entries)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors release the GIL
         stored = list(pool.map(lambda raw: compress(compressor, level, raw), raws))
     table = {
@@ -103,9 +103,7 @@ def pack(header: dict[str, Any], qtensors: Mapping[str, QTensor], compressor: st
     raw_head = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
     head = compress(compressor, level, raw_head)
     body = b"".join([head, *stored])
-    prefix = _PREFIX.pack(
-        MAGIC, VERSION, COMPRESSORS.index(compressor), _PREFIX.size + _DIGEST + len(body), len(head), len(raw_head)
-    )
+    prefix = _PREFIX.pack(MAGIC, VERSION, COMPRESSORS.index(compressor), _PREFIX.size + _DIGEST + len(body), len(head), len(raw_head))
     return prefix + hashlib.sha256(prefix + body).digest() + body
 
 
@@ -224,7 +222,8 @@ def _is_size(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31
 
 
-def _join(section: Section, tensors: list[QTensor]) -> bytes:
+def join_section(section: Section, tensors: list[QTensor]) -> bytes:
+    """The raw bytes of one stream: tensors one after the other, then split into byte planes."""
     raw = b"".join(np.ascontiguousarray(getattr(tensors[i], section.part)).tobytes() for i in section.members)
     return np.frombuffer(raw, np.uint8).reshape(-1, section.itemsize).T.tobytes()  # byte planes; codes have one
 

@@ -1,0 +1,105 @@
+"""The code that ships with a model: one file, reproducible and reversible, counted against the cap.
+
+A Python zip application holding the entry module and everything of this project it imports, found by reading the import statements.
+The sources sit in one xz stream (one dictionary for all files) behind a small loader, so `python bundle.pyz ARGS` runs the entry
+module wherever the dependencies are installed.
+"""
+
+import ast
+import io
+import json
+import lzma
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from golf_jax.artifact.codecs import ArtifactError
+from golf_jax.config import GolfError
+
+PACKAGES = ("golf_jax", "kernels", "configs")
+ROOT = Path(__file__).resolve().parents[2]
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_LOADER = """import json,lzma,os,runpy,sys,tempfile
+with tempfile.TemporaryDirectory() as d:
+ for p,t in json.loads(lzma.decompress(__loader__.get_data("source.xz"))).items():
+  p=os.path.join(d,p);os.makedirs(os.path.dirname(p),exist_ok=True)
+  with open(p,"w",encoding="utf8") as f:f.write(t)
+ sys.path.insert(0,d)
+ runpy.run_module({entry!r},run_name="__main__",alter_sys=True)
+"""
+
+
+def module_sources(modules: Sequence[str]) -> dict[str, str]:
+    """Path -> source of the named modules and of all modules of this project that they import, directly or not.
+
+    Imports inside functions count; modules loaded by a name computed at run time (a recipe) must be named.
+    """
+    found: dict[str, str] = {}
+    pending = list(modules)
+    while pending:
+        name = pending.pop()
+        path = _module_path(name)
+        if path is None:
+            raise GolfError(f"bundle: no module {name} in {', '.join(PACKAGES)}")
+        relative = path.relative_to(ROOT).as_posix()
+        if relative in found:
+            continue
+        found[relative] = path.read_text(encoding="utf8")
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        imports = _imports(found[relative], package)
+        if "." in name:
+            imports.add(name.rpartition(".")[0])  # importing a.b runs a first
+        pending += sorted(i for i in imports if _module_path(i))
+    return dict(sorted(found.items()))
+
+
+def bundle(entry: str, *modules: str) -> bytes:
+    """The shipped file: `entry` is what it runs (`golf_jax.train`), modules are further roots (`configs.pr638`).
+
+    A package is run by its `__main__`. The same sources give the same bytes.
+    """
+    main = entry + ".__main__"
+    roots = [entry, *modules] + ([main] if _module_path(main) else [])
+    raw = json.dumps(module_sources(roots), separators=(",", ":"), ensure_ascii=False).encode()
+    stream = lzma.compress(raw, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, preset=9 | lzma.PRESET_EXTREME)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        z.writestr(zipfile.ZipInfo("__main__.py", _EPOCH), _LOADER.format(entry=entry), zipfile.ZIP_DEFLATED)
+        z.writestr(zipfile.ZipInfo("source.xz", _EPOCH), stream, zipfile.ZIP_STORED)
+    return out.getvalue()
+
+
+def unbundle(data: bytes) -> dict[str, str]:
+    """Path -> source, exactly as bundled. Nothing is executed. Raises ArtifactError."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as z:
+            return json.loads(lzma.decompress(z.read("source.xz")))
+    except (zipfile.BadZipFile, KeyError, lzma.LZMAError, ValueError) as e:
+        raise ArtifactError(f"not a code bundle of golf_jax ({e})") from None
+
+
+def raw_code_bytes(data: bytes) -> int:
+    """UTF-8 bytes of the bundled sources, uncompressed."""
+    return sum(len(source.encode()) for source in unbundle(data).values())
+
+
+def _module_path(name: str) -> Path | None:
+    if name.split(".")[0] not in PACKAGES:
+        return None
+    base = ROOT.joinpath(*name.split("."))
+    for path in (base / "__init__.py", base.with_name(base.name + ".py")):
+        if path.is_file():
+            return path
+    return None
+
+
+def _imports(source: str, package: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parts, *([node.module] if node.module else [])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
