@@ -1,0 +1,20 @@
+"""The `pallas` backend: our Mosaic GPU kernels on a GPU, splash attention with the XSA epilogue on a TPU."""
+
+import jax
+
+
+def xsa_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xsa: bool) -> jax.Array:
+    """As `kernels.attention.xsa_attention`. The platform is that of the mesh in context (also an abstract one, for
+    compiling ahead of time: `jax.sharding.use_abstract_mesh`), else the default backend. ValueError on a CPU.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform in ("gpu", "cuda"):
+        from kernels.attention import mosaic_gpu
+
+        return mosaic_gpu.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
+    if platform == "tpu":
+        from kernels.attention import splash_tpu
+
+        return splash_tpu.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
+    raise ValueError(f"attention backend 'pallas' has kernels for GPU and TPU, not for {platform!r}: use 'xla'")
