@@ -1,10 +1,9 @@
 """Standard and sliding evaluation against the reference sums of the five PRs, and against themselves on other meshes."""
 
-import numpy as np
 import pytest
 from evaluation.golden_models import Portable
 
-from golf_jax.config import EvalConfig, GolfError
+from golf_jax.config import EvalConfig
 from golf_jax.evaluation import evaluate_sliding, evaluate_standard
 from golf_jax.mesh import make_mesh
 
