@@ -336,8 +336,10 @@ class QuantConfig:
     """Only 2-D tensors with more elements than this are pruned."""
     gptq_batches: int = 0
     """Calibration batches for the Hessians of GPTQ schemes (PR 2005: 64)."""
-    compressor: Literal["zstd", "lzma", "brotli"] = "zstd"
+    compressor: Literal["zstd", "lzma", "brotli", "rans"] = "zstd"
+    """`rans` is this project's own coder for integer codes, 1 to 2 % smaller (docs/artifact.md); scales and floats by brotli."""
     level: int = 22
+    """zstd 1..22, lzma 0..9, brotli and rans 0..11."""
 
     def __post_init__(self):
         _check(0 <= self.prune_fraction < 1, f"quant.prune_fraction must be in 0..1, got {self.prune_fraction}")

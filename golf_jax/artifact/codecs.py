@@ -8,7 +8,7 @@ import zstandard
 
 from golf_jax.config import GolfError
 
-COMPRESSORS = ("zstd", "lzma", "brotli")
+COMPRESSORS = ("zstd", "lzma", "brotli", "rans")
 _ZSTD_WINDOW = 1 << 27  # what level 22 uses; a frame that asks for more is refused
 
 
@@ -23,8 +23,11 @@ def _lzma_filters(level: int) -> list[dict]:
 
 
 def compress(name: str, level: int, data: bytes) -> bytes:
-    """`data` compressed by `zstd` (level 1..22), `lzma` (preset 0..9) or `brotli` (quality 0..11)."""
-    top = {"zstd": 22, "lzma": 9, "brotli": 11}.get(name)
+    """`data` compressed by `zstd` (level 1..22), `lzma` (preset 0..9) or `brotli` (quality 0..11).
+
+    `rans` is brotli here: only integer codes have a coder of their own (golf_jax.artifact.rans).
+    """
+    top = {"zstd": 22, "lzma": 9, "brotli": 11, "rans": 11}.get(name)
     if top is None:
         raise GolfError(f"quant.compressor: unknown {name!r}; known: {', '.join(COMPRESSORS)}")
     if not (1 if name == "zstd" else 0) <= level <= top:
@@ -38,7 +41,7 @@ def compress(name: str, level: int, data: bytes) -> bytes:
 
 def decompress(name: str, data: bytes, size: int) -> bytes:
     """Exactly `size` bytes from `data`; allocates no more than that (plus the compressor's window). Raises ArtifactError."""
-    bounded: Callable[[bytes, int], bytes] = {"zstd": _zstd, "lzma": _lzma, "brotli": _brotli}[name]
+    bounded: Callable[[bytes, int], bytes] = {"zstd": _zstd, "lzma": _lzma, "brotli": _brotli, "rans": _brotli}[name]
     try:
         raw = bounded(data, size)
     except (zstandard.ZstdError, lzma.LZMAError, brotli.error, MemoryError) as e:

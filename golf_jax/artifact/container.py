@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from golf_jax.artifact import rans
 from golf_jax.artifact.codecs import COMPRESSORS, ArtifactError, compress, decompress
 from golf_jax.quant import QTensor
 from golf_jax.quant.schemes import FLOATS
@@ -92,9 +93,8 @@ def pack(header: dict[str, Any], qtensors: Mapping[str, QTensor], compressor: st
     """The artifact as bytes; the same input gives the same bytes. header: JSON-able (model config and whatever the reader needs)."""
     entries = [Entry(name, q.kind, q.dtype, tuple(q.shape)) for name, q in qtensors.items()]
     tensors = list(qtensors.values())
-    raws = [join_section(section, tensors) for section in section_plan(entries)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors release the GIL
-        stored = list(pool.map(lambda raw: compress(compressor, level, raw), raws))
+        stored = list(pool.map(lambda section: _store(section, tensors, compressor, level), section_plan(entries)))
     table = {
         "header": header,
         "tensors": [[e.name, e.kind, e.dtype, list(e.shape)] for e in entries],
@@ -112,7 +112,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, QTensor]]:
     opened = inspect(data)
     tensors: list[dict[str, np.ndarray]] = [{} for _ in opened.entries]
     for section, stored in zip(opened.sections, opened.stored, strict=True):
-        raw = decompress(opened.compressor, stored, section.raw_bytes)
+        raw = read_section(opened, section, stored)
         _split(section, raw, opened.entries, tensors)
     result = {}
     for e, parts in zip(opened.entries, tensors, strict=True):
@@ -185,6 +185,20 @@ def inspect(data: bytes) -> Opened:
     ends = np.cumsum([body, *lengths]).tolist()
     stored = [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
     return Opened(header, compressor, body, entries, sections, stored)
+
+
+def read_section(opened: Opened, section: Section, stored: bytes) -> bytes:
+    """The raw bytes of one stream, exactly section.raw_bytes of them. Raises ArtifactError."""
+    if opened.compressor == "rans" and section.part == "codes":
+        shapes = [opened.entries[i].shape for i in section.members]
+        return rans.decode(stored, [(rows, columns) for rows, columns in shapes])
+    return decompress(opened.compressor, stored, section.raw_bytes)
+
+
+def _store(section: Section, tensors: list[QTensor], compressor: str, level: int) -> bytes:
+    if compressor == "rans" and section.part == "codes":
+        return rans.encode([codes for i in section.members if (codes := tensors[i].codes) is not None])
+    return compress(compressor, level, join_section(section, tensors))
 
 
 def _require(ok: Any, message: str) -> None:

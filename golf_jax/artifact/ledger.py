@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from golf_jax.artifact.codecs import decompress
-from golf_jax.artifact.container import Entry, Section, inspect, join_section, section_plan
+from golf_jax.artifact.container import Entry, Section, inspect, join_section, read_section, section_plan
 from golf_jax.config import CAP_BYTES
 from golf_jax.quant import QTensor
 
@@ -71,7 +70,7 @@ def ledger(data: bytes, code_bytes: int = 0) -> Ledger:
     opened = inspect(data)
     lines = []
     for section, stored in zip(opened.sections, opened.stored, strict=True):
-        raw = decompress(opened.compressor, stored, section.raw_bytes)
+        raw = read_section(opened, section, stored)
         lines.append(_line(section, raw, len(stored)))
     return Ledger(tuple(lines), opened.header_bytes, code_bytes)
 

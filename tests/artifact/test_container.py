@@ -16,7 +16,7 @@ from golf_jax.artifact.codecs import decompress
 from golf_jax.artifact.container import _PREFIX, section_plan
 from golf_jax.quant import QTensor
 
-COMPRESSORS = {"zstd": 22, "lzma": 6, "brotli": 11}
+COMPRESSORS = {"zstd": 22, "lzma": 6, "brotli": 11, "rans": 11}
 
 
 def small_model(seed=0):

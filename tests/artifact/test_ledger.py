@@ -24,7 +24,7 @@ def model(rows=512):
     }
 
 
-@pytest.mark.parametrize("compressor, level", [("zstd", 22), ("lzma", 6), ("brotli", 11)])
+@pytest.mark.parametrize("compressor, level", [("zstd", 22), ("lzma", 6), ("brotli", 11), ("rans", 11)])
 def test_every_byte_is_in_the_ledger(compressor, level):
     data = pack({"a": [1, 2]}, model(), compressor, level)
     book = ledger(data, code_bytes=1000)
