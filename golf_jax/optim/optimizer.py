@@ -65,16 +65,15 @@ def make_optimizer(
     dtypes = {n: jnp.dtype(jnp.bfloat16) if momentum_low else params[n].dtype for n in muon}
     layout = StackLayout.of({n: params[n].shape for n in muon}, dtypes, shards)
     muon_rule = scale_by_muon(layout, config.newton_schulz_steps, low, config.row_normalize, axis_name)
-    directions = optax.partition(
-        {"stacks": muon_rule, "rest": scale_by_adam(*config.betas, config.eps)}, {"stacks": "stacks", "rest": "rest"}
-    )
+    rules = {"stacks": muon_rule, "rest": scale_by_adam(*config.betas, config.eps)}
 
     def split(tree: Tree) -> dict[str, Tree]:
         stacks = layout.pack({n: tree[n].astype(dtypes[n]) for n in muon})
         return {"stacks": stacks, "rest": {n: tree[n] for n in adam}}
 
     def init(tree: Tree) -> dict[str, Any]:
-        return {"directions": directions.init(split(tree)), "grad_norm": jnp.zeros([], jnp.float32)}
+        parts = split(tree)
+        return {part: rule.init(parts[part]) for part, rule in rules.items()} | {"grad_norm": jnp.zeros([], jnp.float32)}
 
     def average(tree: dict[str, Tree]) -> dict[str, Tree]:
         if axis_name is None:
@@ -89,12 +88,14 @@ def make_optimizer(
             square = jax.lax.psum(square, axis_name)
         norm, factor = norm_clip_factor(square + squared_norm(mean["rest"]), clip_norm)
         mean = jax.tree.map(lambda g: (g * factor).astype(g.dtype), mean)
-        out, inner = directions.update(mean, state["directions"], None, momentum=momentum)
+        out, inner = {}, {}
+        for part, rule in rules.items():
+            out[part], inner[part] = rule.update(mean[part], state[part], None, momentum=momentum)
         if axis_name is not None:
             out["stacks"] = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), out["stacks"])
         direction = layout.unpack(out["stacks"]) | out["rest"]
         updates = {n: step(n, tree[n], direction[n], lr_factor) if n in direction else jnp.zeros_like(tree[n]) for n in tree}
-        return updates, {"directions": inner, "grad_norm": norm}
+        return updates, inner | {"grad_norm": norm}
 
     def step(name: str, p: jax.Array, d: jax.Array, lr_factor) -> jax.Array:
         """-lr * direction and decoupled decay; PR 372 decays the updated weight, the others the weight before."""
