@@ -23,6 +23,8 @@ def fake_quant(w: jax.Array, scheme: RowScheme, *, axis: int, strength: jax.Arra
     """
     w32 = w.astype(jnp.float32)
     absmax = jnp.maximum(jnp.max(jnp.abs(w32), axis, keepdims=True), scheme.absmax_floor)
-    step = jnp.maximum(absmax / scheme.levels, scheme.scale_floor)
+    # Behind the barrier the divisor is no constant: XLA would multiply by its reciprocal, an ulp off, and flip a few codes.
+    levels = jax.lax.optimization_barrier(jnp.float32(scheme.levels))
+    step = jnp.maximum(absmax / levels, scheme.scale_floor)
     rounded = jnp.clip(jnp.round(w32 / step), scheme.lowest, scheme.levels) * step
     return (w32 + strength * jax.lax.stop_gradient(rounded - w32)).astype(w.dtype)
