@@ -125,7 +125,7 @@ def training_program(config: ModelConfig, ttt: TTTConfig, mesh: Mesh, state: TTT
         direction, opt_state = opt.update(grads, state.opt)
 
         def move(name: str, p: jax.Array) -> jax.Array:
-            d32 = direction[name].astype(jnp.float32)  # pyright: ignore[reportIndexIssue]
+            d32 = jnp.asarray(direction[name], jnp.float32)  # pyright: ignore[reportIndexIssue, reportArgumentType, reportCallIssue]
             return (p.astype(jnp.float32) - lr * scales[name] * d32).astype(p.dtype)
 
         return TTTState({n: move(n, p) for n, p in state.params.items()}, opt_state), (loss, norm)

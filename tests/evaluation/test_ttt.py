@@ -26,9 +26,7 @@ def portable(pr, golden):
 
 def run(case, settings, devices=1, tokens=None, **keywords):
     tokens = case.tokens if tokens is None else tokens
-    return evaluate_ttt(
-        case.config, case.params, tokens, case.tables, seq_len=32, mesh=make_mesh(devices), eval=settings, **keywords
-    )
+    return evaluate_ttt(case.config, case.params, tokens, case.tables, seq_len=32, mesh=make_mesh(devices), eval=settings, **keywords)
 
 
 @pytest.mark.parametrize(("pr", "tag"), [(1182, "ttt"), (1182, "ttt_noqat"), (2005, "ttt")])
