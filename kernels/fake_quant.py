@@ -22,9 +22,13 @@ def fake_quant(w: jax.Array, scheme: RowScheme, *, axis: int, strength: jax.Arra
     strength: 0 returns w, 1 the rounded weight; may be traced. Rounding is half to even, as in the records.
     """
     w32 = w.astype(jnp.float32)
-    absmax = jnp.maximum(jnp.max(jnp.abs(w32), axis, keepdims=True), scheme.absmax_floor)
-    # Behind the barrier the divisor is no constant: XLA would multiply by its reciprocal, an ulp off, and flip a few codes.
-    levels = jax.lax.optimization_barrier(jnp.float32(scheme.levels))
-    step = jnp.maximum(absmax / levels, scheme.scale_floor)
-    rounded = jnp.clip(jnp.round(w32 / step), scheme.lowest, scheme.levels) * step
-    return (w32 + strength * jax.lax.stop_gradient(rounded - w32)).astype(w.dtype)
+    fixed = jax.lax.stop_gradient(w32)
+    absmax = jnp.maximum(jnp.max(jnp.abs(fixed), axis, keepdims=True), scheme.absmax_floor)
+    step = jnp.maximum(_divide(absmax, jnp.float32(scheme.levels)), scheme.scale_floor)
+    rounded = jnp.clip(jnp.round(_divide(fixed, step)), scheme.lowest, scheme.levels) * step
+    return (w32 + strength * (rounded - fixed)).astype(w.dtype)
+
+
+def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b, correctly rounded: XLA turns division by a broadcast into multiplication by its reciprocal, which flips a few codes."""
+    return a / jax.lax.optimization_barrier(jnp.broadcast_to(b, a.shape))
