@@ -46,7 +46,7 @@ def test_the_estimate_is_close_for_the_reference_models(shared):
         codes = reference_codes(pr, np.load(shared / "golden" / pr / "quant.npz"), "small_thr/" if pr == "pr1182" else "")
         book = ledger(pack({}, codes, config.compressor, config.level))
         actual = book.model_bytes - book.header_bytes
-        assert estimate_bytes(codes) - HEADER_ALLOWANCE == pytest.approx(actual, rel=0.03), pr
+        assert estimate_bytes(codes, config.compressor) - HEADER_ALLOWANCE == pytest.approx(actual, rel=0.03), pr
 
 
 def test_over_the_cap_is_said():
