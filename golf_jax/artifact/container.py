@@ -117,14 +117,13 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, QTensor]]:
     result = {}
     for e, parts in zip(opened.entries, tensors, strict=True):
         if e.kind in CODE_RANGE:
-            codes = parts.get("codes", np.zeros(e.shape, np.int8))
-            scale = parts.get("scale", np.zeros(e.shape[0], np.float16))
+            codes, scale = _part(parts, "codes", e.shape, np.int8), _part(parts, "scale", e.shape[:1], np.float16)
             low, high = CODE_RANGE[e.kind]
             _require(np.isfinite(scale).all(), f"{e.name}: a scale is NaN or infinite")
             _require(not codes.size or (codes.min() >= low and codes.max() <= high), f"{e.name}: a code is outside {e.kind}")
             result[e.name] = QTensor(e.kind, e.dtype, codes=codes, scale=scale)
         else:
-            values = parts.get("values", np.zeros(e.shape, FLOATS[e.kind]))
+            values = _part(parts, "values", e.shape, FLOATS[e.kind])
             _require(np.isfinite(values).all(), f"{e.name}: a value is NaN or infinite")
             result[e.name] = QTensor(e.kind, e.dtype, values=values)
     return opened.header, result
@@ -234,6 +233,10 @@ def _parse_table(raw: bytes) -> tuple[dict[str, Any], list[Entry], list[int]]:
 
 def _is_size(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31
+
+
+def _part(parts: dict[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return parts[name] if name in parts else np.zeros(shape, dtype)  # empty tensors are in no stream
 
 
 def join_section(section: Section, tensors: list[QTensor]) -> bytes:
