@@ -4,7 +4,6 @@ The tests run them on every engine; `golf_jax.evaluate` runs `check_model` on a 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from golf_jax.config import ModelConfig
-from golf_jax.evaluation.score import Facts
 from golf_jax.mesh import platform
 from golf_jax.model import hidden, resolve
 from kernels.cross_entropy import softcap_cross_entropy
@@ -76,8 +74,3 @@ def check_model(
         nll_V = np.asarray(every_entry(base[p], local["tok_emb"]), np.float64)
         worst = max(worst, abs(float(np.log(np.exp(-nll_V).sum()))))
     return causal, worst
-
-
-def with_checks(facts: Facts, causal: bool, normalization_error: float) -> Facts:
-    """Facts that also carry C1 and C2."""
-    return replace(facts, causal=causal, normalization_error=normalization_error)

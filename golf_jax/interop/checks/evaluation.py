@@ -111,6 +111,8 @@ def check_eval(ctx: Context) -> list[CheckResult]:
 
 def _evaluate(ctx: Context, z: Reference, case: Case, seq_len: int) -> Result:
     config, params = _weights(ctx, case.variant)
+    if ctx.recipe == "pr1182":  # eval2048 has the real run's RoPE reference length
+        config = replace(config, rope_train_len=int(setting(z.config(), "rope_train_seq_len")))
     tokens = next(z[k] for k in ("eval_tokens", "val_tokens", "val_tokens_first") if k in z).astype(np.uint16)
     tokens = tokens[: case.tokens] if case.tokens else tokens
     common: dict[str, Any] = dict(seq_len=seq_len, mesh=make_mesh(ctx.devices), looping=case.variant != "noloop", keep_scores=True)
