@@ -78,7 +78,7 @@ def ledger(data: bytes, code_bytes: int = 0) -> Ledger:
 
 def estimate_bytes(qtensors: Mapping[str, QTensor], compressor: str) -> int:
     """Bytes the artifact will take, from entropies alone: a fraction of a second for a full-size model, so it can run at every
-    evaluation of a training run. Within 1 % for the recipes at full size (docs/artifact.md)."""
+    evaluation of a training run. Within 0.4 % for synthetic full-size recipes (docs/artifact.md)."""
     entries = [Entry(name, q.kind, q.dtype, tuple(q.shape)) for name, q in qtensors.items()]
     tensors = list(qtensors.values())
     total = HEADER_ALLOWANCE
