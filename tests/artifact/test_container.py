@@ -86,7 +86,7 @@ def reseal(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_forged_hashes_still_end_in_the_error_or_a_model(compressor):
-    """Behind a valid hash any byte may be anything (some bytes of the larger rans file): ArtifactError or well-formed tensors, no other exception."""
+    """Behind a valid hash any byte may be anything (rans: every few): ArtifactError or well-formed tensors, no other exception."""
     data = pack({"a": 1}, small_model(), compressor, COMPRESSORS[compressor])
     rng = np.random.default_rng(2)
     refused = 0
