@@ -94,9 +94,7 @@ def _forward(x_ND, table_VD, targets_N, softcap, pieces):
     if pieces == 1:
         nll_N, lse_N, raw_NV = _nll(x_ND, table, targets_N, softcap)
         return nll_N, (x_ND, table_VD, targets_N, lse_N, raw_NV.astype(x_ND.dtype))
-    nll, lse = jax.lax.map(
-        lambda piece: _nll(piece[0], table, piece[1], softcap)[:2], (_split(x_ND, pieces), _split(targets_N, pieces))
-    )
+    nll, lse = jax.lax.map(lambda piece: _nll(piece[0], table, piece[1], softcap)[:2], (_split(x_ND, pieces), _split(targets_N, pieces)))
     tokens = x_ND.shape[0]
     return _join(nll, tokens), (x_ND, table_VD, targets_N, _join(lse, tokens), None)
 

@@ -20,9 +20,7 @@ BACKENDS = ("xla", "pallas", "cudnn")
 _MARKERS = {"pallas": ("mosaic_gpu", "tpu_custom_call"), "cudnn": ("__cudnn$fmha",)}
 
 
-def xsa_attention(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xsa: bool, backend: str = "xla"
-) -> jax.Array:
+def xsa_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xsa: bool, backend: str = "xla") -> jax.Array:
     """Causal attention with scale 1/sqrt(K), softmax in fp32; with `xsa` the part along the own value is removed.
 
     q [B,T,H,K], k and v [B,T,G,K] of one dtype, H a multiple of G (query head h reads kv head h // (H//G)); returns
@@ -67,10 +65,10 @@ def supported_backends(platform: str, head_dim: int, dtype) -> tuple[str, ...]:
     if platform == "cpu":
         return ("xla",)
     if platform == "tpu":
-        return ("pallas", "xla") if name in ("bfloat16", "float32") and head_dim in (64, 128, 256) else ("xla",)
+        return ("pallas", "xla") if name in ("bfloat16", "float32") and (head_dim == 64 or head_dim % 128 == 0) else ("xla",)
     if platform in ("gpu", "cuda"):
         cudnn = ("cudnn",) if half and head_dim % 8 == 0 and head_dim <= 256 else ()
-        mosaic = ("pallas",) if half and head_dim in (64, 128) else ()
+        mosaic = ("pallas",) if half and head_dim in (32, 64, 128) else ()
         return (*cudnn, *mosaic, "xla")
     raise ValueError(f"unknown platform {platform!r}: expected cpu, gpu, cuda or tpu")
 
@@ -85,6 +83,4 @@ def assert_backend(hlo_text: str, backend: str) -> None:
     found = {name for name, markers in _MARKERS.items() if any(marker in hlo_text for marker in markers)}
     expected = set() if backend == "xla" else {backend}
     if backend not in BACKENDS or found != expected:
-        raise ValueError(
-            f"the compiled program was to use attention backend {backend!r} but shows {', '.join(sorted(found)) or 'xla'}"
-        )
+        raise ValueError(f"the compiled program was to use attention backend {backend!r} but shows {', '.join(sorted(found)) or 'xla'}")

@@ -16,7 +16,5 @@ def xsa_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xs
         raise ValueError(f"attention backend 'cudnn' needs bfloat16 or float16, got {q_BTHK.dtype}")
     if head_dim % 8 or head_dim > 256:
         raise ValueError(f"attention backend 'cudnn' needs head_dim % 8 == 0 and <= 256, got {head_dim}")
-    o_BTHK = jax.nn.dot_product_attention(
-        q_BTHK, k_BTGK, v_BTGK, is_causal=True, scale=head_dim**-0.5, implementation="cudnn"
-    )
+    o_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, scale=head_dim**-0.5, implementation="cudnn")
     return exclude_self_value(o_BTHK, v_BTGK) if xsa else o_BTHK

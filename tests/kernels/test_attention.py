@@ -1,14 +1,28 @@
-"""XSA attention in plain XLA against an independent float64 computation, and the promises of its API."""
+"""Every attention backend that runs on a CPU, natively or interpreted, against an independent float64 computation.
+
+Also the promises of the API. The Mosaic GPU kernels run in the GPU interpreter (jax >= 0.11), splash as plain XLA.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention import assert_backend, default_backend, supported_backends, xsa_attention
+from kernels.attention import assert_backend, default_backend, mosaic_gpu, splash_tpu, supported_backends, xsa_attention
 from kernels.attention.xsa import exclude_self_value
 
-TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}
+TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
+IMPLEMENTATIONS = {
+    "xla": functools.partial(xsa_attention, backend="xla"),
+    "mosaic": functools.partial(mosaic_gpu.xsa_attention, interpret=True),
+    "splash": functools.partial(splash_tpu.xsa_attention, interpret=True),
+}
+needs_interpreter = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="the GPU interpreter of Pallas works from jax 0.11 (Python 3.12) on"
+)
 
 
 def inputs(B, T, H, G, K, dtype="float32", zero_values=True, seed=0):
@@ -21,29 +35,26 @@ def inputs(B, T, H, G, K, dtype="float32", zero_values=True, seed=0):
 
 
 def attention_float64(q, k, v, xsa):
-    """The definition, head by head, in float64; `xsa` off is plain attention."""
+    """The definition in float64; `xsa` off is plain attention."""
     S, H, K = q.shape[1:]
     T, G = k.shape[1:3]
-    heads = []
-    for h in range(H):
-        g = h // (H // G)
-        logits = jnp.einsum("bsk,btk->bst", q[:, :, h], k[:, :, g]) / np.sqrt(K)
-        logits = jnp.where(np.arange(S)[:, None] + T - S >= np.arange(T)[None], logits, -jnp.inf)
-        o = jax.nn.softmax(logits, -1) @ v[:, :, g]
-        if xsa:
-            own = v[:, T - S :, g]
-            squared = jnp.sum(own * own, -1, keepdims=True)
-            unit = jnp.where(squared > 0, own / jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
-            o = o - jnp.sum(o * unit, -1, keepdims=True) * unit
-        heads.append(o)
-    return jnp.stack(heads, 2)
+    kv_head = np.array([h // (H // G) for h in range(H)])
+    k, v = k[:, :, kv_head], v[:, :, kv_head]
+    logits = jnp.einsum("bshk,bthk->bhst", q, k) / np.sqrt(K)
+    logits = jnp.where(np.arange(S)[:, None] + T - S >= np.arange(T)[None], logits, -jnp.inf)
+    o = jnp.einsum("bhst,bthk->bshk", jax.nn.softmax(logits, -1), v)
+    if xsa:
+        own = v[:, T - S :]
+        squared = jnp.sum(own * own, -1, keepdims=True)
+        unit = jnp.where(squared > 0, own / jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
+        o = o - jnp.sum(o * unit, -1, keepdims=True) * unit
+    return o
 
 
 def results_float64(q, k, v, dy, xsa):
     with jax.enable_x64(True):
-        arguments = [jnp.asarray(np.asarray(a, np.float64)) for a in (q, k, v)]
-        y, pullback = jax.vjp(lambda *a: attention_float64(*a, xsa), *arguments)
-        return [np.asarray(a) for a in (y, *pullback(jnp.asarray(np.asarray(dy, np.float64))))]
+        arrays = [np.asarray(a, np.float64) for a in (q, k, v, dy)]
+        return [np.asarray(a) for a in results(functools.partial(attention_float64, xsa=xsa), *arrays)]
 
 
 def results(function, q, k, v, dy):
@@ -62,23 +73,37 @@ def assert_close(got, expected, dtype):
         assert error < TOLERANCE[jnp.dtype(dtype).name], f"{name}: relative L2 error {error:.2e}"
 
 
-SHAPES = [(2, 64, 4, 2, 32), (1, 96, 8, 4, 64), (1, 300, 2, 1, 128), (1, 80, 3, 3, 16)]
+SHORT, RECIPE, WIDE, ODD = (2, 64, 4, 2, 32), (1, 96, 8, 4, 64), (1, 300, 2, 1, 128), (1, 80, 3, 3, 16)
+CASES = [
+    *[("xla", shape, dtype, True) for shape in (SHORT, RECIPE, WIDE, ODD) for dtype in ("float32", "bfloat16")],
+    *[("xla", SHORT, dtype, False) for dtype in ("float32", "bfloat16")],
+    ("splash", (1, 130, 4, 2, 64), "float32", True),  # T padded
+    ("splash", (1, 128, 4, 2, 64), "bfloat16", True),
+    ("mosaic", (1, 200, 2, 1, 64), "bfloat16", True),  # T padded
+    ("mosaic", (1, 128, 2, 2, 64), "bfloat16", False),
+    ("mosaic", (1, 128, 2, 1, 32), "float16", True),
+    ("mosaic", (1, 128, 2, 1, 128), "bfloat16", True),
+    ("mosaic", (1, 512, 4, 2, 64), "bfloat16", True),  # more blocks than pipeline stages
+]
+PARAMETERS = [
+    pytest.param(*case, id="{}-B{}T{}H{}G{}K{}-{}-{}".format(case[0], *case[1], case[2], "xsa" if case[3] else "plain"), marks=marks)
+    for case in CASES
+    for marks in [[needs_interpreter] * (case[0] == "mosaic") + [pytest.mark.slow] * (case[0] == "mosaic" and case[1][1] > 256)]
+]
 
 
-@pytest.mark.parametrize("xsa", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}T{}H{}G{}K{}".format(*s))
-def test_reference_matches_float64(shape, dtype, xsa):
+@pytest.mark.parametrize(("implementation", "shape", "dtype", "xsa"), PARAMETERS)
+def test_forward_and_gradients_match_float64(implementation, shape, dtype, xsa):
     q, k, v, dy = inputs(*shape, dtype)
-    got = results(lambda *a: xsa_attention(*a, xsa=xsa, backend="xla"), q, k, v, dy)
+    got = results(functools.partial(IMPLEMENTATIONS[implementation], xsa=xsa), q, k, v, dy)
     assert_close(got, results_float64(q, k, v, dy, xsa), dtype)
 
 
 @pytest.mark.parametrize("queries", [1, 70])
 def test_suffix_of_queries_equals_the_suffix_of_all(queries):
     q, k, v, _ = inputs(2, 100, 4, 2, 16)
-    whole = xsa_attention(q, k, v, xsa=True)
-    part = xsa_attention(q[:, -queries:], k, v, xsa=True)
+    attention = jax.jit(functools.partial(xsa_attention, xsa=True))
+    whole, part = attention(q, k, v), attention(q[:, -queries:], k, v)
     np.testing.assert_allclose(part, whole[:, -queries:], atol=2e-6)
 
 
@@ -87,13 +112,13 @@ def test_causal_by_gradient_zeros(xsa):
     q, k, v, _ = inputs(1, 72, 2, 1, 16)
     position = 40
     total = lambda q, k, v: jnp.sum(xsa_attention(q, k, v, xsa=xsa)[:, position] ** 2)  # noqa: E731
-    for gradient in jax.grad(total, (0, 1, 2))(q, k, v):
+    for gradient in jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v):
         assert not gradient[:, position + 1 :].any() and gradient[:, position].any()
 
 
 def test_xsa_output_is_orthogonal_to_the_own_value():
     q, k, v, _ = inputs(2, 64, 4, 2, 32)
-    y = xsa_attention(q, k, v, xsa=True)
+    y = jax.jit(functools.partial(xsa_attention, xsa=True))(q, k, v)
     along = jnp.einsum("btgrk,btgk->btgr", y.reshape(2, 64, 2, 2, 32), v)
     assert float(jnp.abs(along).max()) < 2e-6 * 32
 
@@ -121,6 +146,7 @@ BAD_CALLS = {
     "suffix of queries": dict(S=8, backend="pallas"),
     "key positions": dict(S=32),
     "needs bfloat16": dict(backend="cudnn"),
+    "has kernels for GPU and TPU": dict(backend="pallas"),
 }
 
 
@@ -131,6 +157,14 @@ def test_unsupported_calls_are_refused(message):
     k, v = jnp.zeros((1, 16, 2, 64), options["k_dtype"]), jnp.zeros((1, 16, 2, 64))
     with pytest.raises(ValueError, match=message):
         xsa_attention(q, k, v, xsa=True, backend=options["backend"])
+
+
+@pytest.mark.parametrize("module", [mosaic_gpu, splash_tpu])
+@pytest.mark.parametrize(("dtype", "head_dim", "message"), [("float64", 64, "needs bfloat16"), ("bfloat16", 48, "needs head_dim")])
+def test_kernels_refuse_what_they_do_not_have(module, dtype, head_dim, message):
+    arrays = [jax.ShapeDtypeStruct((1, 128, 2, head_dim), dtype)] * 3
+    with pytest.raises(ValueError, match=message):
+        module.xsa_attention(*arrays, xsa=True)
 
 
 def test_default_backends():

@@ -1,0 +1,197 @@
+"""Compile for Hopper on a machine without a GPU and report what the compiler says: registers, spills, memory, collectives.
+
+    python benchmarks/aot_compile.py [--what kernels] [--devices 8] [--target FILE] [--json FILE]
+
+Needs the CUDA wheels (`pip install "jax[cuda13]"`), no driver. Exits with status 1 if a kernel spills registers or a
+program does not contain the attention backend it was asked for. Sizes are those of the records per GPU: 48 sequences of
+2,048 tokens, 8 query and 4 kv heads, head_dim 64, bf16. It cannot tell speed, autotuning choices or races.
+The target is a text GpuTargetConfigProto; that of a real device: `jax._src.lib.xla_client
+.get_topology_for_devices(jax.devices()).target_config`.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax: the CUDA plugin is used as a compiler only
+os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+
+import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import json  # noqa: E402
+import re  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import NamedTuple  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402  (no public way to a context that reads Mosaic modules)
+from jax.experimental import topologies  # noqa: E402
+from jax.extend.mlir import ir  # noqa: E402
+from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kernels.attention import assert_backend, xsa_attention  # noqa: E402
+from kernels.cross_entropy import softcap_cross_entropy  # noqa: E402
+
+BATCH, T, H, G, K, WIDTH = 48, 2048, 8, 4, 64, 512
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Program(NamedTuple):
+    """One thing to compile: a function of abstract, sharded arguments, and the attention backend it must contain."""
+
+    name: str
+    function: Callable
+    arguments: tuple
+    backend: str
+
+
+def kernel_programs(mesh: Mesh) -> Iterator[Program]:
+    """Attention forward and backward by backend, and the head with its cross entropy, batch-sharded."""
+    batch = BATCH * mesh.size
+
+    def array(*shape, dtype=jnp.bfloat16, spec=P("data")):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def local(function, *specs, out):
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+
+    q, kv = array(batch, T, H, K), array(batch, T, G, K)
+    for backend in ("pallas", "cudnn"):
+        for xsa in (True, False):
+
+            def attention(q, k, v, xsa=xsa, backend=backend):
+                return xsa_attention(q, k, v, xsa=xsa, backend=backend)
+
+            def with_gradients(q, k, v, dy, attention=attention):
+                y, pullback = jax.vjp(attention, q, k, v)
+                return y, *pullback(dy)
+
+            d = P("data")
+            name = f"{backend} attention{', xsa' if xsa else ''}"
+            yield Program(f"{name}: forward", local(attention, d, d, d, out=d), (q, kv, kv), backend)
+            yield Program(f"{name}: forward and backward", local(with_gradients, d, d, d, d, out=d), (q, kv, kv, q), backend)
+    for vocab in (1024, 8192):
+
+        def loss(x, table, targets):
+            value, gradients = jax.value_and_grad(lambda x, t: softcap_cross_entropy(x, t, targets, softcap=30.0).mean(), (0, 1))(x, table)
+            return jax.lax.pmean(value, "data"), gradients[0], jax.lax.pmean(gradients[1], "data")
+
+        arguments = array(batch * T, WIDTH), array(vocab, WIDTH, dtype=jnp.float32, spec=P()), array(batch * T, dtype=jnp.int32)
+        function = local(loss, P("data"), P(), P("data"), out=(P(), P("data"), P()))
+        yield Program(f"softcap cross entropy, vocabulary {vocab}: value and gradients", function, arguments, "xla")
+
+
+PROGRAMS = {"kernels": kernel_programs}
+
+
+@contextlib.contextmanager
+def captured_output():
+    """The text that C++ code writes to stdout and stderr (ptxas), as a one-item list filled on exit."""
+    text = []
+    sys.stdout.flush()
+    saved = [os.dup(descriptor) for descriptor in (1, 2)]
+    with tempfile.TemporaryFile() as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        try:
+            yield text
+        finally:
+            for descriptor, old in zip((1, 2), saved, strict=True):
+                os.dup2(old, descriptor)
+                os.close(old)
+            file.seek(0)
+            text.append(file.read().decode(errors="replace"))
+
+
+def ptxas_reports(text: str) -> list[dict]:
+    """Registers and spills of each kernel from `ptxas -v` output."""
+    pattern = (
+        r"Compiling entry function '(\w+?)(?:_mosaic_gpu_kernel)?' for '\w+'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, text, re.DOTALL)
+    return [dict(kernel=n, registers=int(r), spill_store_bytes=int(s), spill_load_bytes=int(load)) for n, s, load, r in found]
+
+
+def shared_memory(lowered) -> list[int]:
+    """Dynamic shared memory in bytes of each Mosaic GPU kernel of a lowered program, in program order."""
+    sizes = []
+    context = mlir.make_ir_context()
+    context.allow_unregistered_dialects = True
+    context.load_all_available_dialects()
+
+    def visit(operation):
+        if operation.name == "stablehlo.custom_call" and "mosaic_gpu" in str(operation.attributes["call_target_name"]):
+            module = ir.StringAttr(ir.DictAttr(operation.attributes["mhlo.backend_config"])["module"]).value_bytes
+            with context:
+                text = str(ir.Module.parse(module))
+            launch = re.search(r'gpu\.launch"\((?:%\d+, )*(%\d+)\)', text)  # the last operand
+            constant = launch and re.search(rf'{launch[1]} = ".*arith\.constant"\(\) {{value = (\d+) ', text)
+            if not constant:
+                raise RuntimeError("no shared memory size in a Mosaic GPU module: its text has changed")
+            sizes.append(int(constant[1]))
+        for region in operation.regions:
+            for block in region:
+                for child in block:
+                    visit(child.operation)
+
+    visit(lowered.compiler_ir().operation)
+    return sizes
+
+
+def compile_program(program: Program, mesh: Mesh) -> dict:
+    """Compile ahead of time; see the module's docstring for what is reported."""
+    start = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), captured_output() as log:
+        lowered = jax.jit(program.function).trace(*program.arguments).lower()
+        compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert_backend(text, program.backend)
+    return dict(
+        name=program.name,
+        compile_seconds=round(seconds, 1),
+        temporary_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        collectives={c: n for c in COLLECTIVES if (n := len(re.findall(rf" {c}(?:-start)?\(", text)))},
+        kernels=ptxas_reports(log[0]),
+        shared_memory_bytes=shared_memory(lowered),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=PROGRAMS, default="kernels")
+    parser.add_argument("--devices", type=int, default=1, help="size of the data axis; the batch grows with it")
+    parser.add_argument("--target", type=Path, default=Path(__file__).with_name("h100_target.txtpb"))
+    parser.add_argument("--json", type=Path, help="also write the report here")
+    options = parser.parse_args()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=options.target.read_text(), topology=f"1x1x{options.devices}")
+    mesh = Mesh(np.array(topology.devices), ("data",))
+    results = []
+    for program in PROGRAMS[options.what](mesh):
+        results.append(result := compile_program(program, mesh))
+        memory = f"temporary {result['temporary_bytes'] / 1e6:.1f} MB"
+        print(f"{result['name']}: compiled in {result['compile_seconds']} s, {memory}, collectives {result['collectives'] or 'none'}")
+        for kernel in result["kernels"]:
+            print("   ", ", ".join(f"{key} {value}" for key, value in kernel.items()))
+        if result["shared_memory_bytes"]:
+            print("    shared memory bytes", result["shared_memory_bytes"], flush=True)
+    spills = [k["kernel"] for r in results for k in r["kernels"] if k["spill_store_bytes"] or k["spill_load_bytes"]]
+    report = dict(jax=jax.__version__, target=options.target.name, devices=options.devices, programs=results)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{len(results)} programs; spilling kernels: {', '.join(spills) or 'none'}")
+    return 1 if spills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

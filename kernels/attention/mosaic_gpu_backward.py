@@ -1,0 +1,252 @@
+"""The backward kernels of the Hopper attention; `mosaic_gpu.py` says how they share the work."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.attention.mosaic_gpu_common import (
+    LOG2E,
+    ROWS,
+    TILE,
+    WARPGROUPS,
+    add_dot,
+    columns,
+    dot,
+    inverse_norm,
+    iota,
+    launch,
+    load,
+    load_rows,
+    num_stages,
+    specialize,
+    stage_loop,
+    statistics_buffer,
+    tile_buffer,
+    transposed,
+    zeros,
+)
+
+
+def _backward_block(head_dim: int) -> int:
+    """Rows of the streamed blocks: head_dim 128 needs its registers for the accumulators."""
+    return TILE if head_dim <= 64 else ROWS
+
+
+def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
+    """dq, delta = y.dy [B,H,T], and with xsa do and a = dy.u [B,H,T] (else None)."""
+    B, T, H, K = q.shape
+    group, tiles, scale = H // k.shape[2], T // TILE, K**-0.5
+    width = _backward_block(K)
+    per_tile = TILE // width
+    stages = num_stages(K, tiles * per_tile)
+
+    def xsa_attention_dq(q_ref, k_ref, v_ref, y_ref, dy_ref, lse_ref, dq_ref, delta_ref, do_ref, a_ref, *scratch):
+        q_smem, y_smem, do_smem, own_v_smem, k_smem, v_smem, lse_smem, delta_smem, a_smem, *barriers = scratch
+        own_ready, k_ready, v_ready, k_free, v_free = barriers
+        batch, head = lax.axis_index("batch"), lax.axis_index("head")
+        tile = tiles - 1 - lax.axis_index("tile")
+        kv_head = lax.div(head, jnp.int32(group))
+
+        def compute(warpgroup):
+            rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+            ready = own_ready.at[warpgroup]
+            own_q, own_do = q_smem.at[warpgroup], do_smem.at[warpgroup]
+            plgpu.copy_gmem_to_smem(y_ref.at[batch, rows, head], y_smem.at[warpgroup], ready)
+            plgpu.copy_gmem_to_smem(dy_ref.at[batch, rows, head], own_do, ready)
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], own_q, ready)
+            plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, rows], lse_smem.at[warpgroup], ready)
+            if xsa:
+                plgpu.copy_gmem_to_smem(v_ref.at[batch, rows, kv_head], own_v_smem.at[warpgroup], ready)
+            plgpu.barrier_wait(ready)
+
+            dy = load_rows(own_do)
+            delta = jnp.sum(load_rows(y_smem.at[warpgroup]) * dy, axis=1)
+            delta_smem[warpgroup] = delta
+            if xsa:
+                own_v = load_rows(own_v_smem.at[warpgroup])
+                inverse = inverse_norm(own_v)
+                a = jnp.sum(dy * own_v, axis=1) * inverse
+                a_smem[warpgroup] = a
+                own_do[...] = (dy - columns(a * inverse, dy.shape) * own_v).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(delta_smem.at[warpgroup], delta_ref.at[batch, head, rows])
+            if xsa:
+                plgpu.copy_smem_to_gmem(a_smem.at[warpgroup], a_ref.at[batch, head, rows])
+                plgpu.copy_smem_to_gmem(own_do, do_ref.at[batch, rows, head])
+            log_total = load(lse_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1))
+
+            def block(step, dq, offset=None):
+                slot = lax.rem(step, jnp.int32(stages))
+                plgpu.barrier_wait(k_ready.at[slot])
+                scores = dot(own_q, transposed(k_smem.at[slot])) * (scale * LOG2E)
+                if offset is not None:
+                    row, column = iota(scores.shape, 0, warpgroup * ROWS), iota(scores.shape, 1, offset)
+                    scores = jnp.where(row >= column, scores, -jnp.inf)
+                p = jnp.exp2(scores - columns(log_total, scores.shape))
+                plgpu.barrier_wait(v_ready.at[slot])
+                dp = dot(own_do, transposed(v_smem.at[slot]))
+                plgpu.barrier_arrive(v_free.at[slot])
+                ds = p * (dp - columns(delta, dp.shape))
+                dq = add_dot(dq, ds.astype(q.dtype), k_smem.at[slot], interpret)
+                plgpu.barrier_arrive(k_free.at[slot])
+                return dq
+
+            full = tile * per_tile
+            dq = lax.fori_loop(0, full, block, zeros((ROWS, K)))
+            for i in range(per_tile):
+                dq = block(full + i, dq, offset=i * width)
+            own_q[...] = (dq * scale).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(own_q, dq_ref.at[batch, rows, head])
+            plgpu.wait_smem_to_gmem(0)
+
+        def copy():
+            def produce(step, slot):
+                rows = pl.ds(step * width, width)
+                plgpu.copy_gmem_to_smem(k_ref.at[batch, rows, kv_head], k_smem.at[slot], k_ready.at[slot])
+                plgpu.copy_gmem_to_smem(v_ref.at[batch, rows, kv_head], v_smem.at[slot], v_ready.at[slot])
+
+            def wait_until_free(slot):
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
+
+            stage_loop((tile + 1) * per_tile, stages, produce, wait_until_free)
+
+        specialize(compute, copy)
+
+    row_statistics = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
+    like_q = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    own, streamed = tile_buffer((WARPGROUPS, ROWS, K), q.dtype), tile_buffer((stages, width, K), q.dtype)
+    return launch(
+        xsa_attention_dq, q, k, v, y, dy, lse,
+        out_type=[like_q, row_statistics, *([like_q, row_statistics] if xsa else [None, None])],
+        scratch=[
+            *[own] * 3,
+            own if xsa else None,
+            *[streamed] * 2,
+            *[statistics_buffer(WARPGROUPS, ROWS)] * 2,
+            statistics_buffer(WARPGROUPS, ROWS) if xsa else None,
+            plgpu.Barrier(num_arrivals=5 if xsa else 4, num_barriers=WARPGROUPS),
+            *[plgpu.Barrier(num_barriers=stages)] * 2,
+            *[plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)] * 2,
+        ],
+        grid=(B, H, tiles),
+        interpret=interpret,
+    )  # fmt: skip
+
+
+def backward_dkv(q, k, v, y, do, lse, delta, a, c, interpret):
+    """dk and dv; with a and c (None without xsa) dv holds the epilogue's part."""
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    group, tiles, scale, xsa = H // G, T // TILE, K**-0.5, a is not None
+    width = _backward_block(K)
+    per_tile = TILE // width
+    blocks = tiles * per_tile
+    stages = num_stages(K, blocks)
+
+    def xsa_attention_dkv(q_ref, k_ref, v_ref, y_ref, do_ref, lse_ref, delta_ref, a_ref, c_ref, dk_ref, dv_ref, *scratch):
+        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, *scratch = scratch
+        own_y_smem, own_do_smem, a_smem, c_smem, kv_ready, q_ready, do_ready, free, own_ready, own_free = scratch
+        batch, kv_head, tile = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile")
+        first = tile * per_tile  # of the query blocks that see this tile
+        per_head = blocks - first
+
+        def compute(warpgroup):
+            rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+            own_k, own_v, ready = k_smem.at[warpgroup], v_smem.at[warpgroup], kv_ready.at[warpgroup]
+            plgpu.copy_gmem_to_smem(k_ref.at[batch, rows, kv_head], own_k, ready)
+            plgpu.copy_gmem_to_smem(v_ref.at[batch, rows, kv_head], own_v, ready)
+            plgpu.barrier_wait(ready)
+
+            def mask(scores, offset):
+                row, column = iota(scores.shape, 0, warpgroup * ROWS), iota(scores.shape, 1, offset)
+                return jnp.where(row <= column, scores, -jnp.inf)
+
+            def add_epilogue(dv):
+                """The query head's share of -(a y + c do) / |v|."""
+                plgpu.barrier_wait(own_ready)
+                inverse = inverse_norm(load_rows(own_v))
+                along = load(a_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1)) * inverse
+                dv = dv - columns(along, dv.shape) * load_rows(own_y_smem.at[warpgroup])
+                along = load(c_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1)) * inverse
+                dv = dv - columns(along, dv.shape) * load_rows(own_do_smem.at[warpgroup])
+                plgpu.barrier_arrive(own_free)
+                return dv
+
+            # One flat loop over heads and blocks: with nested or peeled loops ptxas spills (head_dim 128: 500 bytes).
+            def block(step, carry):
+                dk, dv = carry
+                slot, index = lax.rem(step, jnp.int32(stages)), lax.rem(step, per_head)
+                plgpu.barrier_wait(q_ready.at[slot])
+                scores = dot(own_k, transposed(q_smem.at[slot])) * (scale * LOG2E)
+                scores = lax.cond(index < per_tile, lambda x: mask(x, index * width), lambda x: x, scores)
+                log_total = load(lse_smem.at[slot], plgpu.Layout.WGMMA.reduce(0))
+                p = jnp.exp2(scores - lax.broadcast_in_dim(log_total, scores.shape, [1]))
+                plgpu.barrier_wait(do_ready.at[slot])
+                dp = dot(own_v, transposed(do_smem.at[slot]))
+                row_delta = load(delta_smem.at[slot], plgpu.Layout.WGMMA.reduce(0))
+                ds = p * (dp - lax.broadcast_in_dim(row_delta, dp.shape, [1]))
+                dv = add_dot(dv, p.astype(q.dtype), do_smem.at[slot], interpret)
+                dk = add_dot(dk, ds.astype(q.dtype), q_smem.at[slot], interpret)
+                plgpu.barrier_arrive(free.at[slot])
+                if xsa:
+                    dv = lax.cond(index == per_head - 1, add_epilogue, lambda x: x, dv)
+                return dk, dv
+
+            dk, dv = lax.fori_loop(0, group * per_head, block, (zeros((ROWS, K)), zeros((ROWS, K))))
+            own_k[...] = (dk * scale).astype(q.dtype)
+            own_v[...] = dv.astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(own_k, dk_ref.at[batch, rows, kv_head])
+            plgpu.copy_smem_to_gmem(own_v, dv_ref.at[batch, rows, kv_head])
+            plgpu.wait_smem_to_gmem(0)
+
+        def copy():
+            def produce(step, slot):
+                h = lax.div(step, per_head)
+                block = lax.rem(step, per_head)
+                head, rows = kv_head * group + h, pl.ds((first + block) * width, width)
+                plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem.at[slot], q_ready.at[slot])
+                plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, rows], lse_smem.at[slot], q_ready.at[slot])
+                plgpu.copy_gmem_to_smem(do_ref.at[batch, rows, head], do_smem.at[slot], do_ready.at[slot])
+                plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, rows], delta_smem.at[slot], do_ready.at[slot])
+                if xsa:
+                    pl.when(block == per_head - 1)(lambda: produce_own(h, head))
+
+            def produce_own(h, head):
+                pl.when(h > 0)(lambda: plgpu.barrier_wait(own_free))
+                for i in range(WARPGROUPS):
+                    rows = pl.ds(tile * TILE + i * ROWS, ROWS)
+                    plgpu.copy_gmem_to_smem(y_ref.at[batch, rows, head], own_y_smem.at[i], own_ready)
+                    plgpu.copy_gmem_to_smem(do_ref.at[batch, rows, head], own_do_smem.at[i], own_ready)
+                    plgpu.copy_gmem_to_smem(a_ref.at[batch, head, rows], a_smem.at[i], own_ready)
+                    plgpu.copy_gmem_to_smem(c_ref.at[batch, head, rows], c_smem.at[i], own_ready)
+
+            stage_loop(group * per_head, stages, produce, lambda slot: plgpu.barrier_wait(free.at[slot]))
+            if xsa:
+                plgpu.barrier_wait(own_free)
+
+        specialize(compute, copy)
+
+    own, streamed = tile_buffer((WARPGROUPS, ROWS, K), q.dtype), tile_buffer((stages, width, K), q.dtype)
+    return launch(
+        xsa_attention_dkv, q, k, v, y, do, lse, delta, a, c,
+        out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        scratch=[
+            *[own] * 2,
+            *[streamed] * 2,
+            *[statistics_buffer(stages, width)] * 2,
+            *([own, own] if xsa else [None, None]),
+            *([statistics_buffer(WARPGROUPS, ROWS)] * 2 if xsa else [None, None]),
+            plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+            *[plgpu.Barrier(num_arrivals=2, num_barriers=stages)] * 2,
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=4 * WARPGROUPS) if xsa else None,
+            plgpu.Barrier(num_arrivals=WARPGROUPS) if xsa else None,
+        ],
+        grid=(B, G, tiles),
+        interpret=interpret,
+    )  # fmt: skip

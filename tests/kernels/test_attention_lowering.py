@@ -1,0 +1,88 @@
+"""Lowering for GPU and TPU without one, and (slow) full compilation for Hopper: what was asked for is in the program."""
+
+import contextlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels.attention import assert_backend, xsa_attention
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+TPU = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason='needs the CUDA wheels: pip install "jax[cuda13]"'
+)
+
+
+def lowered_text(backend, device, *, head_dim=64, T=256, xsa=True):
+    """Forward and gradients, lowered for the platform of a device that is not here."""
+    q = jax.ShapeDtypeStruct((2, T, 4, head_dim), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, T, 2, head_dim), jnp.bfloat16)
+    total = lambda q, k, v: jnp.sum(xsa_attention(q, k, v, xsa=xsa, backend=backend).astype(jnp.float32))  # noqa: E731
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    platform = {"gpu": "cuda"}.get(device.platform, device.platform)
+    # cuDNN's partitioning rule does not lower under an abstract mesh; only `pallas` needs to be told the platform.
+    with jax.sharding.use_abstract_mesh(mesh) if backend != "cudnn" else contextlib.nullcontext():
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2))).trace(q, kv, kv).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("head_dim", "T", "xsa"), [(64, 256, True), (64, 1000, False), (32, 128, True), (128, 512, True)])
+def test_mosaic_kernels_lower_for_cuda(head_dim, T, xsa):
+    text = lowered_text("pallas", GPU, head_dim=head_dim, T=T, xsa=xsa)
+    assert_backend(text, "pallas")
+    for kernel in ("xsa_attention_forward", "xsa_attention_dq", "xsa_attention_dkv"):
+        assert kernel in text
+
+
+@pytest.mark.parametrize("xsa", [True, False])
+def test_splash_lowers_for_tpu(xsa):
+    text = lowered_text("pallas", TPU, xsa=xsa)
+    assert_backend(text, "pallas")
+    assert text.count("tpu_custom_call") >= 3  # forward, dkv, dq
+
+
+@pytest.mark.parametrize("device", [GPU, TPU], ids=["cuda", "tpu"])
+def test_reference_lowers_everywhere(device):
+    assert_backend(lowered_text("xla", device), "xla")
+
+
+CUDNN = """
+import sys, jax
+sys.path[:0] = [{root!r}, {here!r}]
+import test_attention_lowering as lowering
+text = lowering.lowered_text("cudnn", lowering.GPU)
+lowering.assert_backend(text, "cudnn")
+assert "fmhaSoftmaxBackward" in text
+"""
+
+
+@needs_plugin
+def test_cudnn_lowers_for_cuda():
+    # In its own process: the CUDA plugin registers itself only where jax starts with it in sight.
+    code = CUDNN.format(root=str(ROOT), here=str(Path(__file__).parent))
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+@needs_plugin
+@pytest.mark.parametrize("devices", [1, 8])
+def test_kernels_compile_for_hopper_without_spills(tmp_path, devices):
+    report = tmp_path / "report.json"
+    command = [sys.executable, ROOT / "benchmarks/aot_compile.py", "--what", "kernels", "--devices", str(devices), "--json", report]
+    subprocess.run(command, check=True)
+    programs = {p["name"]: p for p in json.loads(report.read_text())["programs"]}
+    both = programs["pallas attention, xsa: forward and backward"]
+    assert [k["kernel"] for k in both["kernels"]] == ["xsa_attention_forward", "xsa_attention_dq", "xsa_attention_dkv"]
+    assert all(k["spill_store_bytes"] == k["spill_load_bytes"] == 0 for p in programs.values() for k in p["kernels"])
+    assert max(both["shared_memory_bytes"]) <= 232448
+    assert both["temporary_bytes"] < 130e6  # do in bf16 and the row statistics, per device
+    for program in programs.values():
+        expected = {"all-reduce"} if devices > 1 and "cross entropy" in program["name"] else set()
+        assert set(program["collectives"]) == expected
