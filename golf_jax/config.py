@@ -83,7 +83,7 @@ class ModelConfig:
     hash_proj_init: Literal["orthogonal", "orthogonal_scaled"] = "orthogonal_scaled"
     """`orthogonal_scaled` multiplies by 1/sqrt(2 num_layers) (PRs 372, 562, 638); PR 1182 does not."""
     xsa_last_n: int = 0
-    """XSA (removal of the component along the token's own value) on the last N layers."""
+    """XSA (removal of the component along the token's own value) on the last N layers; N >= num_layers: on all."""
     value_residual: bool = False
     value_residual_first: bool = False
     """Layer 0 multiplies its own value by lambda0 + lambda1 (PR 562); otherwise its lambdas are dead (PRs 638, 1182)."""
@@ -126,10 +126,7 @@ class ModelConfig:
             c.rope_dims % 2 == 0 and 0 <= c.rope_dims <= c.head_dim,
             f"model.rope_dims {c.rope_dims} must be even and at most the head dimension {c.head_dim}",
         )
-        _check(
-            0 <= c.xsa_last_n <= c.num_layers,
-            f"model.xsa_last_n {c.xsa_last_n} exceeds model.num_layers {c.num_layers}",
-        )
+        _check(c.xsa_last_n >= 0, f"model.xsa_last_n must be >= 0, got {c.xsa_last_n}")
         _check(c.bigram_buckets == 0 or c.bigram_buckets > 1, "model.bigram_buckets must be 0 (off) or at least 2")
         _check(c.trigram != "shared" or c.bigram_buckets > 0, "model.trigram 'shared' needs model.bigram_buckets > 0")
         _check(
@@ -238,7 +235,7 @@ class OptimConfig:
     row_normalize: bool = False
     """MuonEq-R: rows of the Nesterov update are normalised before Newton-Schulz (PR 2005)."""
     bf16_momentum: bool = False
-    """Momentum and averaged matrix gradients in bfloat16 when `numerics = "as_run"` (PR 1182)."""
+    """PR 1182's Muon: momentum and averaged matrix gradients in bfloat16 when `numerics = "as_run"`, and its rounding order."""
     decay_last: bool = False
     """Weight decay after the update, on the updated weight (PR 372); otherwise before it."""
     clip_norm: float = 0.3

@@ -29,11 +29,16 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         count = state.count + 1
         t = count.astype(jnp.float32)
 
-        def moment(decay: float, power: int):
-            return lambda g, m: decay * m.astype(jnp.float32) + (1 - decay) * g.astype(jnp.float32) ** power
+        def first(g: jax.Array, m: jax.Array) -> jax.Array:
+            g32, m32 = g.astype(jnp.float32), m.astype(jnp.float32)
+            return m32 + (1 - b1) * (g32 - m32)  # the fused kernel's form: the other one rounds a bfloat16 moment differently
 
-        mu = jax.tree.map(moment(b1, 1), grads, state.mu)
-        nu = jax.tree.map(moment(b2, 2), grads, state.nu)
+        def second(g: jax.Array, v: jax.Array) -> jax.Array:
+            g32 = g.astype(jnp.float32)
+            return b2 * v.astype(jnp.float32) + (1 - b2) * g32 * g32
+
+        mu = jax.tree.map(first, grads, state.mu)
+        nu = jax.tree.map(second, grads, state.nu)
         direction = jax.tree.map(lambda m, v: (m / (1 - b1**t)) / (jnp.sqrt(v / (1 - b2**t)) + eps), mu, nu)
         store = lambda new, old: jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)  # noqa: E731
         return direction, AdamState(count, store(mu, state.mu), store(nu, state.nu))

@@ -7,6 +7,7 @@ batch is what is sharded over devices: every device orthogonalises its share of 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,17 +19,36 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 Stacks = dict[str, jax.Array]
 
 
-def newton_schulz(x: jax.Array, steps: int = 5, dtype: jnp.dtype | type = jnp.bfloat16) -> jax.Array:
-    """Approximate orthogonal factor of each matrix of x [..., m, n], in `dtype` (norm in float32). Zero stays zero."""
+def _store(x: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
+    """x in `dtype`, rounded here and now: XLA may drop a pair of conversions and keep the excess precision."""
+    return jax.lax.reduce_precision(x, 8, 7).astype(dtype) if dtype == jnp.bfloat16 else x.astype(dtype)
+
+
+def newton_schulz(
+    x: jax.Array, steps: int = 5, dtype: jnp.dtype | type = jnp.bfloat16, *, square_first: bool = False
+) -> jax.Array:
+    """Approximate orthogonal factor of each matrix of x [..., m, n], in `dtype`. Zero stays zero.
+
+    In bfloat16 every product is rounded where the records round it, with the coefficients in float32: bit for bit their eager result.
+    square_first: c (A A), as PR 1182 has it, instead of (c A) A.
+    """
     a, b, c = NS_COEFFICIENTS
-    x = x.astype(dtype)
-    norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), (-2, -1), keepdims=True)).astype(dtype)
-    x = x / (norm + jnp.asarray(1e-7, dtype))
+    stored = partial(_store, dtype=dtype)
+    lift = lambda v: v.astype(jnp.float32)  # noqa: E731
+
+    def matmul(p: jax.Array, q: jax.Array) -> jax.Array:
+        return stored(lift(p @ q))
+
+    x = stored(lift(x))
+    norm = stored(jnp.sqrt(jnp.sum(jnp.square(lift(x)), (-2, -1), keepdims=True)))
+    x = stored(lift(x) / lift(stored(lift(norm) + 1e-7)))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        gram = matmul(x, x.mT)
+        square = stored(c * lift(matmul(gram, gram))) if square_first else matmul(stored(c * lift(gram)), gram)
+        polynomial = stored(lift(stored(b * lift(gram))) + lift(square))
+        x = stored(lift(stored(a * lift(x))) + lift(matmul(polynomial, x)))
     return x.mT if tall else x
 
 
@@ -96,12 +116,13 @@ def scale_by_muon(
     dtype: jnp.dtype | type = jnp.bfloat16,
     row_normalize: bool = False,
     axis_name: str | None = None,
+    square_first: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Nesterov momentum -> (row normalisation) -> Newton-Schulz -> sqrt(max(1, out/in)), on the batches of `layout`.
 
     update(batches, state, *, momentum): m <- momentum m + g, u = g + momentum m (undamped, as in the records); returns the
     directions in `dtype`. With `axis_name` the batches and the momentum are this device's share; nothing is communicated here.
-    row_normalize: each output unit's row of u is divided by max(its norm, 1e-7) before Newton-Schulz (MuonEq-R, PR 2005).
+    square_first: see `newton_schulz`. row_normalize: each output unit's row of u is divided by max(its norm, 1e-7) before Newton-Schulz (MuonEq-R, PR 2005).
     """
 
     def init(packed: Stacks) -> Stacks:
@@ -116,8 +137,10 @@ def scale_by_muon(
         del params
         directions, buffers = {}, {}
         for key, g in packed.items():
-            m = (momentum * state[key] + g).astype(state[key].dtype)
-            u = g + momentum * m
+            low = state[key].dtype
+            g32, old = g.astype(jnp.float32), state[key].astype(jnp.float32)
+            m = _store(_store(momentum * old, low).astype(jnp.float32) + g32, low)
+            u = _store(g32 + momentum * m.astype(jnp.float32), low)
             members = layout.batches[key]
             if row_normalize:
                 # A transposed leaf lies here as [out, in]: its rows are rows; the others are [in, out], their rows are columns.
@@ -126,8 +149,9 @@ def scale_by_muon(
                 by_row, by_col = (jnp.sqrt(jnp.sum(u32 * u32, axis, keepdims=True)) for axis in (-1, -2))
                 u = u32 / jnp.maximum(jnp.where(rows_last[:, None, None], by_row, by_col), 1e-7)
             factors = layout.per_matrix(key, [math.sqrt(max(1.0, m.shape[-1] / m.shape[-2])) for m in members], 1.0)
-            scale = local(key, factors.astype(np.float32), g.shape[0]).astype(dtype)
-            directions[key] = newton_schulz(u, steps, dtype) * scale[:, None, None]
+            scale = local(key, factors.astype(np.float32), g.shape[0])[:, None, None]
+            orthogonal = newton_schulz(u, steps, dtype, square_first=square_first)
+            directions[key] = _store(orthogonal.astype(jnp.float32) * scale, dtype)
             buffers[key] = m
         return directions, buffers
 

@@ -64,7 +64,7 @@ def make_optimizer(
     momentum_low = config.bf16_momentum and numerics == "as_run"
     dtypes = {n: jnp.dtype(jnp.bfloat16) if momentum_low else params[n].dtype for n in muon}
     layout = StackLayout.of({n: params[n].shape for n in muon}, dtypes, shards)
-    muon_rule = scale_by_muon(layout, config.newton_schulz_steps, low, config.row_normalize, axis_name)
+    muon_rule = scale_by_muon(layout, config.newton_schulz_steps, low, config.row_normalize, axis_name, square_first=config.bf16_momentum)
     rules = {"stacks": muon_rule, "rest": scale_by_adam(*config.betas, config.eps)}
 
     def split(tree: Tree) -> dict[str, Tree]:
