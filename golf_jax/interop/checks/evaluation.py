@@ -189,7 +189,7 @@ class Bars:
 
 BARS = {
     ("pr562", True): Bars(1e-3, 5e-3, 5e-3), ("pr562", False): Bars(5e-4, 2e-3, 1e-3),
-    ("pr1182", True): Bars(1e-3, 5e-2, 5e-2), ("pr1182", False): Bars(1e-5, 1e-4, 2e-2),
+    ("pr1182", True): Bars(1e-3, 5e-2, 5e-2), ("pr1182", False): Bars(1e-6, 1e-4, 2e-2),
     ("pr2005", False): Bars(1e-4, 1e-3, 2e-2),
 }  # fmt: skip
 
@@ -262,6 +262,10 @@ def _check_run(ctx: Context, name: str, case: TTTCase) -> list[CheckResult]:
         c_target = c_nll if c == "nll" else c_counts
         c_target.add(key, trace.chunks[:, 0 if c == "nll" else slice(1, 3)], column)
     c_loss.add("loss", trace.loss, _losses(z, prefix, ctx))
+    c_norm = Comparison(f"{label}: step gradient norms", 5e-2 if case.fake_quant else 1e-3, "rel")
+    norms = z.first(f"{prefix}step_grad_norm", f"{prefix}grad_norm")
+    if norms is not None:
+        c_norm.add("gradient norm before clipping", trace.grad_norm, norms)
     for key, want in _finals(z, prefix, ctx).items():
         ours, old = _tensor(after, key, config.num_layers), _tensor(start, key, config.num_layers)
         rows = z["tok_emb_rows"] if key == "tok_emb.weight" and "tok_emb_rows" in z else slice(len(want) if want.ndim else None)
@@ -270,7 +274,7 @@ def _check_run(ctx: Context, name: str, case: TTTCase) -> list[CheckResult]:
             c_weights.add(key, ours, want)
         elif "q_gain" not in key:  # moves by about its float32 granularity
             c_weights.add(key, ours - old, want - old)
-    results = [c_nll, c_counts, c_loss, c_weights]
+    results = [c_nll, c_counts, c_loss, c_weights] + [c_norm] * (norms is not None)
     if ctx.recipe != "pr562":
         results.append(_check_order(ctx, z, label, result, seq_len, eval))
     return [c.result() for c in results]

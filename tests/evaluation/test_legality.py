@@ -1,0 +1,60 @@
+"""The measurements of C1 and C2 find what they are for."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from evaluation.golden_models import Portable, Tiny
+
+from golf_jax.evaluation import Facts, legality
+from golf_jax.evaluation.legality import changed_before_flip, check_model
+from golf_jax.mesh import make_mesh
+
+FACTS = Facts(targets=10, covered=10, duplicates=0, order_violations=0, updates=0, causal=True, normalization_error=1e-7)
+
+
+@pytest.mark.parametrize("pr", [372, 1182])
+def test_models_are_causal_and_normalized(golden, pr):
+    case = Portable(pr, golden)
+    causal, error = check_model(case.config, case.params, case.tokens, make_mesh(1), seq_len=32)
+    assert causal and error < 1e-5
+
+
+def test_a_look_ahead_is_found(monkeypatch):
+    tiny, real = Tiny(), legality.hidden
+
+    def leaks(config, params, tokens):
+        x = real(config, params, tokens)
+        return x.at[:, :-1].add(1e-3 * x[:, 1:])
+
+    monkeypatch.setattr(legality, "hidden", leaks)
+    causal, _ = check_model(tiny.config, tiny.params, tiny.tokens, make_mesh(1), seq_len=16)
+    assert not causal
+
+
+def test_an_unnormalized_score_is_found(monkeypatch):
+    tiny, real = Tiny(), legality.softcap_cross_entropy
+    monkeypatch.setattr(legality, "softcap_cross_entropy", lambda *a, **k: real(*a, **k) - 0.01)
+    _, error = check_model(tiny.config, tiny.params, tiny.tokens, make_mesh(1), seq_len=16)
+    assert error == pytest.approx(0.01, rel=1e-2)
+
+
+def test_a_flip_without_effect_proves_nothing():
+    with pytest.raises(ValueError, match="no power"):
+        changed_before_flip(lambda tokens: np.zeros(9, np.float32), np.zeros(10, np.uint16), [3], 40)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [({"causal": False}, 0), ({"normalization_error": 1e-3}, 1), ({"order_violations": 2}, 2)],
+)
+def test_every_violation_makes_the_result_illegal(change, line):
+    facts = replace(FACTS, **change)
+    assert FACTS.legal and not facts.legal
+    assert "VIOLATED" in facts.lines()[line] and not any("VIOLATED" in x for x in FACTS.lines())
+
+
+def test_repeats_and_gaps_are_reported_apart():
+    facts = replace(FACTS, covered=9, duplicates=3)
+    assert facts.legal and not facts.exactly_once
+    assert "1 never, 3 scores repeated" in facts.lines()[3]
