@@ -87,8 +87,9 @@ def leaves(config: ModelConfig) -> dict[str, Leaf]:
     proj = _linear(1 / math.sqrt(2 * n) if c.hash_proj_init == "orthogonal_scaled" else 1.0)
 
     out: dict[str, Leaf] = {}
-    out["skip_weights"] = Leaf((c.num_skips, d), "vector", ones, "skip_weights")
-    if c.skip == "gated":
+    if c.num_skips:
+        out["skip_weights"] = Leaf((c.num_skips, d), "vector", ones, "skip_weights")
+    if c.num_skips and c.skip == "gated":
         out["skip_gates"] = Leaf((c.num_skips, d), "vector", zeros, "skip_gates")
     out["tok_emb"] = Leaf((c.vocab_size, d), "token", _normal(c.embed_init_std), "tok_emb.weight")
     if c.bigram_buckets:

@@ -1,0 +1,183 @@
+"""The training loop: compile every phase, then step until the budget is spent, reading metrics one step late."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from golf_jax.config import GolfError, Recipe
+from golf_jax.data.loader import Loader
+from golf_jax.data.prefetch import Prefetcher
+from golf_jax.mesh import replicated, rows
+from golf_jax.optim import schedules
+from golf_jax.optim.averaging import swa_mean
+from golf_jax.optim.schedules import Clock
+from golf_jax.training.checkpoints import Checkpoints
+from golf_jax.training.clock import TrainingClock
+from golf_jax.training.rundir import RunDir
+from golf_jax.training.state import TrainState, init_state
+from golf_jax.training.step import StepInputs, StepMetrics, make_step
+
+Validate = Callable[[dict[str, jax.Array], bool], Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves."""
+
+    params: dict[str, jax.Array]
+    """The weights that become the model (`schedule.export`), in their storage dtypes."""
+    raw: dict[str, jax.Array]
+    steps: int
+    seconds: float
+    """On the training clock."""
+    final_loss: float
+    """Training loss of the last step, nats per token."""
+    compile_seconds: dict[str, float]
+
+
+def step_inputs(recipe: Recipe, clock: Clock) -> tuple[StepInputs, bool]:
+    """Host values of the traced scalars of the step that starts at `clock`, and whether depth recurrence is on."""
+    factor = schedules.lr_factor(recipe.schedule, recipe.budget, clock)
+    inputs = StepInputs(
+        np.float32(factor),  # pyright: ignore[reportArgumentType]
+        np.float32(schedules.muon_momentum(recipe.optim, clock.step)),  # pyright: ignore[reportArgumentType]
+        np.float32(recipe.optim.clip_norm or math.inf),  # pyright: ignore[reportArgumentType]
+        np.float32(schedules.fake_quant_strength(recipe.schedule, factor)),  # pyright: ignore[reportArgumentType]
+        np.bool_(schedules.swa_collects(recipe.schedule, factor, clock.step + 1)),  # pyright: ignore[reportArgumentType]
+    )
+    return inputs, schedules.looping(recipe.schedule, recipe.budget, clock)
+
+
+def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -> tuple[dict[bool, Any], dict[str, float]]:
+    """The compiled step of every phase of the run, keyed by `looping`, and the seconds each took."""
+    flags = [False, True] if recipe.model.loop_repeats and recipe.schedule.loop_from > 0 else [True]
+    batch = jax.ShapeDtypeStruct((recipe.data.ranks * recipe.data.rows_per_rank, recipe.data.seq_len), np.int32, sharding=rows(mesh))
+    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    scalars = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated(mesh)), step_inputs(recipe, Clock(0, 0.0))[0])
+    compiled, seconds = {}, {}
+    for looping in flags:
+        begin = time.perf_counter()
+        name = "train_looping" if looping and len(flags) > 1 else "train"
+        compiled[looping] = make_step(recipe, mesh, state, looping=looping).lower(avals, batch, batch, scalars).compile()
+        seconds[name] = time.perf_counter() - begin
+        run.log(f"compiled {name} in {seconds[name]:.1f} s")
+    return compiled, seconds
+
+
+def train(
+    recipe: Recipe,
+    mesh: Mesh,
+    loader: Loader,
+    run: RunDir,
+    *,
+    checkpoints: Checkpoints | None = None,
+    validate: Validate | None = None,
+) -> Trained:
+    """Train `recipe` (model resolved) on `loader`, from the newest checkpoint if there is one.
+
+    validate(params, looping): called on the raw weights every `eval.every` steps, outside the clock; returns an object whose `score`
+    gives loss and bpb. Raises GolfError if the loss stops being finite.
+    """
+    state = init_state(recipe, mesh, recipe.seed)
+    step, clock = 0, TrainingClock()
+    if checkpoints and (found := checkpoints.restore(recipe, state)):
+        state, meta = found
+        step, clock = meta["step"], TrainingClock(meta["seconds"])
+        loader.restore(meta["position"])
+        run.truncate_metrics(step)
+        run.log(f"resumed at step {step}, {clock.local_seconds:.1f} s of training")
+    elif recipe.schedule.leak_warmup_steps:
+        from golf_jax.training.leak import leaked_state
+
+        state = leaked_state(recipe, mesh, state, loader)
+    phases, compile_seconds = compile_phases(recipe, mesh, state, run)
+    watch = _Watch(recipe, run)
+    pending: tuple[int, StepInputs, StepMetrics] | None = None
+
+    with Prefetcher(loader, mesh) as batches, jax.transfer_guard("disallow"):
+        clock.start()
+        while True:
+            seconds = clock.seconds() if not recipe.budget.steps else clock.local_seconds
+            if step >= recipe.budget.steps if recipe.budget.steps else seconds >= recipe.budget.seconds:
+                break
+            if validate and recipe.eval.every and step % recipe.eval.every == 0:
+                jax.block_until_ready(state.params)
+                with clock.paused(), jax.transfer_guard("allow"):
+                    looping = step_inputs(recipe, Clock(max(step - 1, 0), seconds))[1]
+                    watch.validation(step, seconds, validate(state.params, looping))
+            inputs, looping = step_inputs(recipe, Clock(step, seconds))
+            x, y = next(batches)
+            state, metrics = phases[looping](state, x, y, jax.device_put(inputs, replicated(mesh)))
+            if pending:
+                watch.step(*pending, clock.local_seconds)
+            pending = (step, inputs, metrics)
+            step += 1
+            if checkpoints and recipe.checkpoint_every and step % recipe.checkpoint_every == 0:
+                watch.step(*pending, clock.local_seconds)  # a state with a NaN is never saved
+                pending = None
+                with clock.paused(), jax.transfer_guard("allow"):
+                    checkpoints.save(recipe, step, state, clock.local_seconds, batches.state())
+        if pending:
+            watch.step(*pending, clock.local_seconds)
+        jax.block_until_ready(state.params)
+        clock.stop()
+    if checkpoints:
+        checkpoints.close()
+    return Trained(exported(recipe, state), state.params, step, clock.local_seconds, watch.loss, compile_seconds)
+
+
+def exported(recipe: Recipe, state: TrainState) -> dict[str, jax.Array]:
+    """The weights that become the model, in the storage dtypes of the parameters."""
+    if recipe.schedule.export == "ema":
+        assert state.ema is not None
+        return {n: e.astype(state.params[n].dtype) for n, e in state.ema.items()}
+    if recipe.schedule.export == "swa":
+        count = int(state.swa.count)
+        if count < 2:
+            raise GolfError(f"schedule.export 'swa': {count} checkpoint(s) collected; lower swa_every or raise swa_below")
+        return swa_mean(state.swa)
+    return state.params
+
+
+class _Watch:
+    """Reads metrics one step late, so that the device never waits for the host, and reports them."""
+
+    def __init__(self, recipe: Recipe, run: RunDir) -> None:
+        self.recipe, self.run = recipe, run
+        self.total = recipe.budget.steps
+        self.loss = math.nan
+        self._first: tuple[int, float] | None = None
+
+    def step(self, step: int, inputs: StepInputs, metrics: StepMetrics, seconds: float) -> None:
+        self.loss, norm = (float(v) for v in jax.device_get((metrics.loss, metrics.grad_norm)))
+        if not math.isfinite(self.loss):
+            self.run.metrics(step=step, loss=None, seconds=seconds)
+            raise GolfError(
+                f"step {step + 1}: the training loss is {self.loss}; lower the learning rates (--optim.groups.0.lr), or go on from "
+                f"the last checkpoint with --resume"
+            )
+        factor, momentum = float(inputs.lr_factor), float(inputs.momentum)
+        self.run.metrics(step=step, loss=self.loss, lr_factor=factor, momentum=momentum, grad_norm=norm, seconds=round(seconds, 4))
+        done = step + 1
+        self._first = self._first or (done, seconds)
+        rate = (done - self._first[0]) / max(seconds - self._first[1], 1e-9) or done / max(seconds, 1e-9)
+        left = (self.total - done) / rate if self.total else max(self.recipe.budget.seconds - seconds, 0.0)
+        total = self.total or round(done + left * rate)
+        line = (
+            f"step:{done}/{total} train_loss:{self.loss:.4f} train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / done:.2f}ms "
+            f"lr:{factor:.3f} tok/s:{rate * self.recipe.data.batch_tokens:,.0f} eta:{left:.0f}s"
+        )
+        if done <= 3 or done % self.recipe.log_every == 0 or done == self.total:
+            self.run.log(line)
+        else:
+            self.run.live(line)
+
+    def validation(self, step: int, seconds: float, result: Any) -> None:
+        score, average = result.score, 1000 * seconds / max(step, 1)
+        self.run.log(f"step:{step}/{self.total} {score.line()} train_time:{1000 * seconds:.0f}ms step_avg:{average:.2f}ms")
