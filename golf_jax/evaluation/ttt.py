@@ -8,6 +8,7 @@ The ranks of the record runs exist here as weights only: the mean over ranks of 
 sequences, so any number of devices gives the same score.
 """
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation.fixed import share_of
 from golf_jax.evaluation.ledger import Ledger
 from golf_jax.evaluation.score import Result, Trace
-from golf_jax.evaluation.scorer import Log, WindowScorer, avals, gather, put, replicate, shapes_of
+from golf_jax.evaluation.scorer import Log, Shapes, WindowScorer, avals, gather, put, replicate, shapes_of
 from golf_jax.evaluation.windows import chunk_windows, sliding_windows, truncate
 from golf_jax.mesh import AXIS, REPLICATED, compiler_options, platform, replicated
 from golf_jax.model import leaves, nll, resolve
@@ -89,10 +90,19 @@ def optimizer(ttt: TTTConfig) -> optax.GradientTransformation:
     return scale_by_adam(*ADAM)  # pyright: ignore[reportReturnType]
 
 
-def training_program(config: ModelConfig, ttt: TTTConfig, mesh: Mesh, state: TTTState, plan: Plan, seq_len: int, epochs: int, micro: int):
+def initial_state(ttt: TTTConfig, params: Params) -> TTTState:
+    """New buffers, which may be donated while the caller keeps its own."""
+    return TTTState(jax.tree.map(jnp.copy, params), optimizer(ttt).init(params))
+
+
+@functools.lru_cache(maxsize=8)
+def training_program(
+    config: ModelConfig, ttt: TTTConfig, mesh: Mesh, shapes: Shapes, rows: tuple[int, int], seq_len: int, epochs: int, micro: int
+) -> jax.stages.Compiled:
     """Compiled (state, tokens uint16 [steps, rows, T + 1], weight [steps, rows], lr [epochs, steps]) -> (state, loss, norm).
 
     loss, norm: [epochs, steps], before each update, norm before clipping. All epochs of a chunk are one scan; state is donated.
+    rows: (steps, rows) of the plan. micro: rows per device and forward pass. Kept for the process.
     """
     opt, scales = optimizer(ttt), lr_scales(config, ttt)
     strength = 1.0 if ttt.fake_quant else None
@@ -110,8 +120,8 @@ def training_program(config: ModelConfig, ttt: TTTConfig, mesh: Mesh, state: TTT
             return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, (loss, grads)), None
 
         zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-        rows = min(micro, len(weight_R))
-        parts = tokens_RT.reshape(-1, rows, seq_len + 1), weight_R.reshape(-1, rows)
+        size = min(micro, len(weight_R))
+        parts = tokens_RT.reshape(-1, size, seq_len + 1), weight_R.reshape(-1, size)
         if len(parts[0]) == 1:
             return one(zeros, (parts[0][0], parts[1][0]))[0]
         return jax.lax.scan(one, zeros, parts)[0]
@@ -144,11 +154,11 @@ def training_program(config: ModelConfig, ttt: TTTConfig, mesh: Mesh, state: TTT
         out_specs=(REPLICATED, REPLICATED, REPLICATED),
         check_vma=False,
     )
-    shape = plan.sequence.shape
     split, whole = NamedSharding(mesh, STEP_ROWS), replicated(mesh)
-    tokens = jax.ShapeDtypeStruct((*shape, seq_len + 1), jnp.uint16, sharding=split)
-    weight = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
-    lr = jax.ShapeDtypeStruct((epochs, shape[0]), jnp.float32, sharding=whole)
+    tokens = jax.ShapeDtypeStruct((*rows, seq_len + 1), jnp.uint16, sharding=split)
+    weight = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=split)
+    lr = jax.ShapeDtypeStruct((epochs, rows[0]), jnp.float32, sharding=whole)
+    state = jax.eval_shape(functools.partial(initial_state, ttt), avals(mesh, shapes))
     on_mesh = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
     return jax.jit(sharded, donate_argnums=0, compiler_options=compiler_options(mesh)).lower(on_mesh, tokens, weight, lr).compile()
 
@@ -163,11 +173,9 @@ class Trainer:
         self.mesh, self.seq_len, self.epochs = mesh, seq_len, epochs
         self.plan = Plan.of(sequences, ttt, mesh.shape[AXIS], rows)
         self.weight = put(mesh, self.plan.weight, STEP_ROWS)
-        shapes = avals(mesh, shapes_of(replicate(mesh, params)))
-        # Made by a compiled function: new buffers, which may be donated while the caller keeps its own.
-        make = jax.jit(lambda p: TTTState(jax.tree.map(jnp.copy, p), optimizer(ttt).init(p)), out_shardings=replicated(mesh))
-        self.program = training_program(config, ttt, mesh, jax.eval_shape(make, shapes), self.plan, seq_len, epochs, rows)
-        self.state: TTTState = make(replicate(mesh, params))
+        on_mesh = replicate(mesh, params)
+        self.program = training_program(config, ttt, mesh, shapes_of(on_mesh), self.plan.sequence.shape, seq_len, epochs, rows)
+        self.state: TTTState = jax.jit(functools.partial(initial_state, ttt), out_shardings=replicated(mesh))(on_mesh)
         self.loss: list[np.ndarray] = []
         self.norm: list[np.ndarray] = []
         self.lr: list[np.ndarray] = []

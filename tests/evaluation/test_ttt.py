@@ -32,6 +32,16 @@ def run(tiny, ttt, devices=1, tokens=None, **keywords):
     return evaluate_ttt(tiny.config, tiny.params, tokens, tiny.tables, **common, **keywords)
 
 
+@pytest.fixture(scope="module")
+def legal_run(tiny):
+    return run(tiny, SCORE_FIRST)
+
+
+@pytest.fixture(scope="module")
+def illegal_run(tiny):
+    return run(tiny, ADAPT_FIRST)
+
+
 @pytest.mark.parametrize(
     ("pr", "tag"),
     [
@@ -60,17 +70,17 @@ def test_devices_do_not_matter(tiny, ttt):
         np.testing.assert_allclose(after_eight[name], weights, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_score_first_is_legal_and_learns(tiny):
+def test_score_first_is_legal_and_learns(tiny, legal_run):
     before = evaluate_sliding(tiny.config, tiny.params, tiny.tokens, tiny.tables, seq_len=16, mesh=make_mesh(1), eval=EVAL)
-    result, _ = run(tiny, SCORE_FIRST)
+    result, _ = legal_run
     assert result.facts.legal and result.facts.exactly_once and result.facts.updates == 3 * 2 * 2
     assert result.score.nll_nats < before.score.nll_nats
     assert "ILLEGAL" not in result.line()
     np.testing.assert_allclose(result.trace.chunks[0, 0], np.nansum(result.scores[:96], dtype=np.float64), rtol=1e-6)
 
 
-def test_the_order_log_shows_scores_before_updates(tiny):
-    result, _ = run(tiny, SCORE_FIRST)
+def test_the_order_log_shows_scores_before_updates(legal_run):
+    result, _ = legal_run
     scored = np.zeros(result.facts.targets, bool)
     updates = 0
     for event, start, stop in result.trace.order:
@@ -81,8 +91,8 @@ def test_the_order_log_shows_scores_before_updates(tiny):
     assert scored.all() and updates == 3
 
 
-def test_adapt_first_is_marked_illegal_wherever_it_appears(tiny):
-    result, _ = run(tiny, ADAPT_FIRST)
+def test_adapt_first_is_marked_illegal_wherever_it_appears(illegal_run):
+    result, _ = illegal_run
     facts = result.facts
     assert facts.order_violations == facts.targets and not facts.legal
     assert result.line().startswith("ttt ILLEGAL val_loss:")
@@ -106,12 +116,12 @@ def test_the_callers_parameters_survive(tiny):
     assert any(not np.array_equal(after[name], value) for name, value in kept.items())
 
 
-def test_learning_rates_follow_the_recipe(tiny):
+def test_learning_rates_follow_the_recipe(legal_run, illegal_run):
     """A half cosine over chunks, or over all steps; constant over the epochs of a chunk."""
-    trace = run(tiny, SCORE_FIRST)[0].trace
+    trace = legal_run[0].trace
     expected = np.repeat([0.05 * 0.5 * (1 + np.cos(np.pi * c / 3)) for c in range(3)], 2 * 2)
     np.testing.assert_allclose(trace.lr, expected, rtol=1e-6)
-    trace = run(tiny, ADAPT_FIRST)[0].trace
+    trace = illegal_run[0].trace
     np.testing.assert_allclose(trace.lr, 0.01 * 0.5 * (1 + np.cos(np.pi * np.arange(6) / 6)), rtol=1e-6)
 
 
