@@ -56,7 +56,9 @@ def kernel_programs(mesh: Mesh) -> Iterator[Program]:
     """Attention forward and backward by backend, and the head with its cross entropy, batch-sharded."""
     batch = BATCH * mesh.size
 
-    def array(*shape, dtype=jnp.bfloat16, spec=P("data")):
+    sharded = P("data")
+
+    def array(*shape, dtype=jnp.bfloat16, spec=sharded):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     def local(function, *specs, out):
@@ -73,10 +75,9 @@ def kernel_programs(mesh: Mesh) -> Iterator[Program]:
                 y, pullback = jax.vjp(attention, q, k, v)
                 return y, *pullback(dy)
 
-            d = P("data")
             name = f"{backend} attention{', xsa' if xsa else ''}"
-            yield Program(f"{name}: forward", local(attention, d, d, d, out=d), (q, kv, kv), backend)
-            yield Program(f"{name}: forward and backward", local(with_gradients, d, d, d, d, out=d), (q, kv, kv, q), backend)
+            yield Program(f"{name}: forward", local(attention, *[sharded] * 3, out=sharded), (q, kv, kv), backend)
+            yield Program(f"{name}: forward and backward", local(with_gradients, *[sharded] * 4, out=sharded), (q, kv, kv, q), backend)
     for vocab in (1024, 8192):
 
         def loss(x, table, targets):
@@ -84,7 +85,7 @@ def kernel_programs(mesh: Mesh) -> Iterator[Program]:
             return jax.lax.pmean(value, "data"), gradients[0], jax.lax.pmean(gradients[1], "data")
 
         arguments = array(batch * T, WIDTH), array(vocab, WIDTH, dtype=jnp.float32, spec=P()), array(batch * T, dtype=jnp.int32)
-        function = local(loss, P("data"), P(), P("data"), out=(P(), P("data"), P()))
+        function = local(loss, sharded, P(), sharded, out=(P(), sharded, P()))
         yield Program(f"softcap cross entropy, vocabulary {vocab}: value and gradients", function, arguments, "xla")
 
 

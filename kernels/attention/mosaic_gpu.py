@@ -62,11 +62,13 @@ def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, interpret: bool = False)
     if interpret and OLD_API:
         raise ValueError("the GPU interpreter of Pallas needs jax 0.11 (Python 3.12)")
     pad = ((0, 0), (0, -T % TILE), (0, 0), (0, 0))
-    return _attention(*(jnp.pad(x, pad) for x in (q_BTHK, k_BTGK, v_BTGK)), xsa, interpret)[:, :T]
+    q, k, v = (jnp.pad(x, pad) for x in (q_BTHK, k_BTGK, v_BTGK))
+    y: jax.Array = _attention(q, k, v, xsa, interpret)  # pyright: ignore[reportAssignmentType]
+    return y[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(q, k, v, xsa, interpret):
+def _attention(q, k, v, xsa, interpret) -> jax.Array:
     return forward(q, k, v, xsa, interpret)[0]
 
 

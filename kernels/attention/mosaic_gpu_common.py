@@ -4,7 +4,9 @@ Also the differences between jax 0.10 and 0.11 (`OLD_API`) and between the GPU a
 """
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -23,7 +25,7 @@ def transposed(ref):
 
 
 def load(ref, layout):
-    return plgpu.load(ref, (), layout=layout) if OLD_API else plgpu.load(ref, layout=layout)
+    return plgpu.load(ref, *([()] if OLD_API else []), layout=layout)
 
 
 def load_rows(ref):
@@ -31,21 +33,23 @@ def load_rows(ref):
     return load(ref, plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
-def dot(a_ref, b_ref):
+def dot(a_ref, b_ref) -> jax.Array:
     """a @ b of two shared-memory tiles, fp32."""
 
     def multiply(accumulator):
         plgpu.wgmma(accumulator, a_ref, b_ref)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a_ref.shape[0], b_ref.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a_ref.shape[0], b_ref.shape[1]), jnp.float32))
 
 
-def add_dot(total, a, b_ref, interpret):
+def add_dot(total, a, b_ref, interpret) -> jax.Array:
     """total + a @ b with `total` and `a` in registers; the interpreter of jax 0.11 has no such matrix instruction."""
     if interpret:
         return total + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
-    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b_ref))(plgpu.ACC.init(total))
+    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b_ref))(  # pyright: ignore[reportReturnType]
+        plgpu.WGMMAAccumulatorRef.init(total)
+    )
 
 
 def num_stages(head_dim: int, blocks: int) -> int:
@@ -97,7 +101,9 @@ def stage_loop(steps, stages, produce, wait_until_free):
 
 
 def launch(body, *operands, out_type, scratch, grid, interpret):
-    params = plgpu.InterpretGPUParams() if interpret else None
+    options: dict[str, Any] = {}
+    if interpret:
+        options["interpret"] = plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -107,7 +113,7 @@ def launch(body, *operands, out_type, scratch, grid, interpret):
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"interpret": params} if interpret else {}),
+        **options,
     )(*operands)
 
 

@@ -14,7 +14,8 @@ def causal_attention(q_BSHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array) ->
     rounded to q's dtype before they meet v, as FlashAttention does.
     Measured on 2 CPU cores, forward + backward: the H//G query heads of a group as extra rows of one matmul are 3x
     faster than a 5-dimensional einsum (B 8, T 256, 4/2 heads, K 32: 7.2 against 21 ms) and 1.5x faster than repeating
-    k and v; chunks of queries that skip the keys of the future are 2.4x faster again at T 2048.
+    k and v; chunks of queries that skip the keys of the future are 2.1x faster again at T 2048 (B 1, 4/2 heads, K 64:
+    74 against 156 ms).
     """
     B, S, H, K = q_BSHK.shape
     T, G = k_BTGK.shape[1:3]

@@ -31,5 +31,6 @@ def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, interpret: bool = False)
     )
     pad = ((0, 0), (0, 0), (0, padded - T), (0, 0))
     heads_first = (jnp.pad(x.swapaxes(1, 2), pad) for x in (q_BTHK * jnp.asarray(K**-0.5, q_BTHK.dtype), k_BTGK, v_BTGK))
-    o_BTHK = jax.vmap(attention)(*heads_first).swapaxes(1, 2)[:, :T]
+    o_BHTK: jax.Array = jax.vmap(attention)(*heads_first)  # pyright: ignore[reportAssignmentType]
+    o_BTHK = o_BHTK.swapaxes(1, 2)[:, :T]
     return exclude_self_value(o_BTHK, v_BTGK) if xsa else o_BTHK
