@@ -116,7 +116,7 @@ def _embed(config: ModelConfig, params: Params, tokens_BT: jax.Array, dtype: jnp
 
 def _project(params: Params, name: str, x: jax.Array, tap: Tap) -> jax.Array:
     if f"{name}_proj" in params:
-        x = x @ params[f"{name}_proj"].astype(x.dtype)
+        x = ops.linear(x, params[f"{name}_proj"].astype(x.dtype))
     x = x * params[f"{name}_scale"].astype(x.dtype)
     tap(name, x)
     return x
@@ -177,11 +177,11 @@ def _attention(
     b, t = z_BTD.shape[:2]
     zq_BSD = z_BTD if last is None else z_BTD[:, -last:]
     s = zq_BSD.shape[1]
-    qg = zq_BSD @ w["q"]
+    qg = ops.linear(zq_BSD, w["q"])
     tap("q_proj", qg)
     q_BSHK = qg[..., : c.width].reshape(b, s, c.num_heads, c.head_dim)
-    k_BTGK = (z_BTD @ w["k"]).reshape(b, t, c.num_kv_heads, c.head_dim)
-    v_BTK = z_BTD @ w["v"]
+    k_BTGK = ops.linear(z_BTD, w["k"]).reshape(b, t, c.num_kv_heads, c.head_dim)
+    v_BTK = ops.linear(z_BTD, w["v"])
     if value_embed is not None:
         v_BTK = v_BTK + value_embed
     raw_BTGK = v_BTGK = v_BTK.reshape(b, t, c.num_kv_heads, c.head_dim)
@@ -206,7 +206,7 @@ def _attention(
     y_BSHK = xsa_attention(q_BSHK, k_BTGK, v_BTGK, xsa=xsa, backend=backend)
     tap("y", y_BSHK)
     if c.head_gate == "linear":
-        gate_BSH = zq_BSD @ w["gate"] + w["gate_bias"]
+        gate_BSH = ops.linear(zq_BSD, w["gate"]) + w["gate_bias"]
     elif c.head_gate == "query_rows":
         gate_BSH = qg[..., c.width :]
     if c.head_gate != "off":
@@ -214,15 +214,15 @@ def _attention(
         y_BSHK = y_BSHK * jax.nn.sigmoid(gate_BSH)[..., None]  # pyright: ignore[reportPossiblyUnboundVariable]
     y_BSD = y_BSHK.reshape(b, s, -1)
     tap("o_in", y_BSD)
-    return y_BSD @ w["o"], raw_BTGK
+    return ops.linear(y_BSD, w["o"]), raw_BTGK
 
 
 def _mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap) -> jax.Array:
     """(leaky_relu(z W_up))^2 W_down."""
-    u_BTF = z_BTD @ w["up"]
+    u_BTF = ops.linear(z_BTD, w["up"])
     h_BTF = jnp.square(jnp.where(u_BTF > 0, u_BTF, config.mlp_slope * u_BTF))
     tap("down_in", h_BTF)
-    return h_BTF @ w["down"]
+    return ops.linear(h_BTF, w["down"])
 
 
 def nll(

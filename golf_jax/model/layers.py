@@ -13,6 +13,15 @@ def rms_norm(x: jax.Array) -> jax.Array:
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + EPS)).astype(x.dtype)
 
 
+def linear(x: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """x @ w over the last axis, [..., I] -> [..., O], as one product of two matrices.
+
+    With [B, T, I] the weight's gradient contracts two axes, for which XLA:CPU copies the activations transposed: forward and backward
+    of one map take 1.6 times as long.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ w_IO).reshape(*x.shape[:-1], w_IO.shape[-1])
+
+
 def shift_right(x_BT: jax.Array, by: int = 1) -> jax.Array:
     """The value `by` positions earlier in the row, zero before its start. Works on [B, T] and [B, T, D]."""
     pad = [(0, 0), (by, 0)] + [(0, 0)] * (x_BT.ndim - 2)
