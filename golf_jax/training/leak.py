@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from golf_jax.config import Recipe
 from golf_jax.data.loader import Loader
-from golf_jax.mesh import compiler_options, replicated, rows
+from golf_jax.mesh import replicated, rows
 from golf_jax.training.state import TrainState
 from golf_jax.training.step import StepInputs, StepMetrics, make_step
 
@@ -50,7 +50,6 @@ def warm_up(
     over_ranks = jax.jit(
         lambda stale: jax.tree.map(lambda g: jnp.broadcast_to(jnp.mean(g, 0, keepdims=True), g.shape), stale),
         out_shardings=sharding,
-        compiler_options=compiler_options(mesh),
     )
     kept = jax.tree.map(jnp.copy, state)
     metrics = []
