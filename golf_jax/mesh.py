@@ -58,12 +58,3 @@ def rows(mesh: Mesh) -> NamedSharding:
 def platform(mesh: Mesh) -> str:
     """`cpu`, `gpu` or `tpu`."""
     return mesh.devices.flat[0].platform
-
-
-def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
-    """Options for every `jax.jit` of a real computation.
-
-    XLA's CPU runtime loses a task of large programs under its concurrency-optimized schedule and waits for it forever (seen with jax
-    0.10.2 on 2 cores, one device and several): program order is safe, and no slower here.
-    """
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if platform(mesh) == "cpu" else None

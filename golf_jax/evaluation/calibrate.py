@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.evaluation.scorer import put, replicate
-from golf_jax.mesh import AXIS, REPLICATED, ROWS, compiler_options, platform
+from golf_jax.mesh import AXIS, REPLICATED, ROWS, platform
 from golf_jax.model import hidden, leaves, resolve
 from golf_jax.quant.gptq import accumulate_hessian
 
@@ -51,7 +51,7 @@ def collect_hessians(config: ModelConfig, params: dict[str, Any], batches: Itera
         check_vma=False,
     )
     add = lambda total, *batch: jax.tree.map(jnp.add, total, sharded(*batch))  # noqa: E731
-    step = jax.jit(add, donate_argnums=0, compiler_options=compiler_options(mesh))
+    step = jax.jit(add, donate_argnums=0)
     total, count = None, 0
     for batch in batches:
         rows = -(-len(batch) // devices) * devices

@@ -28,7 +28,7 @@ from golf_jax.evaluation.ledger import Ledger
 from golf_jax.evaluation.score import Result, Trace
 from golf_jax.evaluation.scorer import Log, Shapes, WindowScorer, avals, gather, put, replicate, shapes_of
 from golf_jax.evaluation.windows import chunk_windows, sliding_windows, truncate
-from golf_jax.mesh import AXIS, REPLICATED, compiler_options, platform, replicated
+from golf_jax.mesh import AXIS, REPLICATED, platform, replicated
 from golf_jax.model import leaves, nll, resolve
 from golf_jax.optim.adam import scale_by_adam
 from golf_jax.optim.optimizer import norm_clip_factor, squared_norm
@@ -160,7 +160,7 @@ def training_program(
     lr = jax.ShapeDtypeStruct((epochs, rows[0]), jnp.float32, sharding=whole)
     state = jax.eval_shape(functools.partial(initial_state, ttt), avals(mesh, shapes))
     on_mesh = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
-    return jax.jit(sharded, donate_argnums=0, compiler_options=compiler_options(mesh)).lower(on_mesh, tokens, weight, lr).compile()
+    return jax.jit(sharded, donate_argnums=0).lower(on_mesh, tokens, weight, lr).compile()
 
 
 class Trainer:

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from golf_jax.config import Recipe
-from golf_jax.mesh import AXIS, REPLICATED, ROWS, compiler_options
+from golf_jax.mesh import AXIS, REPLICATED, ROWS
 from golf_jax.model.params import dead_layers, init_params, leaves
 from golf_jax.optim.averaging import ema_init, swa_init
 from golf_jax.optim.optimizer import make_optimizer
@@ -85,7 +85,7 @@ def init_state(recipe: Recipe, mesh: Mesh, seed: int, params: dict[str, Any] | N
     key = jax.random.key(seed)
     shapes = jax.eval_shape(make, key, params)
     shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs(shapes))
-    return jax.jit(make, out_shardings=shardings, compiler_options=compiler_options(mesh))(key, params)
+    return jax.jit(make, out_shardings=shardings)(key, params)
 
 
 __all__ = ["TrainState", "frozen_names", "init_state", "make_state", "optimizer", "state_specs"]

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from golf_jax.config import GolfError, Recipe
-from golf_jax.mesh import AXIS, REPLICATED, ROWS, compiler_options
+from golf_jax.mesh import AXIS, REPLICATED, ROWS
 from golf_jax.model.gpt import nll
 from golf_jax.optim.averaging import ema_update, swa_update
 from golf_jax.optim.optimizer import norm_clip_factor, squared_norm
@@ -130,4 +130,4 @@ def make_step(recipe: Recipe, mesh: Mesh, state: TrainState, *, looping: bool) -
     sharded = jax.shard_map(
         local_step, mesh=mesh, in_specs=(specs, ROWS, ROWS, PartitionSpec()), out_specs=(specs, metrics), check_vma=False
     )
-    return jax.jit(sharded, donate_argnums=0, compiler_options=compiler_options(mesh))
+    return jax.jit(sharded, donate_argnums=0)
