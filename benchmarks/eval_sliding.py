@@ -4,7 +4,8 @@
 
 Straightforward: logits of all positions, log-softmax over [B, T, V], and only the last `stride` targets are used. Ours computes the
 last block's queries, gate and MLP and the head for those targets only. Both score the same random windows with the same random weights
-on one device; prints time (on a CPU: processor seconds of all threads, which hardly depend on other load), temporary memory of the compiled program, both ratios, and the difference of the scores.
+on one device. Prints the time (on a CPU: processor seconds of all threads, which hardly depend on other load), the temporary memory of
+the compiled program, both ratios, and the difference of the scores.
 """
 
 import argparse
