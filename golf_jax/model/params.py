@@ -144,7 +144,7 @@ def count(config: ModelConfig) -> int:
 def tensor_names(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
     """Tensor name -> (leaf, index in the stack or None), in the order of the records' state_dict."""
     table = leaves(config)
-    flat = {leaf.tensor: (name, None) for name, leaf in table.items() if not leaf.stacked}
+    flat: dict[str, tuple[str, int | None]] = {leaf.tensor: (name, None) for name, leaf in table.items() if not leaf.stacked}
     for name, leaf in table.items():
         if leaf.stacked and not leaf.per_layer:
             flat |= {leaf.tensor.format(i=i): (name, i) for i in range(leaf.shape[0])}

@@ -44,14 +44,14 @@ class Trained:
 def step_inputs(recipe: Recipe, clock: Clock) -> tuple[StepInputs, bool]:
     """Host values of the traced scalars of the step that starts at `clock`, and whether depth recurrence is on."""
     factor = schedules.lr_factor(recipe.schedule, recipe.budget, clock)
-    inputs = StepInputs(
-        np.float32(factor),  # pyright: ignore[reportArgumentType]
-        np.float32(schedules.muon_momentum(recipe.optim, clock.step)),  # pyright: ignore[reportArgumentType]
-        np.float32(recipe.optim.clip_norm or math.inf),  # pyright: ignore[reportArgumentType]
-        np.float32(schedules.fake_quant_strength(recipe.schedule, factor)),  # pyright: ignore[reportArgumentType]
-        np.bool_(schedules.swa_collects(recipe.schedule, factor, clock.step + 1)),  # pyright: ignore[reportArgumentType]
+    scalars: Any = (
+        np.float32(factor),
+        np.float32(schedules.muon_momentum(recipe.optim, clock.step)),
+        np.float32(recipe.optim.clip_norm or math.inf),
+        np.float32(schedules.fake_quant_strength(recipe.schedule, factor)),
+        np.bool_(schedules.swa_collects(recipe.schedule, factor, clock.step + 1)),
     )
-    return inputs, schedules.looping(recipe.schedule, recipe.budget, clock)
+    return StepInputs(*scalars), schedules.looping(recipe.schedule, recipe.budget, clock)
 
 
 def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -> tuple[dict[bool, Any], dict[str, float]]:

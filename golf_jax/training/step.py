@@ -83,7 +83,7 @@ def make_step(recipe: Recipe, mesh: Mesh, state: TrainState, *, looping: bool) -
         return grads, {n: grads[n] for n in stale}, norm
 
     def local_step(state: TrainState, x_RT: jax.Array, y_RT: jax.Array, inputs: StepInputs):
-        params = state.params
+        params: Any = state.params
         micros = tuple(a.reshape(-1, rows, a.shape[-1]) for a in (x_RT, y_RT))
         count = micros[0].shape[0]
 
@@ -104,6 +104,8 @@ def make_step(recipe: Recipe, mesh: Mesh, state: TrainState, *, looping: bool) -
             grads, (losses, norms, stale) = jax.lax.scan(one, zeros, (*micros, state.stale or {}))
         grads = {n: (g / count).astype(params[n].dtype) for n, g in grads.items()}
         clip = jnp.float32(jnp.inf) if recipe.optim.clip_per_rank else inputs.clip_norm
+        updates: Any
+        opt_state: Any
         updates, opt_state = opt.update(
             {n: g for n, g in grads.items() if n not in frozen} | {n: jnp.zeros_like(params[n]) for n in frozen},
             state.opt,
@@ -117,16 +119,17 @@ def make_step(recipe: Recipe, mesh: Mesh, state: TrainState, *, looping: bool) -
         if devices > 1:
             loss = jax.lax.pmean(loss, AXIS)
         new = TrainState(
-            params,  # pyright: ignore[reportArgumentType]
+            params,
             opt_state,
-            None if state.ema is None else ema_update(state.ema, params, recipe.schedule.ema_decay),  # pyright: ignore
-            None if state.swa is None else swa_update(state.swa, params, inputs.swa_collect),  # pyright: ignore
+            None if state.ema is None else ema_update(state.ema, params, recipe.schedule.ema_decay),
+            None if state.swa is None else swa_update(state.swa, params, inputs.swa_collect),
             None if state.stale is None else stale,
         )
         return new, StepMetrics(loss, opt_state["grad_norm"], losses, norms)
 
     specs = state_specs(state)
-    metrics = StepMetrics(REPLICATED, REPLICATED, ROWS, ROWS)
+    partitions: Any = (REPLICATED, REPLICATED, ROWS, ROWS)
+    metrics = StepMetrics(*partitions)
     sharded = jax.shard_map(
         local_step, mesh=mesh, in_specs=(specs, ROWS, ROWS, PartitionSpec()), out_specs=(specs, metrics), check_vma=False
     )
