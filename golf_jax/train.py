@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from golf_jax import cli
 from golf_jax.artifact.code import bundle, raw_code_bytes
+from golf_jax.artifact.ledger import estimate_bytes
 from golf_jax.artifact.model import Loaded, Packed, load_model, pack_model
-from golf_jax.config import GolfError, Recipe, recipe_names, to_dict
+from golf_jax.config import CAP_BYTES, GolfError, Recipe, recipe_names, to_dict
 from golf_jax.data import load_val_tokens, make_loader
 from golf_jax.data.corpus import build_embedded
 from golf_jax.data.prefetch import local_rows
@@ -25,7 +26,8 @@ from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
 from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.ttt import evaluate_ttt
 from golf_jax.mesh import initialize_distributed, make_mesh, platform
-from golf_jax.model import count, resolve
+from golf_jax.model import count, resolve, to_tensors
+from golf_jax.quant import quantize, without_hessians
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.loop import Trained, train
 from golf_jax.training.rundir import RunDir, environment
@@ -168,14 +170,23 @@ def run_recipe(recipe: Recipe, options: Options) -> dict[str, Any]:
             recipe.model, params, text.val_tokens, text.tables, seq_len=d.seq_len, mesh=mesh, eval=recipe.eval, looping=looping
         )
 
-    trained = train(recipe, mesh, loader, run, checkpoints=checkpoints, validate=validate)
+    shipped, raw = code_size(recipe)
+
+    def validate_and_estimate(params: dict[str, jax.Array], looping: bool) -> Result:
+        """Also says what the artifact would weigh now, while that can still be cured."""
+        quantized = quantize(to_tensors(recipe.model, params), without_hessians(recipe.quant))
+        total = shipped + estimate_bytes(quantized, recipe.quant.compressor)
+        over = " OVER THE CAP: the steps of quantization will be made coarser" if total > CAP_BYTES else ""
+        run.log(f"estimated artifact {total:,} bytes with code, headroom {CAP_BYTES - total:,}{over}")
+        return validate(params, looping)
+
+    trained = train(recipe, mesh, loader, run, checkpoints=checkpoints, validate=validate_and_estimate)
     before = validate(trained.params, True)
     run.log(f"pre_quantization_{recipe.schedule.export} {before.score.line()}")
     begin = time.perf_counter()
     hessians = calibration(recipe, text, trained.params, mesh)
     if hessians is not None:
         run.log(f"collected {len(hessians)} Hessians in {time.perf_counter() - begin:.1f} s")
-    shipped, raw = code_size(recipe)
     packed = pack_model(recipe, trained.params, text.tokenizer.sha256, code_bytes=shipped, hessians=hessians)
     quant_seconds = time.perf_counter() - begin
     run.log(f"quantized and packed in {quant_seconds:.1f} s; {packed.fit}")

@@ -115,16 +115,16 @@ def train(
             x, y = next(batches)
             state, metrics = phases[looping](state, x, y, jax.device_put(inputs, replicated(mesh)))
             if pending:
-                watch.step(*pending, clock.local_seconds)
+                watch.step(*pending, clock)
             pending = (step, inputs, metrics)
             step += 1
             if checkpoints and recipe.checkpoint_every and step % recipe.checkpoint_every == 0:
-                watch.step(*pending, clock.local_seconds)  # a state with a NaN is never saved
+                watch.step(*pending, clock)  # a state with a NaN is never saved
                 pending = None
                 with clock.paused(), jax.transfer_guard("allow"):
                     checkpoints.save(recipe, step, state, clock.local_seconds, batches.state())
         if pending:
-            watch.step(*pending, clock.local_seconds)
+            watch.step(*pending, clock)
         jax.block_until_ready(state.params)
         clock.stop()
     if checkpoints:
@@ -154,8 +154,9 @@ class _Watch:
         self.loss = math.nan
         self._first: tuple[int, float] | None = None
 
-    def step(self, step: int, inputs: StepInputs, metrics: StepMetrics, seconds: float) -> None:
+    def step(self, step: int, inputs: StepInputs, metrics: StepMetrics, clock: TrainingClock) -> None:
         self.loss, norm = (float(v) for v in jax.device_get((metrics.loss, metrics.grad_norm)))
+        seconds = clock.local_seconds  # read after the wait: the time at which this step was done
         if not math.isfinite(self.loss):
             self.run.metrics(step=step, loss=None, seconds=seconds)
             raise GolfError(
