@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -28,7 +29,8 @@ def parse(argv: Sequence[str], options: Any, description: str, default_recipe: s
         frozen=True,
     )
     text = f"{description}\n\nFirst argument: the recipe, one of {', '.join(recipe_names())}, or a .py file (here: {name})."
-    parsed = tyro.cli(everything, args=argv, description=text, config=(tyro.conf.AvoidSubcommands,))
+    prog = f"python -m golf_jax.{Path(sys.argv[0]).stem} {name}"
+    parsed = tyro.cli(everything, args=argv, prog=prog, description=text, config=(tyro.conf.AvoidSubcommands,))
     return parsed.recipe, parsed.options
 
 

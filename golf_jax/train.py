@@ -37,7 +37,9 @@ CACHE = Path.home() / ".cache" / "golf_jax"
 DESCRIPTION = """Train, pack and score one model: data -> train -> average -> quantize -> pack -> reload from the bytes -> score.
 
 With no argument: a small model on the text every Python carries, on CPU, in minutes. Any field of a recipe is a flag:
+
   python -m golf_jax.train pr2005 --model.width 128 --budget.steps 100 --data.train 'shards/train_*.bin' ...
+
 The run directory holds config, log, metrics, artifact and result."""
 
 

@@ -148,7 +148,7 @@ def _block(
     x_BTD = w["resid_mix"][0] * x_BTD + w["resid_mix"][1] * x0_BTD
     z_BTD = ops.rms_norm(x_BTD) * jnp.asarray(scale, x_BTD.dtype)
     tap("attn_in", z_BTD)
-    a_BTD, v_BTGK = _attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap)
+    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap)
     tap("attn_out", a_BTD)
     if last is not None:
         x_BTD, z_BTD = x_BTD[:, -last:], z_BTD[:, -last:]
@@ -162,7 +162,7 @@ def _block(
     return y_BTD + w["mlp_scale"] * m_BTD, v_BTGK
 
 
-def _attention(
+def attention(
     config: ModelConfig,
     i: int,
     w: Params,
@@ -173,6 +173,10 @@ def _attention(
     last: int | None,
     tap: Tap,
 ) -> tuple[jax.Array, jax.Array]:
+    """Attention of layer i with its own weights w on the normalised input: output [B, T, D] and its unmixed value [B, T, G, K].
+
+    v0: value of layer 0 (None in it); value_embed [B, T, G K]; last: only the last N queries.
+    """
     c = config
     b, t = z_BTD.shape[:2]
     zq_BSD = z_BTD if last is None else z_BTD[:, -last:]
@@ -241,7 +245,7 @@ def nll(
     """
     x_BTD = hidden(config, params, tokens_BT, looping=looping, last=last, fake_quant=fake_quant)
     flat = softcap_cross_entropy(
-        x_BTD.reshape(-1, config.width), params["tok_emb"].astype(x_BTD.dtype), targets_BT.reshape(-1), softcap=config.softcap
+        x_BTD.reshape(-1, config.width), params["tok_emb"], targets_BT.reshape(-1), softcap=config.softcap
     )
     return flat.reshape(targets_BT.shape)
 
