@@ -63,7 +63,7 @@ def simulate(
 ) -> History:
     """Train `recipe` (float32) from `params` on the stored batches. keep: step counts after which to keep all tensors.
 
-    clear_stale: PR 1182 without its leak (frozen gradients cleared before every step).
+    clear_stale: PR 1182's frozen gradients cleared after every step (those of the warm-up still enter the first one).
     """
     mesh = make_mesh(ctx.devices if recipe.data.ranks % ctx.devices == 0 else 1)
     state = init_state(recipe, mesh, 0, {k: jnp.asarray(v) for k, v in params.items()})
@@ -87,14 +87,12 @@ def simulate(
 
     inputs, _ = step_inputs(recipe, Clock(0, 0.0))
     inputs = jax.device_put(inputs, replicated(mesh))
-    if recipe.schedule.leak_warmup_steps and not clear_stale:
+    if recipe.schedule.leak_warmup_steps:
         warm = (batch(i) for i in range(recipe.schedule.leak_warmup_steps))
         state, metrics = warm_up(recipe, mesh, state, warm, phase(True))
         history.warm_up_loss = [m.micro_loss for m in metrics]
     for i in range(steps):
         inputs, looping = step_inputs(recipe, Clock(i, 0.0))
-        if clear_stale:
-            state = state._replace(stale=jax.tree.map(jnp.zeros_like, state.stale))
         state, metric = phase(looping)(state, *batch(i), jax.device_put(inputs, replicated(mesh)))
         metric = jax.tree.map(np.asarray, metric)
         history.loss.append(float(metric.loss))
@@ -107,6 +105,8 @@ def simulate(
         if state.stale and "trigram_table" in state.stale:
             clipped = np.sqrt(np.square(np.asarray(state.stale["trigram_table"], np.float64)).sum((1, 2)))
             history.trigram_norm.append(clipped / np.minimum(1, recipe.optim.clip_norm / (metric.micro_norm + 1e-6)))
+        if clear_stale:
+            state = state._replace(stale=jax.tree.map(jnp.zeros_like, state.stale))
         if i + 1 in {*keep, steps}:
             history.after[i + 1] = to_torch(ctx.recipe, recipe.model, state.params)
     if state.ema is not None:
@@ -208,11 +208,11 @@ def check_train(ctx: Context) -> list[CheckResult]:
     return results
 
 
-def _recipe(ctx: Context, settings: dict[str, Any], b: Batches, **changes: Any) -> Recipe:
+def training_batch_recipe(ctx: Context, settings: dict[str, Any], b: Batches) -> Recipe:
+    """The PR's training with the settings stored beside the batches; as many steps as there are batches unless they say otherwise."""
     _, ranks, per_rank, seq_len = b.x.shape
     settings = settings | {"iterations": settings.get("iterations", settings.get("ITERATIONS", len(b.x)))}
-    recipe = training_recipe(ctx.recipe, settings, ranks=ranks, rows_per_rank=per_rank, seq_len=seq_len)
-    return replace(recipe, **changes)
+    return training_recipe(ctx.recipe, settings, ranks=ranks, rows_per_rank=per_rank, seq_len=seq_len)
 
 
 def _lrs(recipe: Recipe, history: History, group: str) -> np.ndarray:
@@ -229,7 +229,7 @@ def _run_372(ctx: Context, name: str) -> list[CheckResult]:
     z, m = ctx.file(name), ctx.model()
     source = z if "x" in z else ctx.file("train")
     b = Batches(source["x"], source["y"])
-    recipe = _recipe(ctx, z.config(), b)
+    recipe = training_batch_recipe(ctx, z.config(), b)
     if name == "train_noqat":
         recipe = without_fake_quant(recipe)
     bars = BARS[f"pr372 {name}"]
@@ -252,7 +252,7 @@ def _run_562(ctx: Context, name: str) -> list[CheckResult]:
     tokens = z["tokens"].astype(np.int32)
     targets = np.concatenate([tokens[..., 1:], z["targets_last"].astype(np.int32)[..., None]], axis=-1)
     b = Batches(tokens, targets)
-    plain = _recipe(ctx, z.config(), b)
+    plain = training_batch_recipe(ctx, z.config(), b)
     qat = replace(plain, schedule=replace(plain.schedule, fake_quant_below=float(z.config().get("qat_threshold", 0.5))))
     results = []
     for prefix, recipe, label in (("", plain, name), ("qat_", qat, f"{name} with late QAT")):
@@ -286,7 +286,7 @@ def _run_638(ctx: Context, name: str) -> list[CheckResult]:
     z = ctx.file(name)
     x = z["x"].astype(np.int32)
     b = Batches(x, np.concatenate([x[..., 1:], z["y_last"].astype(np.int32)[..., None]], axis=-1))
-    recipe = _recipe(ctx, z.config(), b)
+    recipe = training_batch_recipe(ctx, z.config(), b)
     start = z.under("init/")
     params = from_torch(ctx.recipe, z.config(), start)[1] if start else ctx.model().params
     ours, report = simulate(ctx, recipe, params, b, keep=[1, 10]), Report(name, BARS[f"pr638 {name}"])
@@ -308,7 +308,7 @@ def _run_638(ctx: Context, name: str) -> list[CheckResult]:
 def _run_1182(ctx: Context, name: str) -> list[CheckResult]:
     z, m = ctx.file(name), ctx.model()
     b, settings = Batches(z["tokens"], z["targets"]), z.config()
-    recipe, bars = _recipe(ctx, settings, b), BARS["pr1182 train"]
+    recipe, bars = training_batch_recipe(ctx, settings, b), BARS["pr1182 train"]
     ours, report = simulate(ctx, recipe, m.params, b, keep=[1, 3]), Report(name, bars)
     if "warm_loss_per_rank" in z:
         report.losses(ours.warm_up_loss, z["warm_loss_per_rank"], "warm-up losses per rank")
@@ -333,7 +333,7 @@ def _variants_1182(ctx: Context, z: Reference, recipe: Recipe, b: Batches) -> li
     """The same run without the leak, with late QAT that acts, and on one rank that clips the accumulated gradient once."""
     results, params = [], ctx.model().params
     if "variant_clean/loss_per_rank" in z:
-        ours, report = simulate(ctx, recipe, params, b, clear_stale=True), Report("train without the leak", BARS["pr1182 train"])
+        ours, report = simulate(ctx, recipe, params, b, clear_stale=True), Report("train, stale gradients cleared", BARS["pr1182 train"])
         report.losses(ours.micro_loss, z["variant_clean/loss_per_rank"], "losses per rank")
         report.norms(ours.rank_norm, z["variant_clean/preclip_norm_per_rank"], "gradient norms per rank")
         results += report.results()
@@ -357,7 +357,7 @@ def _variants_1182(ctx: Context, z: Reference, recipe: Recipe, b: Batches) -> li
 def _run_2005(ctx: Context, name: str) -> list[CheckResult]:
     z, m = ctx.file(name), ctx.model()
     b = Batches(z["tokens"][:, None], z["targets"][:, None])  # one process, one batch
-    recipe = _recipe(ctx, z.config(), b)
+    recipe = training_batch_recipe(ctx, z.config(), b)
     ours, report = simulate(ctx, recipe, m.params, b), Report(name, BARS["pr2005 train"])
     report.losses(ours.loss, z["loss"])
     if "grad_norm_before_clip" in z:
