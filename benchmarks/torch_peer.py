@@ -6,6 +6,9 @@ Parts of PRs 372, 562 and 1182 that it lacks (fake quantization, trigrams, value
 """
 
 import math
+import pickle
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -321,3 +324,28 @@ def _batches(params: list[Tensor], group: GroupConfig) -> list[MuonBatch]:
         MuonBatch(ps, group.lr, group.weight_decay, torch.zeros((len(ps), *shape), device=ps[0].device))
         for shape, ps in shapes.items()
     ]
+
+
+def serve() -> None:
+    """Run as a process of its own, driven by step_time.py: pickled job on stdin, one pickled answer per step on stdout.
+
+    A process apart keeps the thread pools and GPU memory pools of the two frameworks from counting against each other.
+    """
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    job = pickle.load(sys.stdin.buffer)
+    trainer = Trainer(job["recipe"], job["tensors"], job["roles"], job["device"], job["compile"])
+    trainer.model.looping = job["looping"]
+    x, y = (torch.from_numpy(a).long().to(job["device"]) for a in (job["x"], job["y"]))
+    version = torch.__version__
+    while pickle.load(sys.stdin.buffer) == "step":
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = trainer.step(x, y, job["lr_factor"], job["momentum"], job["rows"]).item()  # .item() waits for the device
+        answer = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "loss": loss, "version": version}
+        if job["device"] == "cuda":
+            answer["peak_bytes"] = torch.cuda.max_memory_allocated()
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()
