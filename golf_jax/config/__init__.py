@@ -1,0 +1,42 @@
+"""Configuration: frozen dataclasses, validated on construction, JSON round trip.
+
+A recipe is a file in `configs/` with a function `recipe() -> Recipe`. Every field has one reader; combinations that cannot work are
+refused here, before anything is compiled, in one line that names the field and the fix.
+"""
+
+from golf_jax.config.base import CAP_BYTES, GolfError
+from golf_jax.config.model import FakeQuantConfig, ModelConfig
+from golf_jax.config.recipe import (
+    BudgetConfig,
+    DataConfig,
+    EvalConfig,
+    GroupConfig,
+    OptimConfig,
+    QuantConfig,
+    QuantRule,
+    Recipe,
+    ScheduleConfig,
+    TTTConfig,
+)
+from golf_jax.config.serialize import from_dict, load_recipe, recipe_names, to_dict
+
+__all__ = [
+    "CAP_BYTES",
+    "BudgetConfig",
+    "DataConfig",
+    "EvalConfig",
+    "FakeQuantConfig",
+    "GolfError",
+    "GroupConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "QuantConfig",
+    "QuantRule",
+    "Recipe",
+    "ScheduleConfig",
+    "TTTConfig",
+    "from_dict",
+    "load_recipe",
+    "recipe_names",
+    "to_dict",
+]

@@ -1,0 +1,263 @@
+"""Everything else a run needs, and the recipe that holds it all."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from golf_jax.config.base import check
+from golf_jax.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from and in which order they are trained on."""
+
+    train: str = "embedded"
+    """Glob of training shards, or `embedded`: the corpus made from this Python's own documentation."""
+    val: str = ""
+    """Glob of validation shards (unused with `embedded`)."""
+    tokenizer: str = ""
+    """SentencePiece model file (unused with `embedded`)."""
+    order: Literal["stream", "shuffled"] = "stream"
+    """`stream`: consecutive spans per rank (PRs 372, 562, 638, 1182); `shuffled`: random sequences per rank (PR 2005)."""
+    seq_len: int = 2048
+    ranks: int = 8
+    """Ranks whose data order is reproduced; independent of how many devices run it."""
+    rows_per_rank: int = 48
+    """Sequences per rank and step; batch tokens = ranks * rows_per_rank * seq_len."""
+
+    def __post_init__(self):
+        for name in ("seq_len", "ranks", "rows_per_rank"):
+            check(getattr(self, name) > 0, f"data.{name} must be positive, got {getattr(self, name)}")
+        if self.train != "embedded":
+            check(bool(self.val), "data.val is empty: give the glob of the validation shards")
+            check(bool(self.tokenizer), "data.tokenizer is empty: give the SentencePiece model file")
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.ranks * self.rows_per_rank * self.seq_len
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """One optimizer group: which parameter roles, which rule, learning rate and decay."""
+
+    name: str
+    roles: tuple[str, ...]
+    """Roles of golf_jax.model.params: matrix, gate, proj, token, table, vector, trigram."""
+    kind: Literal["muon", "adamw", "frozen"]
+    lr: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Muon for matrices, AdamW for the rest; all learning rates share one factor over time."""
+
+    groups: tuple[GroupConfig, ...] = (
+        GroupConfig("matrix", ("matrix", "proj", "gate"), "muon", 0.025, 0.04),
+        GroupConfig("token", ("token", "table"), "adamw", 0.035, 0.04),
+        GroupConfig("vector", ("vector",), "adamw", 0.025, 0.04),
+    )
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    momentum: float = 0.99
+    momentum_start: float = 0.92
+    momentum_warmup_steps: int = 1500
+    newton_schulz_steps: int = 5
+    row_normalize: bool = False
+    """MuonEq-R: rows of the Nesterov update are normalised before Newton-Schulz (PR 2005)."""
+    bf16_momentum: bool = False
+    """PR 1182's Muon: momentum and averaged matrix gradients in bfloat16 when `numerics = "as_run"`, and its rounding order."""
+    decay_last: bool = False
+    """Weight decay after the update, on the updated weight (PR 372); otherwise before it."""
+    clip_norm: float = 0.3
+    """Global L2 norm of the gradient; 0 switches clipping off."""
+    clip_per_rank: bool = False
+    """Clip each rank's own gradient before averaging (PR 1182)."""
+
+    def __post_init__(self):
+        roles = [r for g in self.groups for r in g.roles]
+        for r in roles:
+            check(roles.count(r) == 1, f"optim.groups: role {r!r} is claimed by two groups")
+        check(not (self.clip_per_rank and self.clip_norm <= 0), "optim.clip_per_rank needs optim.clip_norm > 0")
+
+    @property
+    def leaks_frozen_gradients(self) -> bool:
+        """PR 1182: gradients of frozen parameters are never cleared and enter the clip norm (spec 7.1)."""
+        return self.clip_per_rank and any(g.kind == "frozen" for g in self.groups)
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """When training ends: `steps` if positive, otherwise the wall clock."""
+
+    steps: int = 0
+    """Fixed number of steps: schedules run on steps and the run is bit-reproducible. 0: schedules run on elapsed time."""
+    seconds: float = 600.0
+    """Training clock: excludes compilation, evaluation and pauses. PR 2005 trains 588 s and keeps 12 s for GPTQ."""
+
+    def __post_init__(self):
+        check(self.steps >= 0, f"budget.steps must be >= 0, got {self.steps}")
+        check(self.steps > 0 or self.seconds > 0, "budget: give budget.steps or a positive budget.seconds")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning-rate factor, phases and averaging over a run."""
+
+    warmdown_steps: int = 3500
+    """Linear warmdown over the last N steps (in clock mode: over N times the measured step time)."""
+    warmdown_frac: float = 0.0
+    """If positive: warmdown over this fraction of the run instead (PR 2005: 0.72)."""
+    lr_floor: float = 0.0
+    """Factor at the end of the warmdown (PR 372: 0.1)."""
+    loop_from: float = 0.0
+    """Depth recurrence starts at this fraction of the run (PR 2005: 0.35)."""
+    ema_decay: float = 0.997
+    """Exponential average of all parameters from the initial weights; 0 switches it off."""
+    swa_every: int = 0
+    """Stochastic weight averaging: add the weights every N steps ..."""
+    swa_below: float = 0.0
+    """... while the learning-rate factor is below this (PR 562: 0.4)."""
+    export: Literal["raw", "ema", "swa"] = "ema"
+    """Which weights become the model."""
+    fake_quant_below: float = 0.0
+    """Late QAT: fake quantization in training once the factor is below this; 0 never, 1 and more: from step 0 (PR 372)."""
+    leak_warmup_steps: int = 0
+    """PR 1182 only: discarded warm-up steps whose gradients of frozen parameters leak into the run (20 there)."""
+
+    def __post_init__(self):
+        check(0 <= self.warmdown_frac <= 1, f"schedule.warmdown_frac must be in 0..1, got {self.warmdown_frac}")
+        check(0 <= self.ema_decay < 1, f"schedule.ema_decay must be in 0..1, got {self.ema_decay}")
+        check(self.export != "ema" or self.ema_decay > 0, "schedule.export 'ema' needs schedule.ema_decay > 0")
+        check(self.export != "swa" or self.swa_every > 0, "schedule.export 'swa' needs schedule.swa_every > 0")
+
+
+@dataclass(frozen=True)
+class QuantRule:
+    """First match wins: tensors whose name contains `pattern` and have more than `min_numel` elements get `scheme`."""
+
+    pattern: str
+    """Substring of the tensor name (`blocks.3.attn.c_q.weight`); empty matches all. `|` separates alternatives."""
+    scheme: str
+    """Name of a scheme of golf_jax.quant.schemes (int6_row, int5_row, int8_percentile, gptq, float16, ...)."""
+    min_numel: int = 0
+    max_numel: int = 0
+    """Only tensors with at most this many elements; 0: no limit."""
+    step: float = 1.0
+    """Multiplies the scheme's rounding step: above 1 coarser and smaller, 1 exactly as the PR. `quant.fit_to_cap` solves for it."""
+
+    def __post_init__(self):
+        check(self.step > 0, f"quant.rules: step must be positive, got {self.step} (pattern {self.pattern!r})")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How weights become integer codes and bytes."""
+
+    rules: tuple[QuantRule, ...] = (
+        QuantRule("", "float16", max_numel=8192),
+        QuantRule("", "int6_row"),
+    )
+    prune_fraction: float = 0.0
+    """Magnitude pruning before quantization (PR 562: 0.03)."""
+    prune_min_numel: int = 65_536
+    """Only 2-D tensors with more elements than this are pruned."""
+    gptq_batches: int = 0
+    """Calibration batches for the Hessians of GPTQ schemes (PR 2005: 64)."""
+    compressor: Literal["zstd", "lzma", "brotli", "rans"] = "zstd"
+    """`rans` is this project's own coder for integer codes, 1 to 2 % smaller (docs/artifact.md); scales and floats by brotli."""
+    level: int = 22
+    """zstd 1..22, lzma 0..9, brotli and rans 0..11."""
+
+    def __post_init__(self):
+        check(0 <= self.prune_fraction < 1, f"quant.prune_fraction must be in 0..1, got {self.prune_fraction}")
+
+
+@dataclass(frozen=True)
+class TTTConfig:
+    """Test-time training. `score_first` is legal (every token is scored before an update sees it); `adapt_first` is not."""
+
+    kind: Literal["off", "score_first", "adapt_first"] = "off"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.002
+    momentum: float = 0.9
+    epochs: int = 3
+    chunk_tokens: int = 32_768
+    batch_rows: int = 32
+    """Most sequences per rank and update."""
+    ranks: int = 8
+    """Ranks whose split of every chunk is reproduced."""
+    clip_norm: float = 1.0
+    fake_quant: bool = False
+    """Fake quantization in the training forwards of TTT (what really ran in PRs 562 and 1182)."""
+    proj_lr_scale: float = 1.0
+    """`adamw`: factor for output projections (PR 562: 3)."""
+    fc_lr_scale: float = 1.0
+    """`adamw`: factor for the MLP's first matrix (PR 562: 0.5)."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How the packed model is scored."""
+
+    stride: int = 64
+    """Sliding window: new targets per window; 0 leaves the sliding evaluation out."""
+    windows: Literal["pr372", "tail", "tail_min", "exact"] = "exact"
+    """Window list of the recipe (spec section 6): `pr372` scores only full strides, `tail` (638, 1182) and `tail_min` (562)
+    re-score the tail, `exact` (2005) scores every target once."""
+    batch_rows: int = 32
+    """Sequences or windows per device and step."""
+    every: int = 0
+    """Validate the raw weights every N training steps (outside the clock); 0: only at the end."""
+    ttt: TTTConfig = TTTConfig()
+
+    def __post_init__(self):
+        check(self.stride >= 0, f"eval.stride must be >= 0, got {self.stride}")
+        check(self.batch_rows > 0, f"eval.batch_rows must be positive, got {self.batch_rows}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run needs. `python -m golf_jax.train RECIPE --section.field value` overrides any field."""
+
+    name: str
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    budget: BudgetConfig = BudgetConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    quant: QuantConfig = QuantConfig()
+    eval: EvalConfig = EvalConfig()
+    numerics: Literal["as_run", "fp32"] = "as_run"
+    """`as_run`: `model.bf16_params`, their moments and Newton-Schulz in bfloat16, initial weights rounded to bfloat16, as the
+    records do; `fp32`: everything float32."""
+    micro_rows: int = 0
+    """Sequences per device and forward pass (gradient accumulation); 0: as many as one rank has."""
+    seed: int = 1337
+    checkpoint_every: int = 0
+    """Save a checkpoint every N steps (0: none); `--resume DIR` of golf_jax.train goes on from it bit for bit."""
+    log_every: int = 50
+
+    def __post_init__(self):
+        r = self
+        has_fake_quant = r.model.fake_quant.matrices != "none"
+        check(
+            r.schedule.fake_quant_below == 0 or has_fake_quant,
+            "schedule.fake_quant_below is set but model.fake_quant.matrices is 'none'",
+        )
+        check(not r.eval.ttt.fake_quant or has_fake_quant, "eval.ttt.fake_quant needs model.fake_quant.matrices")
+        check(
+            r.eval.stride <= r.data.seq_len,
+            f"eval.stride {r.eval.stride} exceeds the window data.seq_len {r.data.seq_len}",
+        )
+        check(
+            r.data.rows_per_rank % max(r.micro_rows, 1) == 0 or r.micro_rows % r.data.rows_per_rank == 0,
+            f"micro_rows {r.micro_rows} must divide or be a multiple of data.rows_per_rank {r.data.rows_per_rank}",
+        )
+        check(
+            not r.optim.clip_per_rank or r.micro_rows in (0, r.data.rows_per_rank),
+            "optim.clip_per_rank clips one rank's whole gradient: leave micro_rows 0",
+        )
+        uses_gptq = any(rule.scheme.startswith("gptq") for rule in r.quant.rules)
+        check(uses_gptq == (r.quant.gptq_batches > 0), "quant.gptq_batches and a gptq scheme in quant.rules go together")

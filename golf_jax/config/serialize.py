@@ -1,0 +1,94 @@
+"""Recipes as JSON and back, and recipes by name."""
+
+import dataclasses
+import importlib
+import importlib.util
+import math
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from golf_jax.config.base import GolfError, check
+from golf_jax.config.recipe import Recipe
+
+
+def to_dict(config: Any) -> Any:
+    """A dataclass (nested) as JSON-able data."""
+    if is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, tuple | list):
+        return [to_dict(v) for v in config]
+    return config
+
+
+def from_dict(cls: Any, data: Any, where: str = "") -> Any:
+    """Inverse of `to_dict`. Raises GolfError naming an unknown, missing or mistyped field."""
+    where = where or cls.__name__
+    if not isinstance(data, dict):
+        raise GolfError(f"{where}: expected an object, found {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in fields(cls)}
+    for unknown in set(data) - names:
+        raise GolfError(f"{where}: unknown field {unknown!r}; fields are {', '.join(sorted(names))}")
+    values = {}
+    for f in fields(cls):
+        if f.name not in data:
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            check(not required, f"{where}: field {f.name!r} is missing")
+            continue
+        values[f.name] = _value(hints[f.name], data[f.name], f"{where}.{f.name}")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if origin is Literal:
+        check(value in args, f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        check(isinstance(value, list | tuple), f"{where}: expected a list, found {value!r}")
+        item = args[0] if args[-1] is Ellipsis else None
+        if item is None:
+            check(len(value) == len(args), f"{where}: expected {len(args)} values, found {len(value)}")
+        return tuple(_value(item or args[i], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _value(args[0], value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    check(
+        isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+        f"{where}: expected {hint.__name__}, found {value!r}",
+    )
+    check(hint is not float or math.isfinite(value), f"{where}: {value} is not finite")
+    return value
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """The recipe of `configs/NAME.py` (shipped in the wheel) or of a Python file given by path."""
+    path = Path(name_or_path)
+    if path.suffix == ".py":
+        check(path.is_file(), f"{path}: no such recipe file")
+        spec = importlib.util.spec_from_file_location(f"golf_recipe_{path.stem}", path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        known = recipe_names()
+        check(name_or_path in known, f"no recipe {name_or_path!r}; known: {', '.join(known)} (or give a .py file)")
+        module = importlib.import_module(f"configs.{name_or_path}")
+    make = getattr(module, "recipe", None)
+    check(callable(make), f"{name_or_path}: a recipe file defines a function recipe() that returns a Recipe")
+    result = make()  # type: ignore[misc]
+    check(isinstance(result, Recipe), f"{name_or_path}: recipe() must return a golf_jax.config.Recipe")
+    return result
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    import configs
+
+    return sorted(p.stem for p in Path(configs.__path__[0]).glob("*.py") if p.stem != "__init__")
