@@ -4,7 +4,9 @@ The whole training step runs inside one `jax.shard_map` over this axis (training
 program is one that the source names. Evaluation shards its batch rows over the same axis.
 """
 
+import itertools
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,24 +17,49 @@ from golf_jax.config import GolfError
 AXIS = "data"
 REPLICATED = PartitionSpec()
 ROWS = PartitionSpec(AXIS)
+SHUTDOWN_SECONDS = 30  # how long a process that ends waits for the others
+MESSAGE_MILLISECONDS = 600_000
+_messages = itertools.count()
 
 
 def initialize_distributed() -> None:
-    """Join the other hosts, when `JAX_COORDINATOR_ADDRESS` (or a cluster that jax knows) says there are any.
+    """Join the other processes, where the environment says that there are any.
 
-    Must run before the first call that touches a device. A single process without that variable is left alone.
+    Either JAX_COORDINATOR_ADDRESS=HOST:PORT with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or a cluster that jax finds out about itself:
+    several tasks of one `srun`, several hosts in TPU_WORKER_HOSTNAMES, or JAX_COORDINATOR_ADDRESS=auto (a TPU slice on GCE, Open MPI).
+    Must run before the first call that touches a device. A single process is left alone. Raises GolfError for a variable that is
+    missing or no number.
     """
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address and not jax.distributed.is_initialized():
-        try:
-            jax.distributed.initialize(
-                coordinator_address=address,
-                num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-                process_id=int(os.environ["JAX_PROCESS_ID"]),
-            )
-        except KeyError as missing:
-            message = f"JAX_COORDINATOR_ADDRESS is set but {missing} is not: give JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-            raise GolfError(message) from None
+    if jax.distributed.is_initialized():
+        return
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    tasks, hosts = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if address and address != "auto":
+        values = {name: os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
+        for name, value in values.items():
+            if not value.isdigit():
+                raise GolfError(f"JAX_COORDINATOR_ADDRESS is set and {name} is {value!r}: give JAX_NUM_PROCESSES and JAX_PROCESS_ID")
+        count, index = map(int, values.values())
+        if index >= count:
+            raise GolfError(f"JAX_PROCESS_ID {index} must be below JAX_NUM_PROCESSES {count}")
+        jax.distributed.initialize(address, count, index, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+    elif address or tasks != "1" or "," in hosts:
+        os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # jax would take `auto` for a host
+        jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+
+
+def from_main(text: str) -> str:
+    """Process 0's `text`, on every process; each must call it equally often. Goes by the coordinator, so no device waits for it."""
+    if jax.process_count() == 1:
+        return text
+    from jax._src import distributed  # no public way to the coordinator's key-value store
+
+    client: Any = distributed.global_state.client
+    key = f"golf_jax/{next(_messages)}"
+    if jax.process_index() == 0:
+        client.key_value_set(key, text)
+        return text
+    return client.blocking_key_value_get(key, MESSAGE_MILLISECONDS)
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:
@@ -41,6 +68,8 @@ def make_mesh(num_devices: int = 0) -> Mesh:
     Raises GolfError if there are fewer devices than asked for.
     """
     devices = jax.devices()
+    if num_devices and jax.process_count() > 1:
+        raise GolfError(f"--devices {num_devices}: with several processes all devices are used; start fewer processes")
     if num_devices > len(devices):
         raise GolfError(f"--devices {num_devices}: only {len(devices)} {devices[0].platform} device(s) are here")
     return Mesh(np.array(devices[: num_devices or len(devices)]), (AXIS,), axis_types=(AxisType.Auto,))
@@ -53,6 +82,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows(mesh: Mesh) -> NamedSharding:
     """Leading axis split over the devices."""
     return NamedSharding(mesh, ROWS)
+
+
+def put_replicated(mesh: Mesh, tree: Any) -> Any:
+    """Host values, the same on every process, on every device: an explicit transfer, without a check across processes."""
+    sharding = replicated(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda _: np.asarray(x)), tree)
 
 
 def platform(mesh: Mesh) -> str:

@@ -1,5 +1,7 @@
 """python -m golf_jax.train: text -> shards -> training -> average -> quantize -> pack -> reload from the bytes -> score."""
 
+import contextlib
+import json
 import lzma
 import platform as host
 import time
@@ -25,10 +27,10 @@ from golf_jax.evaluation.calibrate import collect_hessians
 from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
 from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.ttt import evaluate_ttt
-from golf_jax.mesh import initialize_distributed, make_mesh, platform
+from golf_jax.mesh import from_main, initialize_distributed, make_mesh, platform
 from golf_jax.model import count, resolve, to_tensors
 from golf_jax.quant import quantize, without_hessians
-from golf_jax.training.checkpoints import Checkpoints
+from golf_jax.training.checkpoints import Checkpoints, check_same_recipe
 from golf_jax.training.loop import Trained, train
 from golf_jax.training.rundir import RunDir, environment
 from golf_jax.training.step import micro_rows
@@ -152,8 +154,26 @@ def run_recipe(recipe: Recipe, options: Options) -> dict[str, Any]:
     recipe = replace(recipe, model=resolve(recipe.model, platform(mesh)))
     micro_rows(recipe, mesh.size)
     text = prepare_text(recipe)
-    path = options.resume or options.run_dir or f"runs/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = RunDir(path, resume=bool(options.resume))
+    path = from_main(options.resume or options.run_dir or f"runs/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if options.resume:
+        refuse_other_recipe(recipe, Path(path))
+    with contextlib.closing(RunDir(path, resume=bool(options.resume))) as run:
+        return train_and_score(recipe, text, mesh, run)
+
+
+def refuse_other_recipe(recipe: Recipe, path: Path) -> None:
+    """Raises GolfError unless the run in `path` is one of `recipe`."""
+    try:
+        stored = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        return  # RunDir says so
+    except (OSError, ValueError) as error:
+        raise GolfError(f"{path / 'config.json'}: cannot be read ({error})") from None
+    check_same_recipe(recipe, stored, path)
+
+
+def train_and_score(recipe: Recipe, text: Text, mesh: Mesh, run: RunDir) -> dict[str, Any]:
+    """Everything after the checks, into an open run directory."""
     run.write("config.json", to_dict(recipe))
     facts = environment() | {"tokenizer_sha256": text.tokenizer.sha256, "val_tokens": len(text.val_tokens), "data": to_dict(recipe.data)}
     run.write("environment.json", facts)
@@ -165,24 +185,32 @@ def run_recipe(recipe: Recipe, options: Options) -> dict[str, Any]:
     d = recipe.data
     own = local_rows(mesh, total_rows)
     loader = make_loader(d.order, text.train, d.ranks, d.rows_per_rank, d.seq_len, own, recipe.model.vocab_size)
-    checkpoints = Checkpoints(run.path / "checkpoints") if recipe.checkpoint_every or options.resume else None
+    directory = run.path / "checkpoints"
+    checkpoints = Checkpoints(directory) if recipe.checkpoint_every or directory.exists() else None
 
-    def validate(params: dict[str, jax.Array], looping: bool) -> Result:
-        return evaluate_standard(
-            recipe.model, params, text.val_tokens, text.tables, seq_len=d.seq_len, mesh=mesh, eval=recipe.eval, looping=looping
-        )
+    def validate(params: dict[str, jax.Array], looping: bool, rehearse: bool = False) -> Result:
+        """`rehearse`: one batch, which compiles the program of all of them."""
+        common: dict[str, Any] = {"seq_len": d.seq_len, "mesh": mesh, "eval": recipe.eval, "looping": looping}
+        most = mesh.size * recipe.eval.batch_rows * d.seq_len if rehearse else 0
+        return evaluate_standard(recipe.model, params, text.val_tokens, text.tables, max_targets=most, **common)
 
     shipped, raw = code_size(recipe)
 
-    def validate_and_estimate(params: dict[str, jax.Array], looping: bool) -> Result:
+    def validate_and_estimate(params: dict[str, jax.Array], looping: bool, rehearse: bool) -> Result:
         """Also says what the artifact would weigh now, while that can still be cured."""
+        if rehearse:
+            return validate(params, looping, rehearse)
         quantized = quantize(to_tensors(recipe.model, params), without_hessians(recipe.quant))
         total = shipped + estimate_bytes(quantized, recipe.quant.compressor)
         over = " OVER THE CAP: the steps of quantization will be made coarser" if total > CAP_BYTES else ""
         run.log(f"estimated artifact {total:,} bytes with code, headroom {CAP_BYTES - total:,}{over}")
         return validate(params, looping)
 
-    trained = train(recipe, mesh, loader, run, checkpoints=checkpoints, validate=validate_and_estimate)
+    try:
+        trained = train(recipe, mesh, loader, run, checkpoints=checkpoints, validate=validate_and_estimate)
+    finally:
+        if checkpoints:
+            checkpoints.close()
     before = validate(trained.params, True)
     run.log(f"pre_quantization_{recipe.schedule.export} {before.score.line()}")
     begin = time.perf_counter()
@@ -218,7 +246,6 @@ def run_recipe(recipe: Recipe, options: Options) -> dict[str, Any]:
         "tokenizer_sha256": text.tokenizer.sha256,
     }
     run.write("result.json", result)
-    run.close()
     return result
 
 

@@ -1,5 +1,7 @@
 """Checkpoints of a running training: orbax, asynchronous, with everything a killed run needs to go on bit for bit."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +23,50 @@ class Checkpoints:
     def save(self, recipe: Recipe, step: int, state: TrainState, seconds: float, position: dict[str, int]) -> None:
         """Start saving; returns once the device arrays are copied out."""
         meta = {"recipe": to_dict(recipe), "step": step, "seconds": seconds, "position": position}
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta)))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
+        with self._reported(f"checkpoint {step} cannot be written"):
+            self._manager.save(step, args=args)
 
     def restore(self, recipe: Recipe, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """(state, meta) of the newest complete checkpoint, laid out like `like`; None if there is none.
 
-        Raises GolfError if it was made by another recipe (budget and logging may differ) or cannot be read.
+        Raises GolfError if it was made by another recipe (see `check_same_recipe`) or cannot be read.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
-        try:
+        hint = f"remove {self.directory / str(step)} to go on from the one before"
+        with self._reported(f"checkpoint {step} cannot be read; {hint}"):
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            different = sorted(k for k, v in _fixed(to_dict(recipe)).items() if _fixed(meta["recipe"]).get(k) != v)
-            if different:
-                raise GolfError(f"{self.directory}: the checkpoint is of a recipe that differs in {', '.join(different)}")
+            check_same_recipe(recipe, meta["recipe"], self.directory)
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            if isinstance(error, GolfError):
-                raise
-            raise GolfError(f"{self.directory}: checkpoint {step} cannot be read: {str(error).splitlines()[0]}") from error
-        return TrainState(**restored), meta
+            return TrainState(**restored), meta
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for the save under way."""
+        with self._reported("the last checkpoint cannot be written"):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+
+    @contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        """Whatever orbax and tensorstore raise, as one line."""
+        try:
+            yield
+        except GolfError:
+            raise
+        except Exception as error:
+            detail = next(iter(str(error).splitlines()), type(error).__name__)
+            raise GolfError(f"{self.directory}: {what} ({detail[:300]})") from error
 
 
-def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What must agree between a checkpoint and the run that goes on from it: all but how it is reported and scored."""
-    return {k: v for k, v in recipe.items() if k not in ("log_every", "checkpoint_every", "eval", "quant", "micro_rows")}
+def check_same_recipe(recipe: Recipe, stored: dict[str, Any], where: str | Path) -> None:
+    """Raises GolfError unless a run of `stored` (JSON data) may go on as `recipe`: all but reporting and scoring must agree."""
+    free = ("log_every", "checkpoint_every", "eval", "quant", "micro_rows")
+    mine = to_dict(recipe)
+    different = sorted(k for k, v in mine.items() if k not in free and stored.get(k) != v)
+    if different:
+        raise GolfError(f"{where}: was made by a recipe that differs in {', '.join(different)}; give the same recipe and flags")

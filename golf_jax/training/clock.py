@@ -4,8 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import jax
-import numpy as np
+from golf_jax.mesh import from_main
 
 
 class TrainingClock:
@@ -26,13 +25,8 @@ class TrainingClock:
         return self._before + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     def seconds(self) -> float:
-        """Elapsed training seconds, the same number on every process (a small broadcast when there are several)."""
-        if jax.process_count() == 1:
-            return self.local_seconds
-        from jax.experimental import multihost_utils
-
-        micros = np.asarray(round(self.local_seconds * 1e6), np.int64)
-        return float(multihost_utils.broadcast_one_to_all(micros.view(np.int32)).view(np.int64)[0]) / 1e6
+        """Elapsed training seconds, the same number on every process."""
+        return float(from_main(repr(self.local_seconds)))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -15,13 +15,16 @@ from jax.sharding import Mesh
 
 from golf_jax.config import Recipe
 from golf_jax.data.loader import Loader
-from golf_jax.mesh import replicated, rows
+from golf_jax.mesh import put_replicated, rows
 from golf_jax.training.state import TrainState
 from golf_jax.training.step import StepInputs, StepMetrics, make_step
 
 
-def leaked_state(recipe: Recipe, mesh: Mesh, state: TrainState, loader: Loader) -> TrainState:
-    """`state` with the stale gradients of `schedule.leak_warmup_steps` discarded steps; the loader goes back to where it was."""
+def leaked_state(recipe: Recipe, mesh: Mesh, state: TrainState, loader: Loader, step: Any) -> TrainState:
+    """`state` with the stale gradients of `schedule.leak_warmup_steps` discarded steps; the loader goes back to where it was.
+
+    step: the compiled training step.
+    """
     position = loader.state()
 
     def batches() -> Iterable[tuple[jax.Array, jax.Array]]:
@@ -29,7 +32,7 @@ def leaked_state(recipe: Recipe, mesh: Mesh, state: TrainState, loader: Loader) 
             x, y = loader.next_batch()
             yield tuple(jax.make_array_from_process_local_data(rows(mesh), a, loader.global_shape) for a in (x, y))  # pyright: ignore
 
-    state, _ = warm_up(recipe, mesh, state, batches())
+    state, _ = warm_up(recipe, mesh, state, batches(), step)
     loader.restore(position)
     return state
 
@@ -42,10 +45,8 @@ def warm_up(
     batches: inputs and targets on the mesh, int32 [sequences, T]. step: the compiled training step, where there is one already.
     """
     step = step or make_step(recipe, mesh, state, looping=True)
-    inputs = StepInputs(
-        jnp.float32(1.0), jnp.float32(recipe.optim.momentum), jnp.float32(jnp.inf), jnp.float32(0.0), jnp.bool_(False)
-    )
-    inputs = jax.device_put(inputs, replicated(mesh))
+    scalars: Any = (np.float32(1.0), np.float32(recipe.optim.momentum), np.float32(np.inf), np.float32(0.0), np.bool_(False))
+    inputs = put_replicated(mesh, StepInputs(*scalars))
     sharding = rows(mesh)
     over_ranks = jax.jit(
         lambda stale: jax.tree.map(lambda g: jnp.broadcast_to(jnp.mean(g, 0, keepdims=True), g.shape), stale),

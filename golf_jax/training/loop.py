@@ -7,23 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from golf_jax.config import GolfError, Recipe
 from golf_jax.data.loader import Loader
 from golf_jax.data.prefetch import Prefetcher
-from golf_jax.mesh import replicated, rows
+from golf_jax.mesh import put_replicated, rows
 from golf_jax.optim import schedules
 from golf_jax.optim.averaging import swa_mean
 from golf_jax.optim.schedules import Clock
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.clock import TrainingClock
+from golf_jax.training.leak import leaked_state
 from golf_jax.training.rundir import RunDir
 from golf_jax.training.state import TrainState, init_state
 from golf_jax.training.step import StepInputs, StepMetrics, make_step
 
-Validate = Callable[[dict[str, jax.Array], bool], Any]
+Validate = Callable[[dict[str, jax.Array], bool, bool], Any]
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,22 @@ def step_inputs(recipe: Recipe, clock: Clock) -> tuple[StepInputs, bool]:
 
 
 def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -> tuple[dict[bool, Any], dict[str, float]]:
-    """The compiled step of every phase of the run, keyed by `looping`, and the seconds each took."""
+    """The compiled step of every phase of the run, keyed by `looping`, and the seconds each took.
+
+    Each has run once, on a copy of the state: what a first call sets up (kernels, communicators) is not left to the clock.
+    """
     flags = [False, True] if recipe.model.loop_repeats and recipe.schedule.loop_from > 0 else [True]
-    batch = jax.ShapeDtypeStruct((recipe.data.ranks * recipe.data.rows_per_rank, recipe.data.seq_len), np.int32, sharding=rows(mesh))
-    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    scalars = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated(mesh)), step_inputs(recipe, Clock(0, 0.0))[0])
+    tokens = np.zeros((recipe.data.ranks * recipe.data.rows_per_rank, recipe.data.seq_len), np.int32)
+    batch = jax.make_array_from_callback(tokens.shape, rows(mesh), lambda index: tokens[index])
+    inputs = put_replicated(mesh, step_inputs(recipe, Clock(0, 0.0))[0])
     compiled, seconds = {}, {}
     for looping in flags:
         begin = time.perf_counter()
         name = "train_looping" if looping and len(flags) > 1 else "train"
-        compiled[looping] = make_step(recipe, mesh, state, looping=looping).lower(avals, batch, batch, scalars).compile()
+        compiled[looping] = make_step(recipe, mesh, state, looping=looping).lower(state, batch, batch, inputs).compile()
         seconds[name] = time.perf_counter() - begin
-        run.log(f"compiled {name} in {seconds[name]:.1f} s")
+        jax.block_until_ready(compiled[looping](jax.tree.map(jnp.copy, state), batch, batch, inputs))
+        run.log(f"compiled {name} in {seconds[name]:.1f} s, first run {time.perf_counter() - begin - seconds[name]:.1f} s")
     return compiled, seconds
 
 
@@ -81,8 +87,8 @@ def train(
 ) -> Trained:
     """Train `recipe` (model resolved) on `loader`, from the newest checkpoint if there is one.
 
-    validate(params, looping): called on the raw weights every `eval.every` steps, outside the clock; returns an object whose `score`
-    gives loss and bpb. Raises GolfError if the loss stops being finite.
+    validate(params, looping, rehearse): called on the raw weights every `eval.every` steps, outside the clock; returns an object whose
+    `score` gives loss and bpb. With `rehearse` it only has to compile what it needs. Raises GolfError if the loss stops being finite.
     """
     state = init_state(recipe, mesh, recipe.seed)
     step, clock = 0, TrainingClock()
@@ -92,11 +98,15 @@ def train(
         loader.restore(meta["position"])
         run.truncate_metrics(step)
         run.log(f"resumed at step {step}, {clock.local_seconds:.1f} s of training")
-    elif recipe.schedule.leak_warmup_steps:
-        from golf_jax.training.leak import leaked_state
-
-        state = leaked_state(recipe, mesh, state, loader)
     phases, compile_seconds = compile_phases(recipe, mesh, state, run)
+    if recipe.schedule.leak_warmup_steps and not step:
+        state = leaked_state(recipe, mesh, state, loader, phases[True])
+    for looping in phases if validate and recipe.eval.every else ():
+        begin = time.perf_counter()
+        validate(state.params, looping, True)  # pyright: ignore[reportOptionalCall]
+        name = "validation_looping" if looping and len(phases) > 1 else "validation"
+        compile_seconds[name] = time.perf_counter() - begin
+        run.log(f"compiled {name} in {compile_seconds[name]:.1f} s")
     watch = _Watch(recipe, run)
     pending: tuple[int, StepInputs, StepMetrics] | None = None
 
@@ -110,10 +120,10 @@ def train(
                 jax.block_until_ready(state.params)
                 with clock.paused(), jax.transfer_guard("allow"):
                     looping = step_inputs(recipe, Clock(max(step - 1, 0), seconds))[1]
-                    watch.validation(step, seconds, validate(state.params, looping))
+                    watch.validation(step, seconds, validate(state.params, looping, False))
             inputs, looping = step_inputs(recipe, Clock(step, seconds))
             x, y = next(batches)
-            state, metrics = phases[looping](state, x, y, jax.device_put(inputs, replicated(mesh)))
+            state, metrics = phases[looping](state, x, y, put_replicated(mesh, inputs))
             if pending:
                 watch.step(*pending, clock)
             pending = (step, inputs, metrics)
@@ -127,8 +137,6 @@ def train(
             watch.step(*pending, clock)
         jax.block_until_ready(state.params)
         clock.stop()
-    if checkpoints:
-        checkpoints.close()
     return Trained(exported(recipe, state), state.params, step, clock.local_seconds, watch.loss, compile_seconds)
 
 

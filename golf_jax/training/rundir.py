@@ -1,5 +1,6 @@
 """The run directory: everything about a run in one folder, and what the user sees while it lasts."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -8,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
 from golf_jax.config import GolfError
+from golf_jax.mesh import from_main
 
 PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 
@@ -25,16 +27,24 @@ class RunDir:
         self.main = jax.process_index() == 0
         self._live = self.main and sys.stdout.isatty()
         self._live_at = 0.0
-        if not self.main:
-            return
-        if not resume and (self.path / "config.json").exists():
-            raise GolfError(f"{self.path}: holds a run already; give another --run-dir, or --resume to go on with it")
+        # Every process ends with the same message when process 0 cannot go on.
+        if problem := from_main(self._open(resume) if self.main else ""):
+            raise GolfError(problem)
+
+    def _open(self, resume: bool) -> str:
+        """Creates the directory and its files; returns what is wrong, or nothing."""
+        here = (self.path / "config.json").exists()
+        if here and not resume:
+            return f"{self.path}: holds a run already; give another --run-dir, or --resume to go on with it"
+        if resume and not here:
+            return f"--resume {self.path}: no run is there (config.json is missing)"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._log = open(self.path / "log.txt", "a", encoding="utf8")
             self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf8")
         except OSError as error:
-            raise GolfError(f"{self.path}: cannot write the run directory: {error.strerror}") from None
+            return f"{self.path}: cannot write the run directory: {error.strerror}"
+        return ""
 
     def log(self, line: str) -> None:
         """One line to the terminal and to log.txt."""
@@ -43,7 +53,13 @@ class RunDir:
         if self._live:
             sys.stdout.write("\r\x1b[K")
         print(line, flush=True)
-        print(line, file=self._log, flush=True)
+        self._append(self._log, line)
+
+    def _append(self, file: TextIO, line: str) -> None:
+        try:
+            print(line, file=file, flush=True)
+        except OSError as error:
+            raise GolfError(f"{file.name}: cannot write: {error.strerror}") from None
 
     def live(self, line: str) -> None:
         """A line that overwrites itself, on a terminal only, a few times per second at most."""
@@ -54,13 +70,12 @@ class RunDir:
 
     def metrics(self, **values: Any) -> None:
         if self.main:
-            print(json.dumps(values), file=self._metrics, flush=values["step"] % 20 == 0)
+            self._append(self._metrics, json.dumps(values))
 
     def truncate_metrics(self, step: int) -> None:
         """Drop metrics of steps at or after `step`: a resumed run writes them again."""
         if not self.main:
             return
-        self._metrics.flush()
         file = self.path / "metrics.jsonl"
         kept = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] < step]
         file.write_text("".join(f"{line}\n" for line in kept))
@@ -84,8 +99,9 @@ class RunDir:
 
     def close(self) -> None:
         if self.main:
-            self._log.close()
-            self._metrics.close()
+            for file in (self._log, self._metrics):
+                with contextlib.suppress(OSError):  # a full disk has been reported by then
+                    file.close()
 
 
 def environment() -> dict[str, Any]:
