@@ -1,10 +1,13 @@
 """Evaluation: window lists, standard and sliding sums, test-time training, Hessians for GPTQ."""
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from golf_jax.config import EvalConfig, ModelConfig, load_recipe
@@ -18,6 +21,17 @@ from golf_jax.mesh import make_mesh
 from golf_jax.model import from_tensors, to_tensors
 
 ROWS = 8  # windows per device and forward pass: small, so that few batch shapes occur
+
+
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+    """On a CPU the unrolled small models of the references take far longer to optimise than to run."""
+    before = jax.config.jax_disable_most_optimizations  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" or before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def byte_tables(z: Reference) -> ByteTables:
@@ -84,6 +98,7 @@ def _cases(ctx: Context, z: Reference, name: str, stride: int) -> list[Case]:
     return cases
 
 
+@quick_compilation()
 def check_eval(ctx: Context) -> list[CheckResult]:
     """eval.npz, eval2048.npz (or the portable file): counts equal, sums of nll within 1e-5, window lists equal."""
     names = ["portable"] if ctx.portable else [n for n in ("eval", "eval2048") if ctx.has(n)]
@@ -201,6 +216,7 @@ class TTTCase:
     ranks: int = 1
 
 
+@quick_compilation()
 def check_ttt(ctx: Context) -> list[CheckResult]:
     """ttt.npz, ttt_4rank.npz (or the portable file) of PRs 562, 1182 and 2005."""
     if ctx.recipe not in ("pr562", "pr1182", "pr2005"):
@@ -338,12 +354,13 @@ def _check_order(ctx: Context, z: Reference, label: str, result: Result, seq_len
     return c
 
 
+@quick_compilation()
 def check_hessians(ctx: Context) -> list[CheckResult]:
     """Hessians of PR 2005 from its calibration tokens (quant.npz or the portable file)."""
     if ctx.recipe != "pr2005" or not (ctx.portable or ctx.has("quant")):
         return []
     z, m = ctx.file("quant"), ctx.model()
-    ours = collect_hessians(m.config, m.params, z["calibration_tokens"], make_mesh(ctx.devices))
+    ours = ctx.once("hessians", lambda: collect_hessians(m.config, m.params, z["calibration_tokens"], make_mesh(ctx.devices)))
     c_full, c_trace = Comparison("quant: Hessians", 1e-4, "of max"), Comparison("quant: Hessian traces", 1e-4, "rel")
     for name, want in z.under("hessian/").items():
         c_full.add(name, ours[name], want)

@@ -1,0 +1,62 @@
+"""Two processes share the rows and agree on the sums."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from evaluation.golden_models import Tiny
+
+import golf_jax
+from golf_jax.config import EvalConfig
+from golf_jax.evaluation import evaluate_sliding, evaluate_ttt
+from golf_jax.mesh import make_mesh
+
+TESTS = Path(__file__).resolve().parents[1]
+ONE_OF_TWO = """
+import json
+from golf_jax.mesh import initialize_distributed
+initialize_distributed()
+from evaluation.test_two_processes import scores
+print(json.dumps(scores(0)))
+"""
+
+
+def scores(devices):
+    from evaluation.test_ttt import SCORE_FIRST
+
+    case = Tiny()
+    settings = EvalConfig(stride=4, windows="tail", batch_rows=4, ttt=SCORE_FIRST)
+    common = dict(seq_len=16, mesh=make_mesh(devices), eval=settings)
+    results = [evaluate_sliding(case.config, case.params, case.tokens, case.tables, **common)]
+    results.append(evaluate_ttt(case.config, case.params, case.tokens, case.tables, **common)[0])
+    return [[r.score.nll_nats, r.score.tokens, r.score.bytes, r.facts.duplicates, r.facts.order_violations] for r in results]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_score_of_one():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    root = Path(golf_jax.__file__).parents[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "PYTHONPATH": f"{root}{os.pathsep}{TESTS}",
+    }
+    command = [sys.executable, "-c", ONE_OF_TWO]
+    pair = [
+        subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    expected = scores(1)
+    for out, _ in outputs:
+        for ours, want in zip(json.loads(out.splitlines()[-1]), expected, strict=True):
+            assert ours[1:] == want[1:] and ours[0] == pytest.approx(want[0], rel=1e-6)
