@@ -89,7 +89,8 @@ def put_replicated(mesh: Mesh, tree: Any) -> Any:
     sharding = replicated(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda _: np.asarray(x)), tree)
+    with jax.transfer_guard("allow"):  # jax counts this way of making an array as implicit
+        return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda _: np.asarray(x)), tree)
 
 
 def platform(mesh: Mesh) -> str:
