@@ -1,0 +1,75 @@
+"""Does this implementation compute what a pull request's PyTorch script computed? Reference tensors in, a table of errors out.
+
+    python -m golf_jax.reproduce DIR [--json FILE] [--only model,train]
+
+DIR: reference files of one PR (model.npz, grads.npz, train.npz, ...; widths, seeds and lengths may be any), or one portable npz file.
+Every check whose file is there runs. Exit status 0: all within tolerance; 1: a miss; 2: bad input, told in one line.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from golf_jax import cli
+from golf_jax.config import GolfError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """See the module."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A directory of reference tensors, or one portable npz file."""
+    json: Path | None = None
+    """Write the results here as JSON."""
+    only: str = ""
+    """Only these checks, separated by commas."""
+    devices: int = 1
+    """Devices for training and evaluation: the results do not depend on it."""
+
+
+def reproduce(path: Path, only: str = "", devices: int = 1) -> tuple[str, list]:
+    """(recipe, results of every check that applies to `path`), printing each row as it is there."""
+    from golf_jax.interop.checks import CHECKS, Context, applicable, detect
+
+    ctx = Context(detect(path), path, devices)
+    names = applicable(ctx)
+    if unknown := set(filter(None, only.split(","))) - set(CHECKS):
+        raise GolfError(f"--only {', '.join(sorted(unknown))}: no such check; known: {', '.join(CHECKS)}")
+    if only:
+        names = [name for name in names if name in only.split(",")]
+    if not names:
+        raise GolfError(f"{path}: no reference file of the golden layout that a check reads (model.npz, grads.npz, train.npz, ...)")
+    print(f"{ctx.recipe}: {path}\n{'check':58} {'tensors':>7} {'max abs':>10} {'max rel':>10} {'tolerance':>18}  ok")
+    results, begin = [], time.perf_counter()
+    for name in names:
+        for r in CHECKS[name].run(ctx):
+            results.append(r)
+            tolerance = "equal" if r.measure == "equal" and not r.tolerance else f"{r.tolerance:.1e} {r.measure}"
+            miss = "" if r.ok else f" <- {r.worst}"
+            row = f"{r.name:58} {r.compared:7d} {r.max_abs:10.2e} {r.max_rel:10.2e} {tolerance:>18}"
+            print(f"{row}  {'ok' if r.ok else 'MISS'}{miss}", flush=True)
+    missed = sum(not r.ok for r in results)
+    print(f"{len(results)} checks in {time.perf_counter() - begin:.0f} s, {missed or 'none'} missed")
+    return ctx.recipe, results
+
+
+def main(argv: list[str]) -> int:
+    args = tyro.cli(Arguments, args=argv, prog="python -m golf_jax.reproduce", description=__doc__)
+    recipe, results = reproduce(args.path, args.only, args.devices)
+    if args.json:
+        document = {"recipe": recipe, "checks": [dataclasses.asdict(r) for r in results]}
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+    return int(not results or any(not r.ok for r in results))
+
+
+if __name__ == "__main__":
+    # The references are float32 on a CPU; on an accelerator matrix products would be rounded otherwise.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    cli.run(main)
