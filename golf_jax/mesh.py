@@ -6,6 +6,7 @@ program is one that the source names. Evaluation shards its batch rows over the 
 
 import itertools
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,6 +61,12 @@ def from_main(text: str) -> str:
         client.key_value_set(key, text)
         return text
     return client.blocking_key_value_get(key, MESSAGE_MILLISECONDS)
+
+
+def keep_compiled_programs(directory: Path) -> None:
+    """A second start finds its compiled programs in `directory`, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable)."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:

@@ -27,7 +27,7 @@ from golf_jax.evaluation.calibrate import collect_hessians
 from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
 from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.ttt import evaluate_ttt
-from golf_jax.mesh import from_main, initialize_distributed, make_mesh, platform
+from golf_jax.mesh import from_main, initialize_distributed, keep_compiled_programs, make_mesh, platform
 from golf_jax.model import count, resolve, to_tensors
 from golf_jax.quant import quantize, without_hessians
 from golf_jax.training.checkpoints import Checkpoints, check_same_recipe
@@ -251,6 +251,7 @@ def train_and_score(recipe: Recipe, text: Text, mesh: Mesh, run: RunDir) -> dict
 
 def main(argv: list[str]) -> int:
     recipe, options = cli.parse(argv, Options(), DESCRIPTION)
+    keep_compiled_programs(CACHE / "xla")
     initialize_distributed()
     run_recipe(recipe, options)
     return 0
