@@ -24,9 +24,7 @@ def _store(x: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
     return jax.lax.reduce_precision(x, 8, 7).astype(dtype) if dtype == jnp.bfloat16 else x.astype(dtype)
 
 
-def newton_schulz(
-    x: jax.Array, steps: int = 5, dtype: jnp.dtype | type = jnp.bfloat16, *, square_first: bool = False
-) -> jax.Array:
+def newton_schulz(x: jax.Array, steps: int = 5, dtype: jnp.dtype | type = jnp.bfloat16, *, square_first: bool = False) -> jax.Array:
     """Approximate orthogonal factor of each matrix of x [..., m, n], in `dtype`. Zero stays zero.
 
     In bfloat16 every product is rounded where the records round it, with the coefficients in float32: bit for bit their eager result.
@@ -122,7 +120,8 @@ def scale_by_muon(
 
     update(batches, state, *, momentum): m <- momentum m + g, u = g + momentum m (undamped, as in the records); returns the
     directions in `dtype`. With `axis_name` the batches and the momentum are this device's share; nothing is communicated here.
-    square_first: see `newton_schulz`. row_normalize: each output unit's row of u is divided by max(its norm, 1e-7) before Newton-Schulz (MuonEq-R, PR 2005).
+    square_first: see `newton_schulz`.
+    row_normalize: each output unit's row of u is divided by max(its norm, 1e-7) before Newton-Schulz (MuonEq-R, PR 2005).
     """
 
     def init(packed: Stacks) -> Stacks:

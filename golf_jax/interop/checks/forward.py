@@ -168,9 +168,7 @@ def _compare_acts(ctx: Context, c: Comparison, acts: dict[str, np.ndarray], conf
         c.add(name, ours.reshape(want.shape) if ours.size == want.size else ours, want)
 
 
-def _activation(
-    recipe: str, name: str, config: ModelConfig, order: tuple[int, ...], taps: Taps, want: np.ndarray
-) -> np.ndarray | None:
+def _activation(recipe: str, name: str, config: ModelConfig, order: tuple[int, ...], taps: Taps, want: np.ndarray) -> np.ndarray | None:
     last = len(order) - 1
     if name in _GLOBAL:
         return taps.get(_GLOBAL[name])

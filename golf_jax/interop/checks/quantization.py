@@ -92,7 +92,8 @@ def _one(ctx: Context, label: str, z: Reference, root: str, tensors: Tensors, co
     for key, want in z.under(f"{root}deq_head64/").items():
         if (name := canonical_name(key)) in ours:
             c_deq.add(key, dequantize(ours[name])[: len(want)], want)
-    return [c_codes, c_scale, c_pass, c_deq, *_artifact(ctx, label, z, root, codes, scales, passed), *_from_stored_hessians(ctx, z, tensors)]
+    packed = _artifact(ctx, label, z, root, codes, scales, passed)
+    return [c_codes, c_scale, c_pass, c_deq, *packed, *_from_stored_hessians(ctx, z, tensors)]
 
 
 def _compare(ours: dict[str, QTensor], codes: Tensors, scales: Tensors, passed: Tensors, *cs: Comparison) -> None:

@@ -177,9 +177,7 @@ class Report:
     def scalars(self, what: str, ours: Any, want: np.ndarray) -> None:
         self.make(what, 1e-9, "rel").add(what, np.asarray(ours, np.float64), want)
 
-    def tensors(
-        self, what: str, ours: Tensors, want: Tensors, tolerance: float = 0.0, table: tuple[float, Measure] | None = None
-    ) -> None:
+    def tensors(self, what: str, ours: Tensors, want: Tensors, tolerance: float = 0.0, table: tuple[float, Measure] | None = None) -> None:
         """ours: complete, by name. want: tensors, first rows of tensors, slices of banks.
 
         table: bar of the embedding tables, whose near-zero gradients Adam amplifies, where the INDEX gives them their own.

@@ -1,7 +1,6 @@
 """Single parts against stored vectors: attention modules, XSA, RoPE, hash buckets, fake quantization."""
 
 from collections.abc import Callable
-
 from typing import Any
 
 import jax
@@ -158,5 +157,3 @@ def _units_2005(ctx: Context, z: Reference) -> list[Comparison]:
             tables.add(key, cos, z[key])
             tables.add(key.replace("cos", "sin"), sin, z[key.replace("cos", "sin")])
     return [c, tables]
-
-

@@ -1,0 +1,89 @@
+"""from_torch / to_torch: every tensor used once, what does not fit is named, hyperparameters in any of the PRs' spellings."""
+
+import numpy as np
+import pytest
+
+from golf_jax.config import GolfError
+from golf_jax.interop import from_torch, model_config, to_torch
+from golf_jax.interop.hparams import RECIPES, hyperparameters, read_config
+from golf_jax.model.params import count, to_tensors
+
+
+def load(golden, recipe):
+    z = np.load(golden / f"{recipe}.npz")
+    state = {k.removeprefix("param/"): z[k] for k in z.files if k.startswith("param/")}
+    return read_config(z["config"], recipe), state
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_round_trip_keeps_every_tensor(golden, recipe):
+    settings, state = load(golden, recipe)
+    config, params = from_torch(recipe, settings, state)
+    back = to_torch(recipe, config, params)
+    assert set(back) == set(state)
+    for name, want in state.items():
+        np.testing.assert_array_equal(back[name], want, err_msg=name)
+        assert back[name].shape == want.shape, name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_missing_an_unknown_and_a_misshaped_tensor_are_named(golden, recipe):
+    settings, state = load(golden, recipe)
+    name = "blocks.3.attn_scale"
+    for broken, message in (
+        ({k: v for k, v in state.items() if k != name}, f"missing.*{name}"),
+        (state | {"blocks.3.attn.extra": state[name]}, "unknown.*blocks.3.attn.extra"),
+        (state | {name: state[name][:-1]}, f"{name} has shape"),
+    ):
+        with pytest.raises(GolfError, match=message):
+            from_torch(recipe, settings, broken)
+
+
+def test_banks_may_come_split(golden):
+    settings, state = load(golden, "pr1182")
+    config, params = from_torch("pr1182", settings, state)
+    _, again = from_torch("pr1182", settings, to_tensors(config, params))
+    assert all(np.array_equal(params[k], again[k]) for k in params)
+    short = state | {"qo_bank": state["qo_bank"][:-1]}
+    with pytest.raises(GolfError, match=r"qo_bank has shape \(21"):
+        from_torch("pr1182", settings, short)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [("pr372", 26_666_073), ("pr562", 24_509_621), ("pr638", 27_137_223), ("pr1182", 27_108_468), ("pr2005", 35_989_592)],
+)
+def test_absent_settings_are_the_prs(recipe, parameters):
+    assert count(model_config(recipe, {})) == parameters
+
+
+def test_spellings_of_settings():
+    assert hyperparameters("pr372", {"MODEL_DIM": "96", "GOLDEN_NUMEL": 7})["qat_numel_threshold"] == 7
+    nested = hyperparameters("pr638", {"model_dim": 64, "env": {"MODEL_DIM": "96", "LEAKY_RELU": "0"}})
+    assert nested["model_dim"] == 96 and nested["leaky_relu"] is False
+    assert model_config("pr1182", {"VE_LAYERS": "1,2", "NUM_LAYERS": "4"}).value_embed_layers == (1, 2)
+    assert model_config("pr1182", {"ve_layers": [1, 2], "xsa_last_n": 99}).xsa_last_n == 11
+    assert model_config("pr562", {"trigram": False}).trigram == "off"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "named"),
+    [
+        ("pr372", {"value_residual": True}, "value_residual"),
+        ("pr1182", {"gated_attention": True}, "gated_attention"),
+        ("pr1182", {"MTP_NUM_HEADS": "2"}, "mtp_num_heads"),
+        ("pr2005", {"gated_attn": "elementwise"}, "elementwise"),
+        ("pr2005", {"value_residual_alpha": 0.5}, "value_residual_alpha"),
+        ("pr638", {"tie_embeddings": False}, "tie_embeddings"),
+        ("pr2005", {"embedding_dim": 64}, "embedding_dim"),
+        ("pr562", {"num_layers": "ten"}, "num_layers"),
+        ("pr9", {}, "pr9"),
+    ],
+)
+def test_parts_that_do_not_exist_here_are_refused_by_name(recipe, settings, named):
+    with pytest.raises(GolfError, match=named):
+        model_config(recipe, settings)
+
+
+def test_switched_off_parts_are_no_part():
+    assert model_config("pr372", {"value_residual": 0, "mtp_num_heads": "0", "normuon": "False"}).width == 512
