@@ -49,7 +49,7 @@ def recipe() -> Recipe:
             momentum_start=0.85,
             momentum_warmup_steps=100,
         ),
-        budget=BudgetConfig(steps=600),
+        budget=BudgetConfig(steps=400),
         schedule=ScheduleConfig(warmdown_frac=0.6, ema_decay=0.98, export="ema"),
         quant=QuantConfig(rules=(QuantRule("", "float16", max_numel=8192), QuantRule("", "int6_row")), compressor="zstd", level=22),
         eval=EvalConfig(stride=64, windows="exact", batch_rows=32),
