@@ -4,8 +4,8 @@
 
 Source: openai/parameter-golf, `train_gpt.py` as of the baseline record (2026-03-17). Full size as run: 17,059,912 parameters,
 524,288 tokens per step (8 ranks x 64 sequences x 1024), 600 s on 8xH100.
-Expected: 1.2244 bpb (standard evaluation of the int8 model, non-overlapping windows of 1024), 15,863,489 bytes with code, 43.5 ms per
-step, about 13,780 steps.
+Expected: 1.2244 bpb (standard evaluation of the int8 model, non-overlapping windows of 1024), 15,863,489 bytes with code, 43.5
+ms per step, about 13,780 steps.
 Differs from the original: the artifact is compressed by zstd instead of zlib.
 """
 
