@@ -1,0 +1,66 @@
+"""Tiny programs, compiled without optimizations (compilation is what these tests spend their time on), and training on arrays."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from golf_jax.config import Recipe
+from golf_jax.data import make_loader
+from golf_jax.data.prefetch import local_rows
+from golf_jax.mesh import make_mesh
+from golf_jax.model import resolve
+from golf_jax.training.checkpoints import Checkpoints
+from golf_jax.training.loop import Trained, train
+from golf_jax.training.rundir import RunDir
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory):
+    """No optimizations, and programs compiled once per session however often a test starts a run."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def tokens() -> np.ndarray:
+    """A stream with something to learn: each token is a function of the one before, or noise."""
+    rng = np.random.default_rng(0)
+    out = rng.integers(0, 64, 40_000)
+    for i in np.flatnonzero(rng.random(len(out)) < 0.7):
+        out[i] = (5 * out[i - 1] + 7) % 64
+    return out.astype(np.uint16)
+
+
+@pytest.fixture
+def run_training(tokens: np.ndarray) -> Callable[..., Trained]:
+    """train(recipe) on the token stream, in a run directory of its own."""
+
+    def run(recipe: Recipe, path: Path, *, devices: int = 8, resume: bool = False, loader: Any = None, **options: Any) -> Trained:
+        recipe, mesh, d = replace(recipe, model=resolve(recipe.model, "cpu")), make_mesh(devices), recipe.data
+        own = local_rows(mesh, d.ranks * d.rows_per_rank)
+        source = make_loader(d.order, [tokens], d.ranks, d.rows_per_rank, d.seq_len, own)
+        checkpoints = Checkpoints(path / "checkpoints") if recipe.checkpoint_every else None
+        directory = RunDir(path, resume=resume)
+        directory.write("config.json", "{}")
+        try:
+            return train(recipe, mesh, loader(source) if loader else source, directory, checkpoints=checkpoints, **options)
+        finally:
+            if checkpoints:
+                checkpoints.close()
+            directory.close()
+
+    return run

@@ -1,0 +1,137 @@
+"""The loop: nothing is transferred unasked, budgets, reproducibility, failures, resuming."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_recipes import tiny
+
+from golf_jax.config import BudgetConfig, GolfError, Recipe, to_dict
+from golf_jax.training import loop
+from golf_jax.training.checkpoints import Checkpoints, check_same_recipe
+
+
+def small(**changes) -> Recipe:
+    """The smallest recipe, 6 steps: plain blocks, no averages."""
+    return replace(tiny("baseline", steps=6), **changes)
+
+
+def metrics(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+class Dies:
+    """A loader that breaks off before batch `last`."""
+
+    def __init__(self, loader, last: int) -> None:
+        self.loader, self.last = loader, last
+
+    def next_batch(self):
+        if self.loader.batches >= self.last:
+            raise OSError("the disk is gone")
+        return self.loader.next_batch()
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+
+def test_an_implicit_transfer_inside_the_loop_is_refused(run_training, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "put_replicated", lambda mesh, tree: tree)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run_training(small(), tmp_path / "run")
+
+
+def test_metrics_are_read_one_step_late(run_training, tmp_path, monkeypatch):
+    events, compile_phases, read = [], loop.compile_phases, loop._Watch.step
+
+    def recorded(*arguments):
+        phases, seconds = compile_phases(*arguments)
+
+        def step(*arguments, program=phases[True]):
+            events.append("issue")
+            return program(*arguments)
+
+        return {True: step}, seconds
+
+    monkeypatch.setattr(loop, "compile_phases", recorded)
+    monkeypatch.setattr(loop._Watch, "step", lambda self, step, *rest: (events.append(f"read {step}"), read(self, step, *rest)))
+    run_training(small(), tmp_path / "run")
+    assert events == ["issue", *[e for i in range(5) for e in ("issue", f"read {i}")], "read 5"]
+
+
+def test_the_clock_ends_the_run_and_its_schedule(run_training, tmp_path):
+    """3 seconds: stops in time, at a learning rate near zero."""
+    recipe = small(budget=BudgetConfig(seconds=3.0))
+    recipe = replace(recipe, schedule=replace(recipe.schedule, warmdown_frac=0.5), log_every=1000)
+    trained = run_training(recipe, tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    slowest = max(b["seconds"] - a["seconds"] for a, b in zip(rows, rows[1:], strict=False))
+    assert 3.0 <= trained.seconds < 3.0 + 3 * slowest + 0.1
+    assert trained.steps == len(rows) and trained.steps > 20
+    factors = [row["lr_factor"] for row in rows]
+    assert factors[0] == 1.0 and factors[-1] <= 2 * slowest / 1.5 + 0.01
+    assert factors == sorted(factors, reverse=True)
+
+
+def test_a_run_on_steps_is_reproducible(run_training, tmp_path):
+    one, two = (run_training(small(), tmp_path / name) for name in "ab")
+    assert one.final_loss == two.final_loss
+    for name, value in one.params.items():
+        assert np.asarray(value).tobytes() == np.asarray(two.params[name]).tobytes(), name
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run_training, tmp_path):
+    recipe = small()
+    groups = tuple(replace(g, lr=1e30) for g in recipe.optim.groups)
+    with pytest.raises(GolfError, match=r"^step \d: the training loss is nan; lower the learning rates .*$"):
+        run_training(replace(recipe, optim=replace(recipe.optim, groups=groups)), tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    assert math.isfinite(rows[0]["loss"]) and rows[-1]["loss"] is None
+
+
+@pytest.fixture(scope="module")
+def saved() -> Recipe:
+    """Averages, momentum and shuffled data; a checkpoint every second step."""
+    recipe = tiny("baseline", steps=6)
+    schedule = replace(recipe.schedule, ema_decay=0.9, export="ema")
+    return replace(recipe, schedule=schedule, data=replace(recipe.data, order="shuffled"), checkpoint_every=2)
+
+
+def test_a_run_that_died_goes_on_bit_for_bit(run_training, tmp_path, saved):
+    whole = run_training(saved, tmp_path / "whole")
+    with pytest.raises(OSError, match="the disk is gone"):
+        run_training(saved, tmp_path / "dies", loader=lambda source: Dies(source, 5))
+    resumed = run_training(saved, tmp_path / "dies", resume=True)
+    assert "resumed at step 4" in (tmp_path / "dies/log.txt").read_text()
+    for name, value in whole.params.items():
+        assert np.asarray(value).tobytes() == np.asarray(resumed.params[name]).tobytes(), name
+    assert [r["loss"] for r in metrics(tmp_path / "dies")] == [r["loss"] for r in metrics(tmp_path / "whole")]
+
+
+def test_checkpoints_that_do_not_fit_are_refused(run_training, tmp_path, saved):
+    """Damaged files, and a checkpoint of another recipe."""
+    run_training(saved, tmp_path / "run")
+    other = replace(saved, seed=saved.seed + 1, log_every=7)
+    with pytest.raises(GolfError, match="differs in seed; give the same recipe"):
+        run_training(other, tmp_path / "run", resume=True)
+    newest = tmp_path / "run/checkpoints/6"
+    for file in newest.rglob("*"):
+        if file.is_file() and "state" in file.parts and file.stat().st_size > 100:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(GolfError, match=r"checkpoint 6 cannot be read; remove .*/checkpoints/6 to go on") as caught:
+        run_training(saved, tmp_path / "run", resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_reporting_may_differ_on_resume(saved):
+    stored = json.loads(json.dumps(to_dict(saved)))
+    check_same_recipe(replace(saved, log_every=1, checkpoint_every=9), stored, "here")
+    with pytest.raises(GolfError, match="here: .* differs in budget, seed"):
+        check_same_recipe(replace(saved, seed=1, budget=BudgetConfig(steps=7)), stored, "here")
+
+
+def test_no_checkpoint_is_no_error(tmp_path, saved):
+    assert Checkpoints(tmp_path / "none").restore(saved, None) is None
