@@ -26,7 +26,7 @@ ROWS = 8  # windows per device and forward pass: small, so that few batch shapes
 @contextlib.contextmanager
 def quick_compilation() -> Iterator[None]:
     """On a CPU the unrolled small models of the references take far longer to optimise than to run."""
-    before = jax.config.jax_disable_most_optimizations  # pyright: ignore[reportAttributeAccessIssue]
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" or before)
     try:
         yield
