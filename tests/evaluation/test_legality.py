@@ -13,7 +13,7 @@ from golf_jax.mesh import make_mesh
 FACTS = Facts(targets=10, covered=10, duplicates=0, order_violations=0, updates=0, causal=True, normalization_error=1e-7)
 
 
-@pytest.mark.parametrize("pr", [372, 1182])
+@pytest.mark.parametrize("pr", [1182])
 def test_models_are_causal_and_normalized(golden, pr):
     case = Portable(pr, golden)
     causal, error = check_model(case.config, case.params, case.tokens, make_mesh(1), seq_len=32)
