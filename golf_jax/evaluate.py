@@ -15,7 +15,7 @@ from golf_jax import cli
 from golf_jax.artifact.model import load_model
 from golf_jax.config import EvalConfig, GolfError, ModelConfig, load_recipe
 from golf_jax.data import load_val_tokens
-from golf_jax.data.corpus import build_embedded
+from golf_jax.data.corpus import CACHE, build_embedded
 from golf_jax.data.tokenizer import Tokenizer, byte_tables, check_tables
 from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
 from golf_jax.evaluation.legality import check_model
@@ -25,7 +25,6 @@ from golf_jax.interop import from_torch
 from golf_jax.interop.packed import read_checkpoint, read_packed
 from golf_jax.mesh import initialize_distributed, make_mesh
 
-CACHE = Path.home() / ".cache" / "golf_jax"
 SAMPLE = 1 << 18  # tokens whose byte count is proved against the decoded text
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
 

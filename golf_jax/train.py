@@ -20,11 +20,12 @@ from golf_jax.artifact.ledger import estimate_bytes
 from golf_jax.artifact.model import Loaded, Packed, load_model, pack_model
 from golf_jax.config import CAP_BYTES, GolfError, Recipe, recipe_names, to_dict
 from golf_jax.data import load_val_tokens, make_loader
-from golf_jax.data.corpus import build_embedded
+from golf_jax.data.corpus import CACHE, build_embedded
 from golf_jax.data.prefetch import local_rows
 from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables, check_tables, split_documents
 from golf_jax.evaluation.calibrate import collect_hessians
 from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
+from golf_jax.evaluation.legality import check_model
 from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.ttt import evaluate_ttt
 from golf_jax.mesh import from_main, initialize_distributed, keep_compiled_programs, make_mesh, platform
@@ -35,7 +36,6 @@ from golf_jax.training.loop import Trained, train
 from golf_jax.training.rundir import RunDir, environment
 from golf_jax.training.step import micro_rows
 
-CACHE = Path.home() / ".cache" / "golf_jax"
 DESCRIPTION = """Train, pack and score one model: data -> train -> average -> quantize -> pack -> reload from the bytes -> score.
 
 With no argument: a small model on the text every Python carries, on CPU, in minutes. Any field of a recipe is a flag:
@@ -118,6 +118,9 @@ def score(recipe: Recipe, loaded: Loaded, text: Text, mesh: Mesh, run: RunDir) -
         results["sliding"] = evaluate_sliding(recipe.model, loaded.params, text.val_tokens, text.tables, **common)
     if recipe.eval.ttt.kind != "off":
         results["ttt"] = evaluate_ttt(recipe.model, loaded.params, text.val_tokens, text.tables, **common)[0]
+    causal, error = check_model(recipe.model, loaded.params, text.val_tokens, mesh, loaded.seq_len)
+    facts = {"causal": causal, "normalization_error": error}
+    results = {name: replace(result, facts=replace(result.facts, **facts)) for name, result in results.items()}
     label = f"{recipe.quant.rules[-1].scheme}_{recipe.quant.compressor}"
     for name, result in results.items():
         seconds = result.seconds["score"] + result.seconds["train"]

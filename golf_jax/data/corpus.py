@@ -22,6 +22,7 @@ from golf_jax.config import GolfError
 from golf_jax.data.build import build_documents
 from golf_jax.data.manifest import NAME, read_manifest
 
+CACHE = Path.home() / ".cache" / "golf_jax"  # where commands keep what they make once: this corpus, compiled programs
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__pycache__"}
 RULES = "2"  # counts changes of what `documents` does
 PARSER = threading.Lock()  # ast.parse in two threads at once fails on CPython 3.11 (SystemError: recursion depth mismatch)
