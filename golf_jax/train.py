@@ -21,6 +21,7 @@ from golf_jax.artifact.model import Loaded, Packed, load_model, pack_model
 from golf_jax.config import CAP_BYTES, GolfError, Recipe, recipe_names, to_dict
 from golf_jax.data import load_val_tokens, make_loader
 from golf_jax.data.corpus import CACHE, build_embedded
+from golf_jax.data.loader import Loader
 from golf_jax.data.prefetch import local_rows
 from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables, check_tables, split_documents
 from golf_jax.evaluation.calibrate import collect_hessians
@@ -160,8 +161,11 @@ def run_recipe(recipe: Recipe, options: Options) -> dict[str, Any]:
     path = from_main(options.resume or options.run_dir or f"runs/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if options.resume:
         refuse_other_recipe(recipe, Path(path))
+    d = recipe.data
+    own = local_rows(mesh, d.ranks * d.rows_per_rank)
+    loader = make_loader(d.order, text.train, d.ranks, d.rows_per_rank, d.seq_len, own, recipe.model.vocab_size)
     with contextlib.closing(RunDir(path, resume=bool(options.resume))) as run:
-        return train_and_score(recipe, text, mesh, run)
+        return train_and_score(recipe, text, loader, mesh, run)
 
 
 def refuse_other_recipe(recipe: Recipe, path: Path) -> None:
@@ -175,7 +179,7 @@ def refuse_other_recipe(recipe: Recipe, path: Path) -> None:
     check_same_recipe(recipe, stored, path)
 
 
-def train_and_score(recipe: Recipe, text: Text, mesh: Mesh, run: RunDir) -> dict[str, Any]:
+def train_and_score(recipe: Recipe, text: Text, loader: Loader, mesh: Mesh, run: RunDir) -> dict[str, Any]:
     """Everything after the checks, into an open run directory."""
     run.write("config.json", to_dict(recipe))
     facts = environment() | {"tokenizer_sha256": text.tokenizer.sha256, "val_tokens": len(text.val_tokens), "data": to_dict(recipe.data)}
@@ -184,17 +188,13 @@ def train_and_score(recipe: Recipe, text: Text, mesh: Mesh, run: RunDir) -> dict
     run.log(f"model_params:{count(recipe.model)} batch_tokens:{recipe.data.batch_tokens} val_tokens:{len(text.val_tokens)} "
             f"val_bytes_checked:{text.val_bytes}")  # fmt: skip
 
-    total_rows = recipe.data.ranks * recipe.data.rows_per_rank
-    d = recipe.data
-    own = local_rows(mesh, total_rows)
-    loader = make_loader(d.order, text.train, d.ranks, d.rows_per_rank, d.seq_len, own, recipe.model.vocab_size)
     directory = run.path / "checkpoints"
     checkpoints = Checkpoints(directory) if recipe.checkpoint_every or directory.exists() else None
 
     def validate(params: dict[str, jax.Array], looping: bool, rehearse: bool = False) -> Result:
         """`rehearse`: one batch, which compiles the program of all of them."""
-        common: dict[str, Any] = {"seq_len": d.seq_len, "mesh": mesh, "eval": recipe.eval, "looping": looping}
-        most = mesh.size * recipe.eval.batch_rows * d.seq_len if rehearse else 0
+        common: dict[str, Any] = {"seq_len": recipe.data.seq_len, "mesh": mesh, "eval": recipe.eval, "looping": looping}
+        most = mesh.size * recipe.eval.batch_rows * recipe.data.seq_len if rehearse else 0
         return evaluate_standard(recipe.model, params, text.val_tokens, text.tables, max_targets=most, **common)
 
     shipped, raw = code_size(recipe)
@@ -220,7 +220,8 @@ def train_and_score(recipe: Recipe, text: Text, mesh: Mesh, run: RunDir) -> dict
     hessians = calibration(recipe, text, trained.params, mesh)
     if hessians is not None:
         run.log(f"collected {len(hessians)} Hessians in {time.perf_counter() - begin:.1f} s")
-    packed = pack_model(recipe, trained.params, text.tokenizer.sha256, code_bytes=shipped, hessians=hessians)
+    portable = replace(recipe, model=replace(recipe.model, attention="auto"))  # the artifact is scored on other machines, too
+    packed = pack_model(portable, trained.params, text.tokenizer.sha256, code_bytes=shipped, hessians=hessians)
     quant_seconds = time.perf_counter() - begin
     run.log(f"quantized and packed in {quant_seconds:.1f} s; {packed.fit}")
     run.log(packed.ledger.table())

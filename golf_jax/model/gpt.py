@@ -16,18 +16,24 @@ from golf_jax.config import GolfError, ModelConfig
 from golf_jax.model import layers as ops
 from golf_jax.model.fake_quant import fake_quantize
 from golf_jax.model.params import Params, leaves
-from kernels.attention import default_backend, xsa_attention
+from kernels.attention import default_backend, supported_backends, xsa_attention
 from kernels.cross_entropy import softcap_cross_entropy
 
 Tap = Callable[[str, jax.Array], None]
 
 
 def resolve(config: ModelConfig, platform: str) -> ModelConfig:
-    """Replace `auto` choices (dtype, attention backend) by what the platform (`cpu`, `gpu`, `tpu`) gets."""
+    """Replace `auto` choices (dtype, attention backend) by what the platform (`cpu`, `gpu`, `tpu`) gets.
+
+    Raises GolfError for a backend that the platform does not have.
+    """
     dtype = config.dtype if config.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16")
     attention = config.attention
     if attention == "auto":
         attention = default_backend(platform, config.head_dim, jnp.dtype(dtype))
+    if attention not in (backends := supported_backends(platform, config.head_dim, jnp.dtype(dtype))):
+        here = f"{platform} with head_dim {config.head_dim} in {dtype}"
+        raise GolfError(f"model.attention {attention!r} does not run on {here}: choose auto or {', '.join(backends)}")
     return replace(config, dtype=dtype, attention=attention)
 
 

@@ -24,6 +24,7 @@ from golf_jax.training.leak import leaked_state
 from golf_jax.training.rundir import RunDir
 from golf_jax.training.state import TrainState, init_state
 from golf_jax.training.step import StepInputs, StepMetrics, make_step
+from kernels.attention import assert_backend
 
 Validate = Callable[[dict[str, jax.Array], bool, bool], Any]
 
@@ -70,6 +71,7 @@ def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -
         begin = time.perf_counter()
         name = "train_looping" if looping and len(flags) > 1 else "train"
         compiled[looping] = make_step(recipe, mesh, state, looping=looping).lower(state, batch, batch, inputs).compile()
+        assert_backend(compiled[looping].as_text(), recipe.model.attention)
         seconds[name] = time.perf_counter() - begin
         jax.block_until_ready(compiled[looping](jax.tree.map(jnp.copy, state), batch, batch, inputs))
         run.log(f"compiled {name} in {seconds[name]:.1f} s, first run {time.perf_counter() - begin - seconds[name]:.1f} s")
