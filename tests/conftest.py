@@ -24,3 +24,27 @@ def shared() -> Path:
 def golden() -> Path:
     """The small reference tensors the repository carries."""
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cache of compiled programs, for this process (`quick_compilation`) and for those that tests start."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(programs: Path):
+    """Tests that spend their time in compilation: no optimizations, and each program is compiled once per session."""
+    import jax
+
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(programs),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

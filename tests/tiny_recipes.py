@@ -1,8 +1,16 @@
 """The shipped recipes with every size shrunk and every part kept: seconds on CPU, the same code paths."""
 
+import json
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 
-from golf_jax.config import DataConfig, Recipe, load_recipe
+import numpy as np
+
+import golf_jax
+from golf_jax.config import DataConfig, Recipe, load_recipe, to_dict
+from golf_jax.data.build import build_documents
 
 SHIPPED = ("baseline", "pr372", "pr562", "pr638", "pr1182", "pr2005")
 
@@ -59,3 +67,43 @@ def tiny(name: str, *, steps: int = 20, vocab_size: int = 64, seq_len: int = 16,
         numerics=numerics,
         log_every=5,
     )
+
+
+def build_text(directory: Path, vocab_size: int = 300) -> Path:
+    """Shards, tokenizer and manifest of generated sentences, a few thousand validation tokens."""
+    rng = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlu"))
+    words = ["".join(rng.choice(letters, rng.integers(2, 7))) for _ in range(200)]
+    documents = [" ".join(words[i] for i in rng.zipf(1.3, 60) % len(words)) + "." for _ in range(600)]
+    build_documents(lambda: documents, directory, source="generated", vocab_size=vocab_size, val_every=30, log=lambda line: None)
+    return directory
+
+
+def on_text(recipe: Recipe, directory: Path) -> Recipe:
+    """`recipe` on the shards of `build_text`."""
+    train, val, model = (str(directory / name) for name in ("train_*.bin", "val_*.bin", "tokenizer.model"))
+    return replace(recipe, data=replace(recipe.data, train=train, val=val, tokenizer=model))
+
+
+def recipe_file(recipe: Recipe, path: Path) -> Path:
+    """A recipe file that returns `recipe`, for the command line."""
+    lines = ["import json", "from golf_jax.config import Recipe, from_dict", f"DATA = json.loads({json.dumps(to_dict(recipe))!r})"]
+    path.write_text("\n".join([*lines, "def recipe(): return from_dict(Recipe, DATA)", ""]))
+    return path
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", *map(str, arguments)]
+
+
+def environment(programs: Path, devices: int = 8, **more: str) -> dict[str, str]:
+    """Environment of a started process: fake devices, quick compilation, programs shared with this process."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "PYTHONPATH": str(Path(golf_jax.__file__).parents[1]),
+        **more,
+    }

@@ -1,11 +1,10 @@
-"""Tiny programs, compiled without optimizations (compilation is what these tests spend their time on), and training on arrays."""
+"""Training on an array of tokens."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,22 +16,6 @@ from golf_jax.model import resolve
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.loop import Trained, train
 from golf_jax.training.rundir import RunDir
-
-
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory):
-    """No optimizations, and programs compiled once per session however often a test starts a run."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from golf_jax.config import BudgetConfig, GolfError, Recipe, to_dict
 from golf_jax.training import loop
 from golf_jax.training.checkpoints import Checkpoints, check_same_recipe
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def small(**changes) -> Recipe:
     """The smallest recipe, 6 steps: plain blocks, no averages."""

@@ -1,0 +1,88 @@
+"""Overrides on the command line, and how mistakes are told."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from golf_jax import cli
+from golf_jax.config import GolfError
+from golf_jax.train import Options
+
+
+def parse(*argv: str):
+    return cli.parse(argv, Options(), "text")
+
+
+def test_default_is_the_quickstart():
+    recipe, options = parse()
+    assert recipe.name == "quickstart" and options == Options()
+
+
+def test_any_field_is_a_flag():
+    recipe, options = parse("pr2005", "--model.num-layers", "12", "--budget.steps", "7", "--eval.ttt.kind", "off", "--run-dir", "here")
+    assert (recipe.name, recipe.model.num_layers, recipe.budget.steps, recipe.eval.ttt.kind) == ("pr2005", 12, 7, "off")
+    assert options.run_dir == "here" and recipe.model.loop_repeats == 2
+
+
+def test_recipe_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from golf_jax.config import Recipe\n\n\ndef recipe():\n    return Recipe(name='mine')\n")
+    assert parse(str(file), "--seed", "5")[0].seed == 5
+
+
+UNKNOWN = [("pr999", "no recipe 'pr999'; known: baseline, "), ("gone.py", "gone.py: no such recipe file")]
+
+
+@pytest.mark.parametrize(("name", "message"), UNKNOWN)
+def test_an_unknown_recipe_is_refused(name, message):
+    with pytest.raises(GolfError, match=message):
+        parse(name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model.depth", "3"], ["--model.depth"]),
+        (["--model.num-layers", "many"], ["--model.num-layers", "many"]),
+        (["--model.attention", "magic"], ["magic", "cudnn"]),
+        (["--model.width", "100"], ["model.width 100 is not divisible by model.num_heads 6"]),
+        (["--eval.stride", "999"], ["eval.stride 999 exceeds the window data.seq_len 256"]),
+        (["--data.train", "x.bin"], ["data.val is empty: give the glob"]),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(flags, words, capsys):
+    """Nonzero status, and a text that names the field."""
+    with pytest.raises((SystemExit, GolfError)) as stopped:
+        parse(*flags)
+    code = stopped.value.code if isinstance(stopped.value, SystemExit) else 2
+    said = capsys.readouterr()
+    text = re.sub(r"[\s│]+", " ", said.out + said.err + str(stopped.value))
+    assert code not in (0, None) and all(word in text for word in words), text
+
+
+def test_help_names_fields_and_recipes():
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-m", "golf_jax.train", "--help"], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--model.num-layers" in done.stdout and "pr2005" in done.stdout and "--resume" in done.stdout
+
+
+def test_a_mistake_is_one_line_and_status_2(capsys, monkeypatch):
+    def main(argv):
+        raise GolfError("the field, and the fix")
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main)
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: the field, and the fix\n"
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def main(argv):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(ZeroDivisionError):
+        cli.run(main)
