@@ -1,10 +1,12 @@
 """Compile for Hopper on a machine without a GPU and report what the compiler says: registers, spills, memory, collectives.
 
-    python benchmarks/aot_compile.py [--what kernels] [--devices 8] [--target FILE] [--json FILE]
+    python benchmarks/aot_compile.py [--what kernels] [--devices 1 8] [--target FILE] [--json FILE]
+    python benchmarks/aot_compile.py --what step [--recipes pr638 pr2005] [--backends pallas cudnn xla] [--devices 1 8]
 
 Needs the CUDA wheels (`pip install "jax[cuda13]"`), no driver. Exits with status 1 if a kernel spills registers or a
 program does not contain the attention backend it was asked for. Sizes are those of the records per GPU: 48 sequences of
-2,048 tokens, 8 query and 4 kv heads, head_dim 64, bf16. It cannot tell speed, autotuning choices or races.
+2,048 tokens, 8 query and 4 kv heads, head_dim 64, bf16. `step` is the whole sharded training step of a recipe, each phase, at the
+recipe's batch: 48 sequences per GPU on 8, eight times 48 one after another on 1. It cannot tell speed, autotuning choices or races.
 The target is a text GpuTargetConfigProto; that of a real device: `jax._src.lib.xla_client
 .get_topology_for_devices(jax.devices()).target_config`.
 """
@@ -21,7 +23,9 @@ import re  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
+from collections import Counter  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import NamedTuple  # noqa: E402
 
@@ -36,6 +40,11 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from golf_jax.config import load_recipe  # noqa: E402
+from golf_jax.mesh import replicated, rows  # noqa: E402
+from golf_jax.model import init_params, resolve  # noqa: E402
+from golf_jax.training.state import make_state, state_specs  # noqa: E402
+from golf_jax.training.step import StepInputs, make_step  # noqa: E402
 from kernels.attention import assert_backend, xsa_attention  # noqa: E402
 from kernels.cross_entropy import softcap_cross_entropy  # noqa: E402
 
@@ -89,7 +98,23 @@ def kernel_programs(mesh: Mesh) -> Iterator[Program]:
         yield Program(f"softcap cross entropy, vocabulary {vocab}: value and gradients", function, arguments, "xla")
 
 
-PROGRAMS = {"kernels": kernel_programs}
+def step_programs(mesh: Mesh, recipes: list[str], backends: list[str]) -> Iterator[Program]:
+    """The training step as golf_jax.train compiles it, with and without depth recurrence where the recipe has it."""
+    for name, backend in [(name, backend) for name in recipes for backend in backends]:
+        recipe = load_recipe(name)
+        recipe = replace(recipe, model=resolve(replace(recipe.model, attention=backend), "gpu"))
+        state = jax.eval_shape(
+            lambda recipe=recipe: make_state(recipe, init_params(recipe.model, jax.random.key(0), recipe.numerics), mesh.size)
+        )
+        shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs(state))
+        shaped = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        d = recipe.data
+        tokens = jax.ShapeDtypeStruct((d.ranks * d.rows_per_rank, d.seq_len), jnp.int32, sharding=rows(mesh))
+        kinds = StepInputs(*[jnp.float32] * 4, jnp.bool_)
+        inputs = jax.tree.map(lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh)), kinds)
+        for looping in (False, True) if recipe.model.loop_repeats else (False,):
+            step = make_step(recipe, mesh, state, looping=looping)
+            yield Program(f"{name} step, {backend}{', looping' * looping}", step, (shaped, tokens, tokens, inputs), backend)
 
 
 @contextlib.contextmanager
@@ -112,13 +137,16 @@ def captured_output():
 
 
 def ptxas_reports(text: str) -> list[dict]:
-    """Registers and spills of each kernel from `ptxas -v` output."""
+    """Registers and spills of each kernel from `ptxas -v` output, and how many such there are."""
     pattern = (
         r"Compiling entry function '(\w+?)(?:_mosaic_gpu_kernel)?' for '\w+'.*?"
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     )
     found = re.findall(pattern, text, re.DOTALL)
-    return [dict(kernel=n, registers=int(r), spill_store_bytes=int(s), spill_load_bytes=int(load)) for n, s, load, r in found]
+    return [
+        dict(kernel=n, registers=int(r), spill_store_bytes=int(s), spill_load_bytes=int(load), count=count)
+        for (n, s, load, r), count in Counter(found).items()
+    ]
 
 
 def shared_memory(lowered) -> list[int]:
@@ -151,43 +179,55 @@ def compile_program(program: Program, mesh: Mesh) -> dict:
     """Compile ahead of time; see the module's docstring for what is reported."""
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), captured_output() as log:
-        lowered = jax.jit(program.function).trace(*program.arguments).lower()
+        function = program.function if hasattr(program.function, "trace") else jax.jit(program.function)
+        lowered = function.trace(*program.arguments).lower()
         compiled = lowered.compile()
     seconds = time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert_backend(text, program.backend)
     return dict(
         name=program.name,
+        devices=mesh.size,
         compile_seconds=round(seconds, 1),
         temporary_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
+        donated_bytes=memory.alias_size_in_bytes,
         collectives={c: n for c in COLLECTIVES if (n := len(re.findall(rf" {c}(?:-start)?\(", text)))},
         kernels=ptxas_reports(log[0]),
-        shared_memory_bytes=shared_memory(lowered),
+        shared_memory_bytes=sorted(set(shared_memory(lowered))),
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=PROGRAMS, default="kernels")
-    parser.add_argument("--devices", type=int, default=1, help="size of the data axis; the batch grows with it")
+    parser.add_argument("--what", choices=("kernels", "step"), default="kernels")
+    parser.add_argument("--recipes", nargs="+", default=["pr638", "pr2005"], help="for step")
+    parser.add_argument("--backends", nargs="+", default=["pallas", "cudnn", "xla"], help="for step")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1], help="sizes of the data axis")
     parser.add_argument("--target", type=Path, default=Path(__file__).with_name("h100_target.txtpb"))
     parser.add_argument("--json", type=Path, help="also write the report here")
     options = parser.parse_args()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=options.target.read_text(), topology=f"1x1x{options.devices}")
-    mesh = Mesh(np.array(topology.devices), ("data",))
-    results = []
-    for program in PROGRAMS[options.what](mesh):
+    results, target = [], options.target.read_text()
+
+    def programs() -> Iterator[tuple[Program, Mesh]]:
+        for devices in options.devices:
+            topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{devices}")
+            mesh = Mesh(np.array(topology.devices), ("data",))
+            made = kernel_programs(mesh) if options.what == "kernels" else step_programs(mesh, options.recipes, options.backends)
+            yield from ((program, mesh) for program in made)
+
+    for program, mesh in programs():
         results.append(result := compile_program(program, mesh))
         memory = f"temporary {result['temporary_bytes'] / 1e6:.1f} MB"
-        print(f"{result['name']}: compiled in {result['compile_seconds']} s, {memory}, collectives {result['collectives'] or 'none'}")
+        where = f"{result['name']} on {result['devices']}"
+        print(f"{where}: compiled in {result['compile_seconds']} s, {memory}, collectives {result['collectives'] or 'none'}", flush=True)
         for kernel in result["kernels"]:
             print("   ", ", ".join(f"{key} {value}" for key, value in kernel.items()))
         if result["shared_memory_bytes"]:
             print("    shared memory bytes", result["shared_memory_bytes"], flush=True)
     spills = [k["kernel"] for r in results for k in r["kernels"] if k["spill_store_bytes"] or k["spill_load_bytes"]]
-    report = dict(jax=jax.__version__, target=options.target.name, devices=options.devices, programs=results)
+    report = dict(jax=jax.__version__, target=options.target.name, programs=results)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{len(results)} programs; spilling kernels: {', '.join(spills) or 'none'}")

@@ -1,0 +1,123 @@
+"""Runs in processes of their own: two that train together, one that is killed."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_recipes import SHIPPED, build_text, command, environment, on_text, recipe_file, tiny
+
+from golf_jax import train
+from golf_jax.config import Recipe
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return build_text(tmp_path_factory.mktemp("text") / "data")
+
+
+def losses(path: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def start_pair(arguments: list[str], programs: Path, cwd: Path) -> list[subprocess.Popen]:
+    """Two processes of 4 devices each, one job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    environments = [environment(programs, 4, JAX_PROCESS_ID=str(i), **cluster) for i in range(2)]
+    pipe = subprocess.PIPE
+    return [subprocess.Popen(command(*arguments), env=e, cwd=cwd, stdout=pipe, stderr=pipe, text=True) for e in environments]
+
+
+def finish(pair: list[subprocess.Popen], timeout: float = 500) -> list[tuple[str, str]]:
+    try:
+        return [process.communicate(timeout=timeout) for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+
+
+def two_processes_agree_with_one(recipe: Recipe, tmp_path: Path, programs: Path) -> None:
+    one = train.run_recipe(recipe, train.Options(run_dir=str(tmp_path / "one")))
+    file = recipe_file(recipe, tmp_path / "mine.py")
+    pair = start_pair(["golf_jax.train", file], programs, tmp_path)  # the directory's name comes from process 0
+    outputs = finish(pair)
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    (two,) = (tmp_path / "runs").iterdir()
+    result = json.loads((two / "result.json").read_text())
+    assert len(losses(two)) == result["steps"] and (recipe.budget.steps == 0 or result["steps"] == one["steps"])
+    if recipe.budget.steps:
+        assert losses(two) == pytest.approx(losses(tmp_path / "one"), rel=3e-5)
+        for mode, scored in one["evaluations"].items():
+            assert result["evaluations"][mode]["val_bpb"] == pytest.approx(scored["val_bpb"], rel=1e-4)
+    assert (two / "artifact.golf").stat().st_size == result["artifact_bytes"]
+    assert "step:" in outputs[0][0] and "step:" not in outputs[1][0]  # only process 0 talks and writes
+    if recipe.checkpoint_every:
+        assert list((two / "checkpoints").glob("[0-9]*"))
+
+
+def test_two_processes_train_and_score_as_one(tmp_path, text, programs):
+    recipe = on_text(tiny("baseline", steps=4, vocab_size=300, seq_len=32), text)
+    two_processes_agree_with_one(replace(recipe, checkpoint_every=2, eval=replace(recipe.eval, every=2)), tmp_path, programs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED[1:])
+def test_two_processes_train_every_record(name, tmp_path, text, programs):
+    two_processes_agree_with_one(on_text(tiny(name, vocab_size=300, seq_len=32), text), tmp_path, programs)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_by_one_clock(tmp_path, text, programs):
+    """Process 0's clock decides: both take the same number of steps, or they would wait for each other forever."""
+    recipe = on_text(tiny("baseline", steps=0, vocab_size=300, seq_len=32), text)
+    recipe = replace(recipe, budget=replace(recipe.budget, seconds=3.0), schedule=replace(recipe.schedule, warmdown_frac=0.5))
+    two_processes_agree_with_one(recipe, tmp_path, programs)
+
+
+@pytest.mark.slow
+def test_a_refusal_ends_both_processes(tmp_path, text, programs):
+    """A run directory that is taken, seen by process 0 alone."""
+    file = recipe_file(on_text(tiny("baseline", vocab_size=300), text), tmp_path / "mine.py")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/config.json").write_text("{}")
+    begin = time.monotonic()
+    pair = start_pair(["golf_jax.train", file, "--run-dir", "taken"], programs, tmp_path)
+    outputs = finish(pair)
+    assert [process.returncode for process in pair] == [2, 2]
+    assert all("error: taken: holds a run already" in err for _, err in outputs)
+    assert time.monotonic() - begin < 100
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, text, programs):
+    """kill -9 in the middle; --resume gives the artifact of a run that was left alone."""
+    recipe = on_text(tiny("pr2005", steps=400, vocab_size=300, seq_len=32), text)
+    recipe = replace(recipe, checkpoint_every=5, eval=replace(recipe.eval, ttt=replace(recipe.eval.ttt, kind="off")))
+    file = recipe_file(recipe, tmp_path / "mine.py")
+    whole = train.run_recipe(recipe, train.Options(run_dir=str(tmp_path / "whole")))
+    start = command("golf_jax.train", file, "--run-dir", "dies")
+    process = subprocess.Popen(start, env=environment(programs), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    saved = tmp_path / "dies/checkpoints"
+    deadline = time.monotonic() + 300
+    while not [p for p in saved.glob("[0-9]*") if p.name.isdigit()]:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "dies/result.json").exists()
+    again = command("golf_jax.train", file, "--resume", "dies")
+    done = subprocess.run(again, env=environment(programs), cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(re.search(r"resumed at step (\d+)", done.stdout)[1]) < 400
+    assert (tmp_path / "dies/artifact.golf").read_bytes() == (tmp_path / "whole/artifact.golf").read_bytes()
+    assert losses(tmp_path / "dies") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == whole["steps"]
