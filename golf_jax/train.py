@@ -221,7 +221,14 @@ def train_and_score(recipe: Recipe, text: Text, loader: Loader, mesh: Mesh, run:
     if hessians is not None:
         run.log(f"collected {len(hessians)} Hessians in {time.perf_counter() - begin:.1f} s")
     portable = replace(recipe, model=replace(recipe.model, attention="auto"))  # the artifact is scored on other machines, too
-    packed = pack_model(portable, trained.params, text.tokenizer.sha256, code_bytes=shipped, hessians=hessians)
+    packed = pack_model(
+        portable,
+        trained.params,
+        text.tokenizer.sha256,
+        code_bytes=shipped,
+        hessians=hessians,
+        score=lambda params: validate(params, True).score.bpb,  # pyright: ignore[reportArgumentType]
+    )
     quant_seconds = time.perf_counter() - begin
     run.log(f"quantized and packed in {quant_seconds:.1f} s; {packed.fit}")
     run.log(packed.ledger.table())

@@ -1,6 +1,6 @@
 """A trained model as an artifact, and back: parameters -> tensors -> integer codes -> bytes -> parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,11 @@ def pack_model(
     *,
     code_bytes: int,
     hessians: Mapping[str, np.ndarray] | None = None,
+    score: Callable[[dict[str, np.ndarray]], float] | None = None,
 ) -> Packed:
     """Quantize and pack; steps grow by one factor if code and model would exceed the cap. `code_bytes`: what the code takes of it.
+
+    score: bits per byte of dequantized parameters, asked for only if the steps had to grow: the report then says what that cost.
 
     Raises GolfError if no step within reason fits.
     """
@@ -71,7 +74,11 @@ def pack_model(
         encoded[len(data)] = data
         return len(data)
 
-    quant, _, fit = fit_to_cap(tensors, recipe.quant, CAP_BYTES - code_bytes, encode, hessians=hessians)
+    def bpb(qtensors: dict[str, QTensor]) -> float:
+        assert score is not None
+        return score(from_tensors(recipe.model, dequantize_all(qtensors)))
+
+    quant, _, fit = fit_to_cap(tensors, recipe.quant, CAP_BYTES - code_bytes, encode, hessians=hessians, score=bpb if score else None)
     data = encoded[fit.encoded_bytes]
     return Packed(data, ledger(data, code_bytes), quant, fit)
 
