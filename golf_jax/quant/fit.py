@@ -57,8 +57,8 @@ def fit_to_cap(
     A recipe that fits is returned unchanged after one trial. Otherwise all steps grow by one factor, the least that fits to within
     `slack` of the budget: doubling a step takes about one bit per code, which gives the first guess, and false position on
     (log2 factor, bytes) the rest. encode: the real container with its compressor, code bytes included by the caller in the budget.
-    score: measures the quantized model (bpb), called for the first and the last if they differ. Raises GolfError if even a step 16 times as coarse
-    does not fit.
+    score: measures the quantized model (bpb), called for the first and the last if they differ. Raises GolfError if even a step 16
+    times as coarse does not fit.
     """
     trials: list[tuple[float, int]] = []
 

@@ -29,7 +29,7 @@ def test_bundle_is_reproducible_and_reversible():
 
 def test_bundle_follows_imports_and_takes_nothing_else():
     sources = module_sources(["golf_jax.artifact", "configs.pr638"])
-    assert {"golf_jax/artifact/container.py", "golf_jax/quant/gptq.py", "golf_jax/config.py", "configs/pr638.py"} <= set(sources)
+    assert {"golf_jax/artifact/container.py", "golf_jax/quant/gptq.py", "golf_jax/config/model.py", "configs/pr638.py"} <= set(sources)
     assert not {p for p in sources if p.startswith(("golf_jax/data", "golf_jax/training", "tests"))}
     assert "configs/pr372.py" not in sources
 
