@@ -321,8 +321,7 @@ def _batches(params: list[Tensor], group: GroupConfig) -> list[MuonBatch]:
     for p in params:
         shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
     return [
-        MuonBatch(ps, group.lr, group.weight_decay, torch.zeros((len(ps), *shape), device=ps[0].device))
-        for shape, ps in shapes.items()
+        MuonBatch(ps, group.lr, group.weight_decay, torch.zeros((len(ps), *shape), device=ps[0].device)) for shape, ps in shapes.items()
     ]
 
 

@@ -26,9 +26,7 @@ from golf_jax.config import (
 def recipe() -> Recipe:
     return Recipe(
         name="baseline",
-        model=ModelConfig(
-            vocab_size=1024, num_layers=9, width=512, num_heads=8, num_kv_heads=4, mlp_ratio=2.0, linear_init="uniform"
-        ),
+        model=ModelConfig(vocab_size=1024, num_layers=9, width=512, num_heads=8, num_kv_heads=4, mlp_ratio=2.0, linear_init="uniform"),
         data=DataConfig(
             train="data/datasets/fineweb10B_sp1024/fineweb_train_*.bin",
             val="data/datasets/fineweb10B_sp1024/fineweb_val_*.bin",

@@ -74,9 +74,7 @@ def recipe() -> Recipe:
             clip_per_rank=True,
         ),
         budget=BudgetConfig(seconds=600.0),
-        schedule=ScheduleConfig(
-            warmdown_steps=3500, ema_decay=0.997, swa_every=50, swa_below=0.2, export="ema", leak_warmup_steps=20
-        ),
+        schedule=ScheduleConfig(warmdown_steps=3500, ema_decay=0.997, swa_every=50, swa_below=0.2, export="ema", leak_warmup_steps=20),
         quant=QuantConfig(
             rules=(
                 QuantRule("", "float16", max_numel=65_536),

@@ -41,9 +41,7 @@ def recipe() -> Recipe:
             bigram_buckets=2048,
             bigram_dim=64,
             xsa_last_n=4,
-            fake_quant=FakeQuantConfig(
-                matrices="all", attn_levels=31, mlp_levels=15, min_numel=65_536, late_k_layers=1, in_eval=True
-            ),
+            fake_quant=FakeQuantConfig(matrices="all", attn_levels=31, mlp_levels=15, min_numel=65_536, late_k_layers=1, in_eval=True),
             bf16_params=("tok_emb",),
         ),
         data=DataConfig(

@@ -250,9 +250,7 @@ def nll(
     targets_BT has one entry per returned position: pass the last N targets when `last` is N.
     """
     x_BTD = hidden(config, params, tokens_BT, looping=looping, last=last, fake_quant=fake_quant)
-    flat = softcap_cross_entropy(
-        x_BTD.reshape(-1, config.width), params["tok_emb"], targets_BT.reshape(-1), softcap=config.softcap
-    )
+    flat = softcap_cross_entropy(x_BTD.reshape(-1, config.width), params["tok_emb"], targets_BT.reshape(-1), softcap=config.softcap)
     return flat.reshape(targets_BT.shape)
 
 
