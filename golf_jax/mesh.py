@@ -65,7 +65,7 @@ def from_main(text: str) -> str:
 
 def keep_compiled_programs(directory: Path) -> None:
     """A second start finds its compiled programs in `directory`, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable)."""
-    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(directory))
 
 

@@ -48,7 +48,8 @@ class Comparison:
     """
 
     def __init__(self, name: str, tolerance: float, measure: Measure):
-        self.name, self.tolerance, self.measure = name, tolerance, measure
+        self.name, self.tolerance = name, tolerance
+        self.measure: Measure = measure
         self.compared, self._max_abs, self._max_rel, self._error, self._worst = 0, 0.0, 0.0, -1.0, ""
 
     def add(self, key: str, ours: Any, reference: Any) -> None:

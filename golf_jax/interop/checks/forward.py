@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import ModelConfig
@@ -203,7 +204,7 @@ def _activation(recipe: str, name: str, config: ModelConfig, order: tuple[int, .
 
 
 def _compare_ids(c: Comparison, z: Reference, config: ModelConfig) -> None:
-    tokens = z["tokens"].astype(np.int32)
+    tokens = jnp.asarray(z["tokens"], jnp.int32)
     for key in ("bigram_ids", "bigram_hash_ids", "bigram_hash"):
         if key in z:
             c.add(key, ops.bigram_ids(tokens, config.bigram_buckets), z[key])

@@ -121,7 +121,8 @@ def _read_372(z: Reference) -> Facts:
         facts.group[n] = (kinds[str(kind)], float(lr), float(decay))
     for n, diagonal in zip(names, z["gram_diag_mean"], strict=True):
         if diagonal > 0 and not re.match(r"blocks\.[1-9]", n):  # of one layer: a decomposition takes a while
-            facts.singular[n] = (float(np.sqrt(diagonal)),) * 2
+            value = float(np.sqrt(diagonal))
+            facts.singular[n] = (value, value)
     return facts
 
 

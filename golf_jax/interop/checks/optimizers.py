@@ -87,13 +87,15 @@ def _newton_schulz(ctx: Context, z: Reference) -> list[CheckResult]:
 
 def _compare(ctx: Context, trajectories: list[Trajectory]) -> list[CheckResult]:
     comparisons: dict[str, Comparison] = {}
+    bar: tuple[float, Measure]
     for t in trajectories:
         if not t.bf16:
             label, bar = f"{t.kind} steps", STEPS[ctx.recipe]
         elif t.bf16 == "storage":
             label, bar = f"{t.kind} steps, bfloat16 tables", BF16_ULP
         else:
-            label, bar = f"{t.kind} steps, bfloat16 Newton-Schulz", (2e-2, "rel L2")
+            label = f"{t.kind} steps, bfloat16 Newton-Schulz"
+            bar = (2e-2, "rel L2")
         _run(ctx, t, comparisons.setdefault(label, Comparison(label, *bar)))
     return [c.result() for c in comparisons.values()]
 

@@ -90,7 +90,7 @@ def simulate(
     if recipe.schedule.leak_warmup_steps:
         warm = (batch(i) for i in range(recipe.schedule.leak_warmup_steps))
         state, metrics = warm_up(recipe, mesh, state, warm, phase(True))
-        history.warm_up_loss = [m.micro_loss for m in metrics]
+        history.warm_up_loss = [np.asarray(m.micro_loss) for m in metrics]
     for i in range(steps):
         inputs, looping = step_inputs(recipe, Clock(i, 0.0))
         state, metric = phase(looping)(state, *batch(i), jax.device_put(inputs, replicated(mesh)))

@@ -72,7 +72,7 @@ def _attention_372(ctx: Context, z: Reference) -> list[Comparison]:
         c.add("rope_unit", np.moveaxis(np.asarray(ops.rope(jnp.asarray(x), *tables)), 1, 2), z["rope_unit/out"])
     for key in z:
         if key.startswith("hash_unit/ids_"):
-            ids.add(key, ops.bigram_ids(z["hash_unit/tokens"], int(key.split("_")[-1])), z[key])
+            ids.add(key, ops.bigram_ids(jnp.asarray(z["hash_unit/tokens"]), int(key.split("_")[-1])), z[key])
     return [c, ids]
 
 
@@ -128,7 +128,7 @@ def _hash_1182(ctx: Context, z: Reference) -> list[Comparison]:
     c, h = Comparison("hash unit", 0.0, "equal"), z.config()
     for prefix in ("", "big_"):  # big_: token ids up to 65535, where the int32 products wrap
         if f"{prefix}tokens" in z:
-            tokens = z[f"{prefix}tokens"]
+            tokens = jnp.asarray(z[f"{prefix}tokens"])
             c.add(f"{prefix}bigram", ops.bigram_ids(tokens, h["bigram_buckets"]), z[f"{prefix}bigram"])
             c.add(f"{prefix}trigram", ops.trigram_ids(tokens, h["trigram_buckets"], bigram_at_1=True), z[f"{prefix}trigram"])
     return [c]
