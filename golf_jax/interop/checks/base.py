@@ -1,5 +1,6 @@
 """What every check of `golf_jax.reproduce` is made of: reference files, comparisons with tolerances, results."""
 
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ class Reference(Mapping[str, np.ndarray]):
         try:
             self._file = np.load(path, allow_pickle=False)
             self._keys = list(self._file.files)
-        except (OSError, ValueError, AttributeError) as e:
+        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as e:
             raise GolfError(f"{path}: not a readable npz file ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
         self._arrays: dict[str, np.ndarray] = {}
 
