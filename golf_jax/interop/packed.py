@@ -114,7 +114,7 @@ def _decompress(packing: str, data: bytes, where: str) -> bytes:
 
 def _torch_load(source: Any, where: str) -> Any:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise GolfError(f"{where}: reading PyTorch files needs torch; install the extra: pip install 'golf-jax[torch]'") from None
     try:
