@@ -141,11 +141,13 @@ def test_newton_schulz_is_divided_among_the_devices():
 
 
 def assert_same_curve(recipe: Recipe, devices: tuple[int, ...], tokens: np.ndarray) -> None:
+    """To float32 rounding; fake quantization in training makes a rounding a jump of a weight's code now and then (PR 372)."""
+    rtol = 3e-4 if recipe.schedule.fake_quant_below else 3e-5
     base, more, final = curve(recipe, devices[0], tokens)
     assert base[-1] < base[0] - 0.1  # it learns, so later losses depend on every update
     for count in devices[1:]:
         losses, others, state = curve(recipe, count, tokens)
-        np.testing.assert_allclose(losses, base, rtol=3e-5)
+        np.testing.assert_allclose(losses, base, rtol=rtol)
         np.testing.assert_allclose(others["norm"], more["norm"], rtol=2e-3)
         np.testing.assert_allclose(others["micro_norm"].ravel(), more["micro_norm"].ravel(), rtol=2e-3)
         assert state.swa is None or int(state.swa.count) == int(final.swa.count)
