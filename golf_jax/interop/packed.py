@@ -127,7 +127,7 @@ def _numpy(tensor: Any) -> np.ndarray:
     """A torch tensor as numpy; bfloat16 through its bits."""
     tensor = tensor.detach().contiguous()
     if str(tensor.dtype) == "torch.bfloat16":
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
