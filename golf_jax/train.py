@@ -218,8 +218,9 @@ def train_and_score(recipe: Recipe, text: Text, loader: Loader, mesh: Mesh, run:
     run.log(f"pre_quantization_{recipe.schedule.export} {before.score.line()}")
     begin = time.perf_counter()
     hessians = calibration(recipe, text, trained.params, mesh)
-    if hessians is not None:
-        run.log(f"collected {len(hessians)} Hessians in {time.perf_counter() - begin:.1f} s")
+    data_seconds = trained.seconds + (time.perf_counter() - begin if hessians is not None else 0.0)
+    if hessians is not None:  # they read training data, so their time counts with training
+        run.log(f"collected {len(hessians)} Hessians; training data read until {data_seconds:.1f} s on the clock")
     portable = replace(recipe, model=replace(recipe.model, attention="auto"))  # the artifact is scored on other machines, too
     packed = pack_model(
         portable,
@@ -242,6 +243,7 @@ def train_and_score(recipe: Recipe, text: Text, loader: Loader, mesh: Mesh, run:
         "recipe": recipe.name,
         "steps": trained.steps,
         "train_seconds": trained.seconds,
+        "train_and_calibration_seconds": data_seconds,
         "compile_seconds": trained.compile_seconds,
         "quantization_seconds": quant_seconds,
         "train_loss": trained.final_loss,
