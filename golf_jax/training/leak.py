@@ -57,5 +57,5 @@ def warm_up(
     for x, y in batches:
         state, metric = step(state, x, y, inputs)
         state = state._replace(stale=over_ranks(state.stale))
-        metrics.append(jax.tree.map(np.asarray, metric))
+        metrics.append(metric)
     return kept._replace(stale=state.stale), metrics
