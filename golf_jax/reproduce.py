@@ -34,8 +34,8 @@ class Arguments:
     """Devices for training and evaluation: the results do not depend on it."""
 
 
-def reproduce(path: Path, only: str = "", devices: int = 1) -> tuple[str, list]:
-    """(recipe, results of every check that applies to `path`), printing each row as it is there."""
+def reproduce(path: Path, only: str = "", devices: int = 1) -> tuple[str, list, dict[str, str]]:
+    """(recipe, results of every check that applies to `path`, what could not be checked here and why); prints each row as it is there."""
     from golf_jax.interop.checks import CHECKS, Context, applicable, detect
 
     ctx = Context(detect(path), path, devices)
@@ -55,16 +55,18 @@ def reproduce(path: Path, only: str = "", devices: int = 1) -> tuple[str, list]:
             miss = "" if r.ok else f" <- {r.worst}"
             row = f"{r.name:58} {r.compared:7d} {r.max_abs:10.2e} {r.max_rel:10.2e} {tolerance:>18}"
             print(f"{row}  {'ok' if r.ok else 'MISS'}{miss}", flush=True)
+    for name, why in ctx.not_checked.items():
+        print(f"{name:58} not checked: {why}")
     missed = sum(not r.ok for r in results)
     print(f"{len(results)} checks in {time.perf_counter() - begin:.0f} s, {missed or 'none'} missed")
-    return ctx.recipe, results
+    return ctx.recipe, results, ctx.not_checked
 
 
 def main(argv: list[str]) -> int:
     args = tyro.cli(Arguments, args=argv, prog="python -m golf_jax.reproduce", description=__doc__)
-    recipe, results = reproduce(args.path, args.only, args.devices)
+    recipe, results, not_checked = reproduce(args.path, args.only, args.devices)
     if args.json:
-        document = {"recipe": recipe, "checks": [dataclasses.asdict(r) for r in results]}
+        document = {"recipe": recipe, "checks": [dataclasses.asdict(r) for r in results], "not_checked": not_checked}
         args.json.write_text(json.dumps(document, indent=1) + "\n")
     return int(not results or any(not r.ok for r in results))
 

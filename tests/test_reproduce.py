@@ -1,5 +1,6 @@
 """`python -m golf_jax.reproduce`: the PRs' reference tensors are met; a wrong number is a miss; bad input is one line."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ CHEAP = "units,schedule,data"
 
 
 def missed(path, only, devices=1):
-    _, results = reproduce.reproduce(path, only, devices)
+    _, results, _ = reproduce.reproduce(path, only, devices)
     assert results
     return [f"{r.name}: {r.worst} (max abs {r.max_abs:.2e}, max rel {r.max_rel:.2e})" for r in results if not r.ok]
 
@@ -73,6 +74,15 @@ def test_a_wrong_number_is_a_miss_and_named(golden, tmp_path, capsys):
 
 def test_within_tolerance_is_status_zero(golden):
     assert reproduce.main([str(golden / "pr638.npz"), "--only", "quant"]) == 0
+
+
+def test_what_needs_torch_is_left_out_by_name_where_torch_is_not(golden, tmp_path, monkeypatch):
+    report, find_spec = tmp_path / "report.json", importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    assert reproduce.main([str(golden / "pr638.npz"), "--only", "quant", "--json", str(report)]) == 0
+    document = json.loads(report.read_text())
+    assert "pip install" in document["not_checked"]["quant: packed file read"]
+    assert {row["name"] for row in document["checks"]} == {"quant: codes", "quant: scales", "quant: kinds", "quant: dequantized"}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -95,6 +95,19 @@ def initial_state(ttt: TTTConfig, params: Params) -> TTTState:
     return TTTState(jax.tree.map(jnp.copy, params), optimizer(ttt).init(params))
 
 
+def update(ttt: TTTConfig, state: TTTState, grads: Params, lr: Any, scales: dict[str, float]) -> tuple[TTTState, jax.Array]:
+    """One optimizer step: (new state, global gradient norm before clipping). scales: factor of the learning rate per leaf."""
+    norm, factor = norm_clip_factor(squared_norm(grads), ttt.clip_norm or jnp.inf)
+    grads = {n: (g * factor).astype(g.dtype) for n, g in grads.items()}
+    direction, opt_state = optimizer(ttt).update(grads, state.opt)
+
+    def move(name: str, p: jax.Array) -> jax.Array:
+        d32 = jnp.asarray(direction[name], jnp.float32)  # pyright: ignore[reportIndexIssue, reportArgumentType, reportCallIssue]
+        return (p.astype(jnp.float32) - lr * scales[name] * d32).astype(p.dtype)
+
+    return TTTState({n: move(n, p) for n, p in state.params.items()}, opt_state), norm
+
+
 @functools.lru_cache(maxsize=8)
 def training_program(
     config: ModelConfig, ttt: TTTConfig, mesh: Mesh, shapes: Shapes, rows: tuple[int, int], seq_len: int, epochs: int, micro: int
@@ -104,7 +117,7 @@ def training_program(
     loss, norm: [epochs, steps], before each update, norm before clipping. All epochs of a chunk are one scan; state is donated.
     rows: (steps, rows) of the plan. micro: rows per device and forward pass. Kept for the process.
     """
-    opt, scales = optimizer(ttt), lr_scales(config, ttt)
+    scales = lr_scales(config, ttt)
     strength = 1.0 if ttt.fake_quant else None
 
     def loss_fn(params: Params, tokens_BT: jax.Array, weight_B: jax.Array) -> jax.Array:
@@ -130,15 +143,8 @@ def training_program(
         tokens_RT, weight_R, lr = inputs
         loss, grads = jax.lax.psum(gradient(state.params, tokens_RT, weight_R), AXIS)
         grads = {n: g.astype(state.params[n].dtype) for n, g in grads.items()}
-        norm, factor = norm_clip_factor(squared_norm(grads), ttt.clip_norm or jnp.inf)
-        grads = {n: (g * factor).astype(g.dtype) for n, g in grads.items()}
-        direction, opt_state = opt.update(grads, state.opt)
-
-        def move(name: str, p: jax.Array) -> jax.Array:
-            d32 = jnp.asarray(direction[name], jnp.float32)  # pyright: ignore[reportIndexIssue, reportArgumentType, reportCallIssue]
-            return (p.astype(jnp.float32) - lr * scales[name] * d32).astype(p.dtype)
-
-        return TTTState({n: move(n, p) for n, p in state.params.items()}, opt_state), (loss, norm)
+        state, norm = update(ttt, state, grads, lr, scales)
+        return state, (loss, norm)
 
     def local(state: TTTState, tokens: jax.Array, weight: jax.Array, lr: jax.Array):
         def epoch(state: TTTState, lr_S: jax.Array):

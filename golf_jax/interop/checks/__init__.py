@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from golf_jax.interop.checks.base import CheckResult, Context, detect
+from golf_jax.interop.checks.end_to_end import check_end_to_end
 from golf_jax.interop.checks.evaluation import check_eval, check_hessians, check_ttt
 from golf_jax.interop.checks.forward import check_model, check_rope_long, check_variants
 from golf_jax.interop.checks.gradients import check_gradients
@@ -45,6 +46,7 @@ CHECKS: dict[str, Check] = {
     "quant": Check(check_quant, ("quant", "quant_large"), portable=True),
     "hessians": Check(check_hessians, ("quant",), portable=True),
     "eval": Check(check_eval, ("eval", "eval2048"), portable=True),
+    "e2e": Check(check_end_to_end, ("e2e", "train")),
     "ttt": Check(check_ttt, ("ttt", "ttt_4rank"), portable=True),
 }
 

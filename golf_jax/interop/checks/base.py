@@ -161,6 +161,8 @@ class Context:
     _models: dict[str, Model] = field(default_factory=dict)
     cache: dict[Any, Any] = field(default_factory=dict)
     """Compiled functions and results that several checks share."""
+    not_checked: dict[str, str] = field(default_factory=dict)
+    """What could not be compared on this machine, and why."""
 
     @property
     def portable(self) -> bool:

@@ -16,7 +16,7 @@ from golf_jax.evaluation import Result, evaluate_sliding, evaluate_standard, eva
 from golf_jax.evaluation.calibrate import collect_hessians
 from golf_jax.evaluation.windows import chunk_windows, sliding_windows
 from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Reference
-from golf_jax.interop.packed import read_packed
+from golf_jax.interop.checks.quantization import dequantized
 from golf_jax.mesh import make_mesh
 from golf_jax.model import from_tensors, to_tensors
 
@@ -100,12 +100,13 @@ def _cases(ctx: Context, z: Reference, name: str, stride: int) -> list[Case]:
 
 @quick_compilation()
 def check_eval(ctx: Context) -> list[CheckResult]:
-    """eval.npz, eval2048.npz (or the portable file): counts equal, sums of nll within 1e-5, window lists equal."""
+    """eval.npz, eval2048.npz (or the portable file): counts equal, sums of nll within the INDEX's tolerance, window lists equal."""
     names = ["portable"] if ctx.portable else [n for n in ("eval", "eval2048") if ctx.has(n)]
+    bar = 1e-6 if ctx.recipe in ("pr638", "pr1182") and not ctx.portable else 1e-5
     results = []
     for name in names:
         z = ctx.file(name)
-        c_nll, c_counts = Comparison(f"{name}: nll sums", 1e-5, "rel"), Comparison(f"{name}: token and byte counts", 0.0, "equal")
+        c_nll, c_counts = Comparison(f"{name}: nll sums", bar, "rel"), Comparison(f"{name}: token and byte counts", 0.0, "equal")
         settings = z.config()
         seq_len = int(setting(settings, "eval_seq_len", "seq_len", "train_seq_len"))
         stride = int(setting(settings, "eval_stride", "sliding_stride"))
@@ -153,18 +154,8 @@ def _weights(ctx: Context, variant: str) -> tuple[ModelConfig, dict[str, np.ndar
     if variant == "noqat":
         config = replace(config, fake_quant=replace(config.fake_quant, in_eval=False))
     if variant == "dequant":
-        return config, dequantized(ctx)
+        return config, from_tensors(config, dequantized(ctx))
     return config, m.params
-
-
-def dequantized(ctx: Context) -> dict[str, np.ndarray]:
-    """The parameters in the PR's own packed file (quant.npz or the portable file), dequantized."""
-
-    def make() -> dict[str, np.ndarray]:
-        packed = ctx.file("quant")["artifact"].tobytes()
-        return from_tensors(ctx.model().config, read_packed(ctx.recipe, packed))
-
-    return ctx.once("dequantized", make)
 
 
 def check_windows(ctx: Context, z: Reference, name: str, seq_len: int, stride: int) -> CheckResult:
@@ -194,19 +185,36 @@ def check_windows(ctx: Context, z: Reference, name: str, seq_len: int, stride: i
     return c.result()
 
 
-# Tolerances of the INDEX files per run: nll sums (relative), step losses (absolute), weights (relative L2 of the weight or its change).
 @dataclass(frozen=True)
 class Bars:
+    """Tolerances of one test-time training run."""
+
     nll: float
+    """Sums of nll, in total and per chunk: relative."""
     loss: float
+    """Loss of every step: absolute."""
     weights: float
+    """Weights after the run: relative L2 of the weight, or of its change."""
+    of_change: bool = False
+    norm: float = 1e-3
+    """Gradient norms before clipping: relative."""
+    first_loss: float = 0.0
+    """Of the first 30 steps, before the rounding of fake quantization has amplified float noise."""
 
 
+# Tolerances of the INDEX files by (recipe, with fake quantization). PR 562: 5e-4 bits per byte, which are at most 10.
 BARS = {
-    ("pr562", True): Bars(1e-3, 5e-3, 5e-3), ("pr562", False): Bars(5e-4, 2e-3, 1e-3),
-    ("pr1182", True): Bars(1e-3, 5e-2, 5e-2), ("pr1182", False): Bars(1e-6, 1e-4, 2e-2),
-    ("pr2005", False): Bars(1e-4, 1e-3, 2e-2),
+    ("pr562", True): Bars(5e-5, 2e-3, 5e-3, norm=5e-2, first_loss=1e-4), ("pr562", False): Bars(5e-5, 2e-3, 5e-4, first_loss=1e-5),
+    ("pr1182", True): Bars(1e-6, 1e-4, 1e-5, norm=1e-4), ("pr1182", False): Bars(1e-6, 1e-4, 1e-5, norm=1e-4),
+    ("pr2005", False): Bars(1e-4, 1e-3, 2e-2, of_change=True),
 }  # fmt: skip
+# Those of the portable files' INDEX: fewer digits were kept there, and weights lie nearer to rounding boundaries.
+PORTABLE_BARS = {
+    ("pr562", True): Bars(1e-3, 5e-3, 2e-3, norm=5e-2), ("pr562", False): Bars(1e-5, 1e-4, 1e-3),
+    ("pr1182", True): Bars(1e-3, 5e-2, 2e-2, of_change=True, norm=5e-2), ("pr1182", False): Bars(1e-5, 1e-4, 2e-2, of_change=True),
+    ("pr2005", False): Bars(1e-5, 1e-4, 2e-2, of_change=True),
+}  # fmt: skip
+FIRST_STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -258,17 +266,19 @@ def _check_run(ctx: Context, name: str, case: TTTCase) -> list[CheckResult]:
     eval = ttt_config(ctx, settings, case)
     source = z if "val_tokens" in z or "eval_tokens" in z else ctx.file("eval")
     tokens = source["eval_tokens" if ctx.portable else "val_tokens"].astype(np.uint16)
-    before = dequantized(ctx) if ctx.recipe == "pr562" else ctx.model().params
+    before = from_tensors(config, dequantized(ctx)) if ctx.recipe == "pr562" else ctx.model().params
     tables = byte_tables(z if ctx.portable else ctx.file("eval"))
     mesh = make_mesh(ctx.devices)
     result, params = evaluate_ttt(config, before, tokens, tables, seq_len=seq_len, mesh=mesh, eval=eval)
     after, start = to_tensors(config, params), to_tensors(config, before)
-    trace, bars = result.trace, BARS[ctx.recipe, case.fake_quant]
+    trace, bars = result.trace, (PORTABLE_BARS if ctx.portable else BARS)[ctx.recipe, case.fake_quant]
     assert trace is not None
     label = f"{name} {case.tag}".strip()
     prefix = f"{case.tag}/" if case.tag else ""
     c_nll, c_counts = Comparison(f"{label}: nll sums", bars.nll, "rel"), Comparison(f"{label}: counts", 0.0, "equal")
+    c_first = Comparison(f"{label}: step losses, first {FIRST_STEPS}", bars.first_loss, "abs")
     c_loss = Comparison(f"{label}: step losses", bars.loss, "abs")
+    c_norm = Comparison(f"{label}: step gradient norms", bars.norm, "rel")
     c_weights = Comparison(f"{label}: final weights", bars.weights, "rel L2")
     eval_sums = z.first(f"{prefix}eval_sums")
     nll, *counts = sums(z, case.tag) if eval_sums is None else eval_sums
@@ -277,8 +287,11 @@ def _check_run(ctx: Context, name: str, case: TTTCase) -> list[CheckResult]:
     for key, column, c in _chunk_references(z, prefix, ctx):
         c_target = c_nll if c == "nll" else c_counts
         c_target.add(key, trace.chunks[:, 0 if c == "nll" else slice(1, 3)], column)
-    c_loss.add("loss", trace.loss, _losses(z, prefix, ctx))
-    c_norm = Comparison(f"{label}: step gradient norms", 5e-2 if case.fake_quant else 1e-3, "rel")
+    split = FIRST_STEPS if bars.first_loss else 0
+    losses = _losses(z, prefix, ctx)
+    for c, steps in ((c_first, slice(split)), (c_loss, slice(split, None))):
+        if losses[steps].size:
+            c.add("loss", trace.loss[steps], losses[steps])
     norms = z.first(f"{prefix}step_grad_norm", f"{prefix}grad_norm")
     if norms is not None:
         c_norm.add("gradient norm before clipping", trace.grad_norm, norms)
@@ -286,14 +299,14 @@ def _check_run(ctx: Context, name: str, case: TTTCase) -> list[CheckResult]:
         ours, old = _tensor(after, key, config.num_layers), _tensor(start, key, config.num_layers)
         rows = z["tok_emb_rows"] if key == "tok_emb.weight" and "tok_emb_rows" in z else slice(len(want) if want.ndim else None)
         ours, old = (ours[rows], old[rows]) if want.ndim else (ours, old)
-        if ctx.recipe == "pr562":
+        if not bars.of_change:
             c_weights.add(key, ours, want)
         elif "q_gain" not in key:  # moves by about its float32 granularity
             c_weights.add(key, ours - old, want - old)
-    results = [c_nll, c_counts, c_loss, c_weights] + [c_norm] * (norms is not None)
+    results = [c_nll, c_counts, c_first, c_loss, c_norm, c_weights]
     if ctx.recipe != "pr562":
         results.append(_check_order(ctx, z, label, result, seq_len, eval))
-    return [c.result() for c in results]
+    return [c.result() for c in results if c.compared]
 
 
 def _chunk_references(z: Reference, prefix: str, ctx: Context) -> list[tuple[str, np.ndarray, str]]:

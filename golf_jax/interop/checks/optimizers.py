@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import GroupConfig, OptimConfig, load_recipe
+from golf_jax.evaluation.ttt import initial_state, update
 from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Measure, Reference
 from golf_jax.interop.hparams import hyperparameters
 from golf_jax.optim import StackLayout, make_optimizer, newton_schulz
@@ -62,7 +63,7 @@ def check_muon(ctx: Context) -> list[CheckResult]:
         trajectories = []
     if ctx.has("units") and "bf16adamw/param0" in ctx.file("units"):
         trajectories.append(_bf16_table_2005(ctx.file("units")))
-    return results + _compare(ctx, trajectories)
+    return results + _compare(ctx, trajectories) + _sgd_1182(ctx)
 
 
 def _newton_schulz(ctx: Context, z: Reference) -> list[CheckResult]:
@@ -131,6 +132,21 @@ def _run(ctx: Context, t: Trajectory, c: Comparison) -> None:
         for which, moment in zip(("mu", "nu"), t.moments.get(i, ()), strict=False):
             for name, want in moment.items():
                 c.add(f"{t.name}/{name} {which} {i + 1}", _adam(state, which)[name], want)
+
+
+def _sgd_1182(ctx: Context) -> list[CheckResult]:
+    """PR 1182's optimizer of test-time training: clip, then SGD with momentum."""
+    if not ctx.has("muon") or "sgd/p1" not in ctx.file("muon"):
+        return []
+    z, ttt = ctx.file("muon"), load_recipe("pr1182").eval.ttt
+    c = Comparison("sgd steps", *STEPS["pr1182"])
+    state = initial_state(ttt, {"w": jnp.asarray(z["adamw/proj/p0"])})
+    for i, factor in enumerate((1.0, 0.7, 0.3), 1):
+        grads = {"w": jnp.asarray(z[f"adamw/proj/g{i}"] * np.float32(z["sgd/grad_factor"]))}
+        state, norm = update(ttt, state, grads, 0.002 * factor, {"w": 1.0})
+        c.add(f"step {i}", state.params["w"], z[f"sgd/p{i}"])
+        c.add(f"norm {i}", norm, z[f"sgd/norm{i}"])
+    return [c.result()]
 
 
 def _momentum(state: Any, params: dict, config: OptimConfig) -> dict:

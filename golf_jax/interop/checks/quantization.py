@@ -1,5 +1,6 @@
 """Quantization: codes, scales, pass-through values, dequantized weights, and the PR's own packed file read back."""
 
+import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -15,7 +16,7 @@ from golf_jax.interop.hparams import hyperparameters
 from golf_jax.interop.packed import canonical_name, read_packed_codes, split_banks
 from golf_jax.mesh import make_mesh
 from golf_jax.model.params import to_tensors
-from golf_jax.quant import QTensor, dequantize, quantize
+from golf_jax.quant import QTensor, dequantize, dequantize_all, quantize
 from golf_jax.quant.gptq import gptq_codes
 from golf_jax.quant.rounding import prune_by_magnitude, sorted_rows, torch_quantile
 from golf_jax.quant.schemes import SCHEMES, sd_scale
@@ -56,12 +57,13 @@ def check_quant(ctx: Context) -> list[CheckResult]:
         results += _units(ctx, z)
     if ctx.has("quant_large"):
         z = ctx.file("quant_large")
-        results += _one(ctx, "quant_large", z, "", _canonical(z.under("param/")), quant_config(ctx, z.config()))
+        results += _one(ctx, "quant_large", z, "", canonical(z.under("param/")), quant_config(ctx, z.config()))
         results.append(_pruning(z))
     return [c.result() for c in results if c.compared]
 
 
-def _canonical(tensors: Tensors) -> Tensors:
+def canonical(tensors: Tensors) -> Tensors:
+    """By canonical name, banks split into layers."""
     return split_banks({canonical_name(n): x for n, x in tensors.items()})
 
 
@@ -96,6 +98,20 @@ def _one(ctx: Context, label: str, z: Reference, root: str, tensors: Tensors, co
     return [c_codes, c_scale, c_pass, c_deq, *packed, *_from_stored_hessians(ctx, z, tensors)]
 
 
+def dequantized(ctx: Context) -> Tensors:
+    """The dequantized weights of quant.npz (or the portable file), by canonical name: the stored codes times their scales. Tensors that
+    are not coded are rounded here by the recipe's rules; their own check compares them."""
+
+    def make() -> Tensors:
+        z, m = ctx.file("quant"), ctx.model()
+        codes, scales, _ = _stored(z, "")
+        others = {n: x for n, x in to_tensors(m.config, m.params).items() if n not in codes}
+        coded = {n: QTensor("int8", "float32", codes=c, scale=scales[n]) for n, c in codes.items()}
+        return dequantize_all(coded | quantize(others, quant_config(ctx, m.settings | z.config())))
+
+    return ctx.once("dequantized", make)
+
+
 def _compare(ours: dict[str, QTensor], codes: Tensors, scales: Tensors, passed: Tensors, *cs: Comparison) -> None:
     c_codes, c_scale, c_pass = cs
     for name in [n for n in {**codes, **passed} if n in ours]:
@@ -114,6 +130,9 @@ def _artifact(ctx: Context, label: str, z: Reference, root: str, codes: Tensors,
     if f"{root}artifact" not in z:
         return []
     c = Comparison(f"{label}: packed file read", 0.0, "equal")
+    if importlib.util.find_spec("torch") is None:
+        ctx.not_checked[c.name] = "needs torch: pip install 'golf-jax[torch]'"
+        return []
     found = read_packed_codes(ctx.recipe, z[f"{root}artifact"].tobytes())
     for name, want in codes.items():
         c.add(f"{name} codes", found[name].codes, want)

@@ -197,6 +197,53 @@ class Report:
         return [c.result() for c in self.all]
 
 
+@dataclass
+class Run:
+    """A reference run and ours of it."""
+
+    recipe: Recipe
+    batches: Batches
+    ours: History
+
+    @property
+    def final(self) -> Tensors:
+        return self.ours.after[len(self.batches.x)]
+
+
+def main_run(ctx: Context, name: str = "train") -> Run:
+    """The run of NAME.npz, trained once: PR 372, 638, 1182."""
+
+    def train() -> Run:
+        b, params, keep = _SOURCES[ctx.recipe](ctx, name)
+        recipe = training_batch_recipe(ctx, ctx.file(name).config(), b)
+        if name == "train_noqat":
+            recipe = without_fake_quant(recipe)
+        return Run(recipe, b, simulate(ctx, recipe, params, b, keep=keep))
+
+    return ctx.once(("run", name), train)
+
+
+def _source_372(ctx: Context, name: str) -> tuple[Batches, Tensors, list[int]]:
+    z = ctx.file(name if "x" in ctx.file(name) else "train")
+    return Batches(z["x"], z["y"]), ctx.model().params, [1]
+
+
+def _source_638(ctx: Context, name: str) -> tuple[Batches, Tensors, list[int]]:
+    z = ctx.file(name)
+    x = z["x"].astype(np.int32)
+    b = Batches(x, np.concatenate([x[..., 1:], z["y_last"].astype(np.int32)[..., None]], axis=-1))
+    start = z.under("init/")
+    return b, (from_torch(ctx.recipe, z.config(), start)[1] if start else ctx.model().params), [1, 10]
+
+
+def _source_1182(ctx: Context, name: str) -> tuple[Batches, Tensors, list[int]]:
+    z = ctx.file(name)
+    return Batches(z["tokens"], z["targets"]), ctx.model().params, [1, 3]
+
+
+_SOURCES = {"pr372": _source_372, "pr638": _source_638, "pr1182": _source_1182}
+
+
 def check_train(ctx: Context) -> list[CheckResult]:
     """train.npz, train_noqat.npz, train_prinit.npz."""
     results = []
@@ -224,14 +271,8 @@ def without_fake_quant(recipe: Recipe) -> Recipe:
 
 
 def _run_372(ctx: Context, name: str) -> list[CheckResult]:
-    z, m = ctx.file(name), ctx.model()
-    source = z if "x" in z else ctx.file("train")
-    b = Batches(source["x"], source["y"])
-    recipe = training_batch_recipe(ctx, z.config(), b)
-    if name == "train_noqat":
-        recipe = without_fake_quant(recipe)
-    bars = BARS[f"pr372 {name}"]
-    ours, report = simulate(ctx, recipe, m.params, b, keep=[1]), Report(name, bars)
+    z, run, bars = ctx.file(name), main_run(ctx, name), BARS[f"pr372 {name}"]
+    recipe, ours, report = run.recipe, run.ours, Report(name, bars)
     report.losses(ours.loss, z["loss"])
     if "loss_micro" in z:
         report.losses(ours.micro_loss, z["loss_micro"], "micro-batch losses")
@@ -240,7 +281,7 @@ def _run_372(ctx: Context, name: str) -> list[CheckResult]:
             report.scalars(key, values, z[key])
     table: Any = (1e-2, "rel L2") if name == "train" else None
     report.tensors("after step 1", ours.after[1], z.under("step1/"), bars.early, table)
-    report.tensors("final", ours.after[len(b.x)], z.under("raw/"))
+    report.tensors("final", run.final, z.under("raw/"))
     report.tensors("ema", ours.ema, z.under("ema/"), bars.average)
     return report.results()
 
@@ -281,13 +322,8 @@ def _run_562(ctx: Context, name: str) -> list[CheckResult]:
 
 
 def _run_638(ctx: Context, name: str) -> list[CheckResult]:
-    z = ctx.file(name)
-    x = z["x"].astype(np.int32)
-    b = Batches(x, np.concatenate([x[..., 1:], z["y_last"].astype(np.int32)[..., None]], axis=-1))
-    recipe = training_batch_recipe(ctx, z.config(), b)
-    start = z.under("init/")
-    params = from_torch(ctx.recipe, z.config(), start)[1] if start else ctx.model().params
-    ours, report = simulate(ctx, recipe, params, b, keep=[1, 10]), Report(name, BARS[f"pr638 {name}"])
+    z, run = ctx.file(name), main_run(ctx, name)
+    recipe, ours, report = run.recipe, run.ours, Report(name, BARS[f"pr638 {name}"])
     report.losses(ours.loss, z["loss"])
     if "grad_norm_before_clip" in z:
         report.norms(ours.grad_norm, z["grad_norm_before_clip"])
@@ -298,16 +334,14 @@ def _run_638(ctx: Context, name: str) -> list[CheckResult]:
     for step in (1, 10):
         if step in ours.after:
             report.tensors(f"after step {step}", ours.after[step], z.under(f"step{step}/"))
-    report.tensors("final", ours.after[len(x)], z.under("final/"))
+    report.tensors("final", run.final, z.under("final/"))
     report.tensors("ema", ours.ema, z.under("ema/"))
     return report.results()
 
 
 def _run_1182(ctx: Context, name: str) -> list[CheckResult]:
-    z, m = ctx.file(name), ctx.model()
-    b, settings = Batches(z["tokens"], z["targets"]), z.config()
-    recipe, bars = training_batch_recipe(ctx, settings, b), BARS["pr1182 train"]
-    ours, report = simulate(ctx, recipe, m.params, b, keep=[1, 3]), Report(name, bars)
+    z, run, bars = ctx.file(name), main_run(ctx, name), BARS["pr1182 train"]
+    recipe, b, ours, report = run.recipe, run.batches, run.ours, Report(name, bars)
     if "warm_loss_per_rank" in z:
         report.losses(ours.warm_up_loss, z["warm_loss_per_rank"], "warm-up losses per rank")
     report.losses(ours.micro_loss, z["loss_per_rank"], "losses per rank")
@@ -319,7 +353,7 @@ def _run_1182(ctx: Context, name: str) -> list[CheckResult]:
             report.scalars(key, values, z[key])
     for step in (1, 3):
         report.tensors(f"after step {step}", ours.after[step], z.under(f"after{step}/"))
-    report.tensors("final", ours.after[len(b.x)], z.under("final/"))
+    report.tensors("final", run.final, z.under("final/"))
     report.tensors("ema", ours.ema, z.under("ema/"), bars.average)
     report.tensors("swa", ours.swa, z.under("swa/"))
     if "swa_count" in z:

@@ -119,6 +119,10 @@ def _attention_1182(ctx: Context, z: Reference) -> list[Comparison]:
             cos, sin = ops.rope_tables(length, h["rope_dims"], 10_000.0, reference, False)
             tables.add(key.replace("pos", "cos"), np.asarray(cos)[z[key]], z[key.replace("pos", "cos")])
             tables.add(key.replace("pos", "sin"), np.asarray(sin)[z[key]], z[key.replace("pos", "sin")])
+    if "rope_apply_in" in z:
+        x = jnp.asarray(z["rope_apply_in"])
+        cos_sin = ops.rope_tables(x.shape[1], h["rope_dims"], 10_000.0, h["rope_train_seq_len"], False)
+        c.add("rope applied", ops.rope(x, *cos_sin), z["rope_apply_out"])
     if "xsa_in_y" in z:
         c.add("xsa unit", exclude_self_value(jnp.asarray(z["xsa_in_y"]), jnp.asarray(z["xsa_in_v"])), z["xsa_out"])
     return [c, tables]
