@@ -76,6 +76,8 @@ def prepare_text(recipe: Recipe) -> Text:
     if data.train == "embedded":
         directory = Path(build_embedded(CACHE, vocab)["directory"])
         train_glob, val_glob, model = (str(directory / n) for n in ("train_*.bin", "val_*.bin", "tokenizer.model"))
+    if not Path(model).is_file():
+        raise GolfError(f"{model}: no such tokenizer; give --data.tokenizer, or fetch the export: python -m golf_jax.data download --help")
     tokenizer = Tokenizer(model)
     if tokenizer.vocab_size != vocab:
         raise GolfError(f"model.vocab_size {vocab} differs from the {tokenizer.vocab_size} pieces of {model}: set --model.vocab-size")

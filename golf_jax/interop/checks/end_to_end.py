@@ -18,6 +18,8 @@ from golf_jax.mesh import make_mesh
 from golf_jax.model import from_tensors
 from golf_jax.quant import dequantize_all, quantize
 
+FILES = {"pr372": ("train", "eval"), "pr638": ("e2e", "train", "eval"), "pr1182": ("train", "eval", "ttt")}
+"""What the check reads; the scores lie in the first."""
 # bits per byte. PR 372 quantizes in every training step, where one flipped code changes all that follows (INDEX: losses 5e-3).
 BPB = {"pr372": 5e-3, "pr638": 1e-4, "pr1182": 1e-4}
 CODES = 1e-3
@@ -41,10 +43,9 @@ class Stage:
 @quick_compilation()
 def check_end_to_end(ctx: Context) -> list[CheckResult]:
     """e2e.npz of PR 638, the last part of train.npz of PRs 372 and 1182."""
-    source = "e2e" if ctx.recipe == "pr638" else "train"
-    if ctx.recipe not in BPB or not (ctx.has(source) and ctx.has("eval") and (source == "train" or ctx.has("train"))):
+    if ctx.recipe not in FILES or not all(map(ctx.has, FILES[ctx.recipe])):
         return []
-    stages, z = list(_stages(ctx)), ctx.file(source)
+    stages, z = list(_stages(ctx)), ctx.file(FILES[ctx.recipe][0])
     if not stages:
         return []
     m, run = ctx.model(), main_run(ctx)
@@ -83,11 +84,17 @@ def _stages(ctx: Context) -> Iterator[Stage]:
             bpb = float(nll / count / np.log(2))
             yield Stage(f"{weights} {mode} {last:.0f}", weights, mode, bpb, (tokens, count), int(last))
     elif "e2e/evals" in ctx.file("train"):
-        scores = [bpb for _, _, bpb in json.loads(str(ctx.file("train")["e2e/evals"]))]
         stride = int(setting(ctx.file("train").config(), "eval_stride"))
-        kinds = (("raw", "standard", 0), ("ema", "standard", 0), ("packed", "standard", 0), ("packed", "sliding", stride))
-        for (weights, mode, s), bpb in zip((*kinds, ("packed", "sliding", 64), ("packed", "ttt", stride)), scores, strict=True):
-            yield Stage(f"{weights} {mode} {s}", weights, mode, bpb, (), s)
+        standard, strides = iter(("raw", "ema", "packed")), iter((stride, 64))
+        for function, _, bpb in json.loads(str(ctx.file("train")["e2e/evals"])):
+            if function == "eval_val":
+                weights = next(standard)
+                yield Stage(f"{weights} standard", weights, "standard", bpb)
+            elif function == "eval_val_sliding":
+                step = next(strides)
+                yield Stage(f"packed sliding {step}", "packed", "sliding", bpb, (), step)
+            else:
+                yield Stage("packed ttt", "packed", "ttt", bpb, (), stride)
 
 
 def _score(ctx: Context, settings: dict[str, Any], tensors: Tensors, stage: Stage) -> Result:

@@ -6,7 +6,8 @@ import numpy as np
 
 from golf_jax.config import Recipe
 from golf_jax.interop.checks.base import CheckResult, Context, Reference
-from golf_jax.interop.checks.training import BARS, Batches, Report, simulate, training_batch_recipe, without_fake_quant
+from golf_jax.interop.checks.simulate import Batches, simulate
+from golf_jax.interop.checks.training import BARS, Report, training_batch_recipe, without_fake_quant
 
 
 def check_steps(ctx: Context) -> list[CheckResult]:

@@ -1,126 +1,16 @@
-"""Training trajectories: the project's own compiled step on stored batches, step by step against the PR's script."""
+"""Training trajectories, step by step against the PR's script (train.npz)."""
 
-import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import Recipe
-from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Measure, Reference, compiler_options
+from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Measure, Reference
 from golf_jax.interop.checks.gradients import slice_of
+from golf_jax.interop.checks.simulate import Batches, History, Tensors, simulate
 from golf_jax.interop.hparams import training_recipe
-from golf_jax.interop.torch_names import from_torch, to_torch
-from golf_jax.mesh import make_mesh, replicated, rows
-from golf_jax.optim import schedules
-from golf_jax.optim.averaging import swa_mean
-from golf_jax.optim.schedules import Clock
-from golf_jax.training.leak import warm_up
-from golf_jax.training.loop import step_inputs
-from golf_jax.training.state import init_state
-from golf_jax.training.step import make_step
-
-Tensors = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Batches:
-    """int32 [steps, ranks, rows, T], in the order of training."""
-
-    x: np.ndarray
-    y: np.ndarray
-
-    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The global batch of a step, rank-major [ranks * rows, T]."""
-        return tuple(np.ascontiguousarray(a[step].reshape(-1, a.shape[-1]), np.int32) for a in (self.x, self.y))  # pyright: ignore
-
-
-@dataclass
-class History:
-    """What a run leaves, per step and at the end; tensors by the PR's names."""
-
-    loss: list[float] = field(default_factory=list)
-    micro_loss: list[np.ndarray] = field(default_factory=list)
-    grad_norm: list[float] = field(default_factory=list)
-    rank_norm: list[np.ndarray] = field(default_factory=list)
-    trigram_norm: list[np.ndarray] = field(default_factory=list)
-    """PR 1182: per rank, the norm of the trigram table's never-cleared gradient before clipping."""
-    lr_factor: list[float] = field(default_factory=list)
-    momentum: list[float] = field(default_factory=list)
-    looping: list[bool] = field(default_factory=list)
-    warm_up_loss: list[np.ndarray] = field(default_factory=list)
-    after: dict[int, Tensors] = field(default_factory=dict)
-    ema: Tensors = field(default_factory=dict)
-    swa: Tensors = field(default_factory=dict)
-    swa_count: int = 0
-
-
-def simulate(
-    ctx: Context, recipe: Recipe, params: Tensors, batches: Batches, keep: Iterable[int] = (), *, clear_stale: bool = False
-) -> History:
-    """Train `recipe` (float32) from `params` on the stored batches. keep: step counts after which to keep all tensors.
-
-    clear_stale: PR 1182's frozen gradients cleared after every step (those of the warm-up still enter the first one).
-    """
-    mesh = make_mesh(ctx.devices if recipe.data.ranks % ctx.devices == 0 else 1)
-    state = init_state(recipe, mesh, 0, {k: jnp.asarray(v) for k, v in params.items()})
-    on_mesh = rows(mesh)
-    history, compiled, steps = History(), {}, len(batches.x)
-
-    def batch(i: int) -> tuple[jax.Array, jax.Array]:
-        return tuple(jax.device_put(a, on_mesh) for a in batches.rows(i))  # pyright: ignore[reportReturnType]
-
-    def phase(looping: bool) -> Any:
-        # Runs of one file differ in scalars and parameters only: one compiled step serves them all.
-        key = ("step", _graph(recipe), batches.x.shape[1:], looping, mesh.size)
-
-        def build() -> Any:
-            lowered = make_step(recipe, mesh, state, looping=looping).lower(state, *batch(0), inputs)
-            return lowered.compile(compiler_options() if mesh.size == 1 else None)
-
-        if looping not in compiled:
-            compiled[looping] = ctx.once(key, build)
-        return compiled[looping]
-
-    inputs, _ = step_inputs(recipe, Clock(0, 0.0))
-    inputs = jax.device_put(inputs, replicated(mesh))
-    if recipe.schedule.leak_warmup_steps:
-        warm = (batch(i) for i in range(recipe.schedule.leak_warmup_steps))
-        state, metrics = warm_up(recipe, mesh, state, warm, phase(True))
-        history.warm_up_loss = [np.asarray(m.micro_loss) for m in metrics]
-    for i in range(steps):
-        inputs, looping = step_inputs(recipe, Clock(i, 0.0))
-        state, metric = phase(looping)(state, *batch(i), jax.device_put(inputs, replicated(mesh)))
-        metric = jax.tree.map(np.asarray, metric)
-        history.loss.append(float(metric.loss))
-        history.micro_loss.append(metric.micro_loss)
-        history.grad_norm.append(float(metric.grad_norm))
-        history.rank_norm.append(metric.micro_norm)
-        history.lr_factor.append(schedules.lr_factor(recipe.schedule, recipe.budget, Clock(i, 0.0)))
-        history.momentum.append(schedules.muon_momentum(recipe.optim, i))
-        history.looping.append(looping)
-        if state.stale and "trigram_table" in state.stale:
-            clipped = np.sqrt(np.square(np.asarray(state.stale["trigram_table"], np.float64)).sum((1, 2)))
-            history.trigram_norm.append(clipped / np.minimum(1, recipe.optim.clip_norm / (metric.micro_norm + 1e-6)))
-        if clear_stale:
-            state = state._replace(stale=jax.tree.map(jnp.zeros_like, state.stale))
-        if i + 1 in {*keep, steps}:
-            history.after[i + 1] = to_torch(ctx.recipe, recipe.model, state.params)
-    if state.ema is not None:
-        history.ema = to_torch(ctx.recipe, recipe.model, state.ema)
-    if state.swa is not None and int(state.swa.count):
-        history.swa, history.swa_count = to_torch(ctx.recipe, recipe.model, swa_mean(state.swa)), int(state.swa.count)
-    return history
-
-
-def _graph(recipe: Recipe) -> Recipe:
-    """The part of a recipe that shapes the compiled step: schedules reach it as scalars."""
-    qat = float(recipe.schedule.fake_quant_below > 0)
-    schedule = replace(recipe.schedule, warmdown_steps=0, warmdown_frac=0.0, fake_quant_below=qat, leak_warmup_steps=0)
-    return dataclasses.replace(recipe, schedule=schedule, budget=replace(recipe.budget, steps=1))
+from golf_jax.interop.torch_names import from_torch
 
 
 @dataclass(frozen=True)
