@@ -73,7 +73,9 @@ def _linear(gain: float = 1.0, orthogonal: bool = True) -> Callable:
     def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         if len(shape) == 2:
             return one(key, shape)
-        return jax.vmap(lambda k: one(k, shape[1:]))(jax.random.split(key, shape[0]))
+        # One matrix at a time: on a CPU, jax 0.10 spreads a batch of QR factorizations over the very threads that wait for them, and
+        # as many batches at once as there are threads (two stacks on two cores) wait forever.
+        return jax.lax.map(lambda k: one(k, shape[1:]), jax.random.split(key, shape[0]))
 
     return init
 
