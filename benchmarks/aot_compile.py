@@ -1,4 +1,5 @@
-"""Compile for Hopper on a machine without a GPU and report what the compiler says: registers, spills, memory, collectives.
+"""Compile for Hopper on a machine without a GPU and report what the compiler says: registers, spills, memory,
+bytes moved, collectives.
 
     python benchmarks/aot_compile.py [--what kernels] [--devices 1 8] [--target FILE] [--json FILE]
     python benchmarks/aot_compile.py --what step [--recipes pr638 pr2005] [--backends pallas cudnn xla] [--devices 1 8]
@@ -32,6 +33,7 @@ from typing import NamedTuple  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from hlo_traffic import traffic  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402  (no public way to a context that reads Mosaic modules)
 from jax.experimental import topologies  # noqa: E402
 from jax.extend.mlir import ir  # noqa: E402
@@ -193,6 +195,7 @@ def compile_program(program: Program, mesh: Mesh) -> dict:
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         donated_bytes=memory.alias_size_in_bytes,
+        traffic_bytes=dict(traffic(text)),
         collectives={c: n for c in COLLECTIVES if (n := len(re.findall(rf" {c}(?:-start)?\(", text)))},
         kernels=ptxas_reports(log[0]),
         shared_memory_bytes=sorted(set(shared_memory(lowered))),
@@ -219,7 +222,7 @@ def main() -> int:
 
     for program, mesh in programs():
         results.append(result := compile_program(program, mesh))
-        memory = f"temporary {result['temporary_bytes'] / 1e6:.1f} MB"
+        memory = f"temporary {result['temporary_bytes'] / 1e6:.1f} MB, traffic {sum(result['traffic_bytes'].values()) / 1e9:.1f} GB"
         where = f"{result['name']} on {result['devices']}"
         print(f"{where}: compiled in {result['compile_seconds']} s, {memory}, collectives {result['collectives'] or 'none'}", flush=True)
         for kernel in result["kernels"]:

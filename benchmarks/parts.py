@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from golf_jax.config import ModelConfig, Recipe
 from golf_jax.mesh import AXIS, REPLICATED
+from golf_jax.model.layers import linears
 from golf_jax.optim.averaging import ema_update
 from golf_jax.training.state import TrainState, optimizer, state_specs
 from kernels.attention import xsa_attention
@@ -77,7 +78,7 @@ def model_parts(config: ModelConfig, rows: int, seq_len: int, micros: int, loopi
 
     def projections(z_ND, y_ND, *weights):
         wq, wk, wv, wo = (w.astype(dtype) for w in weights)
-        return z_ND @ wq, z_ND @ wk, z_ND @ wv, y_ND @ wo
+        return *linears(z_ND, wq, wk, wv), y_ND @ wo
 
     shapes = [(c.width, q_dim), (c.width, kv_dim), (c.width, kv_dim), (c.width, c.width)]
     args = (array(n, c.width), array(n, c.width), *(weight(*s) for s in shapes))

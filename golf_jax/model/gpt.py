@@ -185,13 +185,13 @@ def attention(
     """
     c = config
     b, t = z_BTD.shape[:2]
-    zq_BSD = z_BTD if last is None else z_BTD[:, -last:]
-    s = zq_BSD.shape[1]
-    qg = ops.linear(zq_BSD, w["q"])
+    s = t if last is None else last
+    maps = _input_maps(w, z_BTD, last)
+    qg = maps["q"]
     tap("q_proj", qg)
     q_BSHK = qg[..., : c.width].reshape(b, s, c.num_heads, c.head_dim)
-    k_BTGK = ops.linear(z_BTD, w["k"]).reshape(b, t, c.num_kv_heads, c.head_dim)
-    v_BTK = ops.linear(z_BTD, w["v"])
+    k_BTGK = maps["k"].reshape(b, t, c.num_kv_heads, c.head_dim)
+    v_BTK = maps["v"]
     if value_embed is not None:
         v_BTK = v_BTK + value_embed
     raw_BTGK = v_BTGK = v_BTK.reshape(b, t, c.num_kv_heads, c.head_dim)
@@ -216,7 +216,7 @@ def attention(
     y_BSHK = xsa_attention(q_BSHK, k_BTGK, v_BTGK, xsa=xsa, backend=backend)
     tap("y", y_BSHK)
     if c.head_gate == "linear":
-        gate_BSH = ops.linear(zq_BSD, w["gate"]) + w["gate_bias"]
+        gate_BSH = maps["gate"] + w["gate_bias"]
     elif c.head_gate == "query_rows":
         gate_BSH = qg[..., c.width :]
     if c.head_gate != "off":
@@ -225,6 +225,14 @@ def attention(
     y_BSD = y_BSHK.reshape(b, s, -1)
     tap("o_in", y_BSD)
     return ops.linear(y_BSD, w["o"]), raw_BTGK
+
+
+def _input_maps(w: Params, z_BTD: jax.Array, last: int | None) -> Params:
+    """q, k, v and the linear gate of the normalised input; with `last`, queries and gates of the last positions only."""
+    names = [name for name in ("q", "k", "v", "gate") if name in w]
+    if last is None:
+        return dict(zip(names, ops.linears(z_BTD, *(w[name] for name in names)), strict=True))
+    return {name: ops.linear(z_BTD if name in ("k", "v") else z_BTD[:, -last:], w[name]) for name in names}
 
 
 def _mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap) -> jax.Array:

@@ -1,0 +1,49 @@
+"""Bytes counted from a compiled program's text."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "hlo_traffic.py"
+
+
+@pytest.fixture(scope="module")
+def hlo():
+    spec = importlib.util.spec_from_file_location("hlo_traffic", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def counted(hlo, fn, *shapes):
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    return hlo.traffic(jax.jit(fn).lower(*arguments).compile().as_text())
+
+
+def test_shapes_have_bytes(hlo):
+    assert hlo.array_bytes("(f32[8,2]{1,0}, bf16[3]{0}, pred[])") == 64 + 6 + 1
+
+
+def test_a_product_reads_two_matrices_and_writes_one(hlo):
+    assert counted(hlo, lambda a, b: a @ b, (256, 512), (512, 128)) == {"matrix products": 4 * (256 * 512 + 512 * 128 + 256 * 128)}
+
+
+def test_an_elementwise_chain_is_one_pass(hlo):
+    assert counted(hlo, lambda x: jnp.exp(x) * 2 + x, (1024, 64)) == {"elementwise and reductions": 2 * 4 * 1024 * 64}
+
+
+def test_what_a_fusion_takes_of_an_operand_counts(hlo):
+    found = counted(hlo, lambda x: jnp.exp(x[:, :16]) + jnp.exp(x[:, 16:32]), (1024, 64))
+    assert sum(found.values()) == 3 * 4 * 1024 * 16
+
+
+def test_a_loop_counts_as_often_as_it_runs(hlo):
+    def loop(x):
+        return jax.lax.scan(lambda c, _: (jnp.sin(c) @ c, None), x, None, length=7)[0]
+
+    once, seven = counted(hlo, lambda x: jnp.sin(x) @ x, (128, 128)), counted(hlo, loop, (128, 128))
+    assert seven["matrix products"] == 7 * once["matrix products"]
