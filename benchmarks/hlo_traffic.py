@@ -42,7 +42,7 @@ def traffic(text: str) -> Counter[str]:
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     computations: dict[str, list[Instruction]] = {}
     entry = current = ""
-    for line in text.splitlines():
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():  # long tuples number their members in comments
         if header := _COMPUTATION.match(line):
             current = header[2]
             computations[current] = []

@@ -3,7 +3,8 @@
     python -m golf_jax.reproduce DIR [--json FILE] [--only model,train]
 
 DIR: reference files of one PR (model.npz, grads.npz, train.npz, ...; widths, seeds and lengths may be any), or one portable npz file.
-Every check whose file is there runs. Exit status 0: all within tolerance; 1: a miss; 2: bad input, told in one line.
+Every check whose file is there runs. What needs an absent extra (torch, for the PRs' pickled artifacts) is named as not checked.
+Exit status 0: all within tolerance; 1: a miss; 2: bad input, told in one line.
 """
 
 import dataclasses

@@ -42,8 +42,12 @@ def test_what_a_fusion_takes_of_an_operand_counts(hlo):
 
 
 def test_a_loop_counts_as_often_as_it_runs(hlo):
-    def loop(x):
-        return jax.lax.scan(lambda c, _: (jnp.sin(c) @ c, None), x, None, length=7)[0]
+    def loop(x):  # with more in its carry than HLO writes without numbering it
+        def body(carry, _):
+            c, *rest = carry
+            return (jnp.sin(c) @ c, *rest[1:], rest[0]), None
+
+        return jax.lax.scan(body, (x, *(x[0] + i for i in range(6))), None, length=7)[0]
 
     once, seven = counted(hlo, lambda x: jnp.sin(x) @ x, (128, 128)), counted(hlo, loop, (128, 128))
     assert seven["matrix products"] == 7 * once["matrix products"]
