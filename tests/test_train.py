@@ -125,6 +125,7 @@ def test_every_shipped_recipe_runs_to_a_scored_artifact(name, tmp_path, text):
         ({}, {"devices": 9}, "--devices 9: only 8 cpu"),
         ({}, {"emulate_devices": 3}, "--emulate-devices 3 does not divide the 8 sequences"),
         ({"data": {"train": "nowhere/*.bin"}}, {}, "nowhere"),
+        ({"data": {"tokenizer": "no.model"}}, {}, "no.model: no such tokenizer; give --data.tokenizer, or fetch"),
         ({"data": {"seq_len": 4096}}, {}, "validation tokens are fewer than one window of data.seq_len 4096"),
         ({"model": {"attention": "cudnn"}}, {}, "model.attention 'cudnn' does not run on cpu .*: choose auto or xla"),
     ],
