@@ -27,6 +27,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer shar
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
 from parts import Part, model_parts, optimizer_parts  # noqa: E402
 
 from golf_jax import mesh as meshes  # noqa: E402
@@ -47,6 +48,8 @@ class Options:
 
     peer: tuple[Literal["eager", "compile"], ...] = ()
     """PyTorch peers to run beside it, without and with torch.compile."""
+    devices: int = 0
+    """As of `python -m golf_jax.train`: 0 for all, of a CPU about one per core."""
     steps: int = 20
     """Timed steps of each, after two that are not timed."""
     looping: bool = False
@@ -112,15 +115,22 @@ def time_parts(parts: list[Part], repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def peaks(options: Options, device: jax.Device) -> tuple[float, float]:
+def on_every_device(part: Part, mesh: Mesh) -> Part:
+    """The same work on all devices at once, as in the step: on a CPU they share cores and bandwidth."""
+    run = jax.jit(jax.shard_map(part.run, mesh=mesh, in_specs=meshes.REPLICATED, out_specs=meshes.REPLICATED, check_vma=False))
+    return part._replace(run=run, args=jax.device_put(part.args, meshes.replicated(mesh)))
+
+
+def peaks(options: Options, mesh: Mesh) -> tuple[float, float]:
     """(TFLOP/s, GB/s) of one device."""
+    device = mesh.devices.flat[0]
     tflops, gbs = next((p for name, p in PEAKS.items() if name in device.device_kind), (0.0, 0.0))
     if device.platform == "cpu":
         # Short runs, many of them, the best counts: some fit between the time slices of other processes.
         a, matmul = jnp.ones((512, 512)), jax.jit(lambda a: a @ a)
         source, target = np.ones(2**23), np.empty(2**23)
-        tflops = 2 * 512**3 / min(timed(matmul, a)[1]["wall_s"] for _ in range(300)) / 1e12
-        gbs = 2 * source.nbytes / min(timed(np.copyto, target, source)[1]["wall_s"] for _ in range(100)) / 1e9
+        tflops = 2 * 512**3 / min(timed(matmul, a)[1]["wall_s"] for _ in range(300)) / 1e12 / mesh.size
+        gbs = 2 * source.nbytes / min(timed(np.copyto, target, source)[1]["wall_s"] for _ in range(100)) / 1e9 / mesh.size
     tflops, gbs = options.peak_tflops or tflops, options.peak_gbs or gbs
     if not tflops or not gbs:
         raise GolfError(f"no peak known for {device.device_kind}: give --peak-tflops and --peak-gbs")
@@ -136,21 +146,21 @@ def peak_bytes(device: jax.Device, compiled: Any) -> int:
 
 
 def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
-    mesh = meshes.make_mesh()
+    mesh = meshes.make_mesh(options.devices)
     device, where = mesh.devices.flat[0], meshes.platform(mesh)
     recipe = replace(recipe, model=resolve(recipe.model, where))
     d, rows = recipe.data, micro_rows(recipe, mesh.size)
     micros = d.ranks * d.rows_per_rank // mesh.size // rows
     rng = np.random.default_rng(0)
     x, y = (rng.integers(0, recipe.model.vocab_size, (d.ranks * d.rows_per_rank, d.seq_len), np.int32) for _ in range(2))
-    if options.peer and mesh.size > 1:
-        raise GolfError("the PyTorch peer runs on one device: hide the others (CUDA_VISIBLE_DEVICES=0)")
+    if options.peer and mesh.size > 1 and where != "cpu":
+        raise GolfError("the PyTorch peer runs on one device: give --devices 1")
 
     state = init_state(recipe, mesh, recipe.seed)
     tensors = {name: np.asarray(t, np.float32) for name, t in to_tensors(recipe.model, state.params).items()}
     roles = {tensor: leaves(recipe.model)[name].role for tensor, (name, _) in tensor_names(recipe.model).items()}
     job = dict(recipe=recipe, tensors=tensors, roles=roles, device="cpu" if where == "cpu" else "cuda", looping=options.looping)
-    job |= dict(x=x, y=y, lr_factor=LR_FACTOR, momentum=MOMENTUM, rows=rows)
+    job |= dict(x=x, y=y, lr_factor=LR_FACTOR, momentum=MOMENTUM, rows=rows * mesh.size)  # as many at a time as our devices together
     clip = jnp.float32(recipe.optim.clip_norm or np.inf)
     inputs = StepInputs(jnp.float32(LR_FACTOR), jnp.float32(MOMENTUM), clip, jnp.float32(0), jnp.array(False))
     inputs = jax.device_put(inputs, meshes.replicated(mesh))
@@ -179,7 +189,7 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": f"{mesh.size} x {device.device_kind if where != 'cpu' else _cpu_name()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": meshes.cores(),
         "load_average": os.getloadavg()[0],
         "environment": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")} | {"python": platform.python_version()},
@@ -202,9 +212,10 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
         if "peak_bytes" in firsts[name]:
             result["peers"][name]["peak_bytes"] = samples[name][-1]["peak_bytes"]
 
-    tflops, gbs = peaks(options, device)
+    tflops, gbs = peaks(options, mesh)
     result |= {"peak_tflops": tflops, "peak_gbs": gbs}
-    parts = time_parts(model_parts(recipe.model, rows, d.seq_len, micros, options.looping), options.steps)
+    parts = [on_every_device(p, mesh) for p in model_parts(recipe.model, rows, d.seq_len, micros, options.looping)]
+    parts = time_parts(parts, options.steps)
     flops = sum(p["flops"] for p in parts)
     result["clock"] = "cpu_ms" if where == "cpu" and result["cores"] == 1 else "wall_ms"  # on one core CPU time is free of other load
     result["mfu"] = flops / (result["step"][result["clock"]] * 1e-3) / (tflops * 1e12)
@@ -248,6 +259,7 @@ def show(r: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     recipe, options = parse(argv, Options(), "Step time in parts, and beside PyTorch.")
+    meshes.split_cpu(options.devices, recipe.data.ranks * recipe.data.rows_per_rank)
     result = measure(recipe, options)
     print(show(result))
     if options.json:

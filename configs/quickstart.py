@@ -54,5 +54,5 @@ def recipe() -> Recipe:
         quant=QuantConfig(rules=(QuantRule("", "float16", max_numel=8192), QuantRule("", "int6_row")), compressor="zstd", level=22),
         eval=EvalConfig(stride=64, windows="exact", batch_rows=32),
         numerics="fp32",
-        micro_rows=4,
+        micro_rows=2,
     )

@@ -23,7 +23,7 @@ from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.ttt import evaluate_ttt
 from golf_jax.interop import from_torch
 from golf_jax.interop.packed import read_checkpoint, read_packed
-from golf_jax.mesh import initialize_distributed, make_mesh
+from golf_jax.mesh import initialize_distributed, make_mesh, split_cpu
 
 SAMPLE = 1 << 18  # tokens whose byte count is proved against the decoded text
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
@@ -57,7 +57,7 @@ class Options:
     batch_rows: int = 0
     """Windows per device and forward pass (0: the recipe's); lower it when memory runs out."""
     devices: int = 0
-    """Devices to use (0: all)."""
+    """Devices to use (0: all). Of a CPU this many are made (0: about one per core)."""
     json: str = ""
     """Write the result to this file, too."""
     torch: str = ""
@@ -177,6 +177,7 @@ def main(argv: Sequence[str]) -> int:
     if bool(options.artifact) == bool(options.torch):
         raise GolfError("name one model: an artifact, or --torch CHECKPOINT --recipe PR")
     initialize_distributed()
+    split_cpu(options.devices, sequences=8)
     subject = from_pytorch(options.torch, options.recipe, options.config) if options.torch else from_artifact(options.artifact)
     result = evaluate(subject, options)
     if jax.process_index() == 0:

@@ -4,7 +4,9 @@ The whole training step runs inside one `jax.shard_map` over this axis (training
 program is one that the source names. Evaluation shards its batch rows over the same axis.
 """
 
+import contextlib
 import itertools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,24 @@ def keep_compiled_programs(directory: Path) -> None:
     """A second start finds its compiled programs in `directory`, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable)."""
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def split_cpu(asked: int, sequences: int) -> None:
+    """Let a CPU show up as several devices, each working on its own sequences: between many small operations one leaves cores idle.
+
+    asked: their number; 0: a power of two that divides `sequences`, at most one per core and 8, as many as the records had. Left alone:
+    other platforms, several processes, a number that the environment gives (JAX_NUM_CPU_DEVICES, XLA_FLAGS), a jax already in use.
+    """
+    given = jax.config.values["jax_num_cpu_devices"] >= 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if given or jax.distributed.is_initialized():
+        return
+    with contextlib.suppress(RuntimeError):  # make_mesh says what is missing
+        jax.config.update("jax_num_cpu_devices", asked or math.gcd(sequences, 8, 1 << cores().bit_length() - 1))
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:

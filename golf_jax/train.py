@@ -29,7 +29,7 @@ from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
 from golf_jax.evaluation.legality import check_model
 from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.ttt import evaluate_ttt
-from golf_jax.mesh import from_main, initialize_distributed, keep_compiled_programs, make_mesh, platform
+from golf_jax.mesh import from_main, initialize_distributed, keep_compiled_programs, make_mesh, platform, split_cpu
 from golf_jax.model import count, resolve, to_tensors
 from golf_jax.quant import quantize, without_hessians
 from golf_jax.training.checkpoints import Checkpoints, check_same_recipe
@@ -53,7 +53,7 @@ class Options:
     resume: str = ""
     """Run directory of an interrupted run (with checkpoints) to go on with."""
     devices: int = 0
-    """Devices to use; 0: all."""
+    """Devices to use; 0: all. Of a CPU this many are made; 0: about one per core."""
     emulate_devices: int = 0
     """Reproduce the data order of this many ranks, with the same tokens per step (the recipes' own number is 8)."""
 
@@ -268,6 +268,7 @@ def main(argv: list[str]) -> int:
     recipe, options = cli.parse(argv, Options(), DESCRIPTION)
     keep_compiled_programs(CACHE / "xla")
     initialize_distributed()
+    split_cpu(options.devices, recipe.data.ranks if recipe.optim.clip_per_rank else recipe.data.ranks * recipe.data.rows_per_rank)
     run_recipe(recipe, options)
     return 0
 

@@ -1,11 +1,16 @@
 """Devices, processes, transfers."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 
+from golf_jax import mesh
 from golf_jax.config import GolfError
-from golf_jax.mesh import from_main, initialize_distributed, keep_compiled_programs, make_mesh, platform, put_replicated
+from golf_jax.mesh import from_main, initialize_distributed, keep_compiled_programs, make_mesh, platform, put_replicated, split_cpu
 
 
 def test_mesh_takes_what_is_asked_for():
@@ -13,6 +18,34 @@ def test_mesh_takes_what_is_asked_for():
     assert make_mesh(3).axis_names == ("data",) and platform(make_mesh(1)) == "cpu"
     with pytest.raises(GolfError, match=r"--devices 9: only 8 cpu device\(s\) are here"):
         make_mesh(9)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sequences", "cores", "made"),
+    [(0, 16, 1, 1), (0, 16, 2, 2), (0, 16, 7, 4), (0, 384, 64, 8), (0, 6, 8, 2), (0, 3, 8, 1), (3, 16, 2, 3)],
+)
+def test_a_cpu_becomes_about_one_device_per_core(asked, sequences, cores, made, monkeypatch):
+    updates = []
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(mesh, "cores", lambda: cores)
+    monkeypatch.setattr(jax.config, "update", lambda *pair: updates.append(pair))
+    split_cpu(asked, sequences)
+    assert updates == [("jax_num_cpu_devices", made)]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    split_cpu(asked, sequences)
+    assert len(updates) == 1, "the environment has said how many"
+
+
+def test_devices_are_made_before_jax_looks_and_never_after():
+    lines = [
+        "from golf_jax.mesh import make_mesh, split_cpu",
+        "split_cpu(5, 1); print(make_mesh().size)",
+        "split_cpu(2, 1); print(make_mesh().size)",
+    ]
+    fresh = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    command = [sys.executable, "-c", "; ".join(lines)]
+    done = subprocess.run(command, env=fresh | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["5", "5"], done.stderr
 
 
 @pytest.mark.parametrize(
@@ -57,9 +90,9 @@ def test_processes_join_where_the_environment_says_so(variables, arguments, monk
 
 
 def test_explicit_transfer_passes_the_guard():
-    mesh = make_mesh(4)
+    four = make_mesh(4)
     with jax.transfer_guard("disallow"):
-        x, y = put_replicated(mesh, (np.float32(2.5), np.arange(3)))
+        x, y = put_replicated(four, (np.float32(2.5), np.arange(3)))
     assert x.sharding.is_fully_replicated and len(x.addressable_shards) == 4
     assert float(x) == 2.5 and y.tolist() == [0, 1, 2]
 

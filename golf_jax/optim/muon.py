@@ -35,7 +35,7 @@ def newton_schulz(x: jax.Array, steps: int = 5, dtype: jnp.dtype | type = jnp.bf
     lift = lambda v: v.astype(jnp.float32)  # noqa: E731
 
     def matmul(p: jax.Array, q: jax.Array) -> jax.Array:
-        return stored(lift(p @ q))
+        return stored(jnp.matmul(p, q, preferred_element_type=jnp.float32))
 
     x = stored(lift(x))
     norm = stored(jnp.sqrt(jnp.sum(jnp.square(lift(x)), (-2, -1), keepdims=True)))
