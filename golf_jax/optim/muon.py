@@ -35,6 +35,7 @@ def newton_schulz(x: jax.Array, steps: int = 5, dtype: jnp.dtype | type = jnp.bf
     lift = lambda v: v.astype(jnp.float32)  # noqa: E731
 
     def matmul(p: jax.Array, q: jax.Array) -> jax.Array:
+        # float32 asked for: with a bfloat16 result XLA:CPU converts p and q and does without the processor's bfloat16 instructions.
         return stored(jnp.matmul(p, q, preferred_element_type=jnp.float32))
 
     x = stored(lift(x))
