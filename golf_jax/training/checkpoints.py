@@ -30,6 +30,7 @@ class Checkpoints:
     def restore(self, recipe: Recipe, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """(state, meta) of the newest complete checkpoint, laid out like `like`; None if there is none.
 
+        The number of devices may be another: Muon's batches are cut or padded, by the matrices of zeros that fill them up (`StackLayout`).
         Raises GolfError if it was made by another recipe (see `check_same_recipe`) or cannot be read.
         """
         step = self._manager.latest_step()
@@ -40,7 +41,7 @@ class Checkpoints:
         with self._reported(f"checkpoint {step} cannot be read; {hint}"):
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             check_same_recipe(recipe, meta["recipe"], self.directory)
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract, strict=False)))["state"]
             return TrainState(**restored), meta
 
     def close(self) -> None:

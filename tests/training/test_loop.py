@@ -113,6 +113,21 @@ def test_a_run_that_died_goes_on_bit_for_bit(run_training, tmp_path, saved):
     assert [r["loss"] for r in metrics(tmp_path / "dies")] == [r["loss"] for r in metrics(tmp_path / "whole")]
 
 
+def test_a_run_goes_on_with_another_number_of_devices(run_training, tmp_path, saved):
+    """Eight devices fill Muon's batches up with zeros, one does not; and back."""
+    whole = run_training(saved, tmp_path / "whole")
+    for last, devices in ((3, 8), (5, 1)):
+        with pytest.raises(OSError, match="the disk is gone"):
+            run_training(saved, tmp_path / "dies", devices=devices, resume=last > 3, loader=lambda source, last=last: Dies(source, last))
+    resumed = run_training(saved, tmp_path / "dies", resume=True)
+    log = (tmp_path / "dies/log.txt").read_text()
+    assert "resumed at step 2" in log and "resumed at step 4" in log
+    losses = [[r["loss"] for r in metrics(tmp_path / name)] for name in ("dies", "whole")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    for name, value in whole.params.items():
+        np.testing.assert_allclose(value, resumed.params[name], atol=1e-5, err_msg=name)
+
+
 def test_checkpoints_that_do_not_fit_are_refused(run_training, tmp_path, saved):
     """Damaged files, and a checkpoint of another recipe."""
     run_training(saved, tmp_path / "run")
