@@ -268,7 +268,8 @@ def main(argv: list[str]) -> int:
     recipe, options = cli.parse(argv, Options(), DESCRIPTION)
     keep_compiled_programs(CACHE / "xla")
     initialize_distributed()
-    split_cpu(options.devices, recipe.data.ranks if recipe.optim.clip_per_rank else recipe.data.ranks * recipe.data.rows_per_rank)
+    d = recipe.data
+    split_cpu(options.devices, (options.emulate_devices or d.ranks) if recipe.optim.clip_per_rank else d.ranks * d.rows_per_rank)
     run_recipe(recipe, options)
     return 0
 
