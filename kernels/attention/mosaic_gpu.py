@@ -2,11 +2,11 @@
 
 Three kernels, each of two compute warpgroups (64 rows each) and one warpgroup that only issues TMA copies:
 - forward: FlashAttention over key blocks, the diagonal one last; it holds the tile's own values, so the epilogue
-  y = o - (o.u) u costs no further read and acts on the fp32 o. Saves y, the log-sum-exp and c = o.u; never o.
-- dq: takes dy, forms do = dy - (dy.u) u in its prologue and delta = o.do = y.dy (true because y = P o, do = P dy for the
-  projector P = 1 - u u^T), and hands do, delta and a = dy.u to the next kernel.
+  y = o - c v, c = o.v / |v|^2, costs no further read and acts on the fp32 o. Saves y, the log-sum-exp and c; never o.
+- dq: takes dy, forms do = dy - a v, a = dy.v / |v|^2, in its prologue and delta = o.do = y.dy (true because y = P o,
+  do = P dy for the projector P = 1 - v v^T / |v|^2), and hands do, delta and a to the next kernel.
 - dkv: a key block against all queries that see it, all heads of the group in one program: no atomics, deterministic.
-  The XSA part of dv, -(a y + c do) / |v| summed over the heads, is added there.
+  The XSA part of dv, -(a y + c do) summed over the heads, is added there.
 
 Layouts: q [B,T,H,K], k and v [B,T,G,K], row statistics [B,H,T] fp32 (log-sum-exp in base 2). The pipeline and the
 register budget follow jax.experimental.pallas.ops.gpu.attention_mgpu (FlashAttention-3), which has no causal backward.
@@ -29,10 +29,10 @@ from kernels.attention.mosaic_gpu_common import (
     TILE,
     WARPGROUPS,
     add_dot,
+    along,
     columns,
     dot,
     full_rows,
-    inverse_norm,
     iota,
     launch,
     load_rows,
@@ -87,7 +87,7 @@ _attention.defvjp(_forward_rule, _backward_rule)
 
 
 def forward(q, k, v, xsa, interpret):
-    """y, log2-sum-exp [B,H,T] and c = o.u [B,H,T] (None without xsa)."""
+    """y, log2-sum-exp [B,H,T] and c = o.v / |v|^2 [B,H,T] (None without xsa)."""
     B, T, H, K = q.shape
     group, tiles, scale = H // k.shape[2], T // TILE, K**-0.5 * LOG2E
     stages = num_stages(K, tiles)
@@ -130,9 +130,8 @@ def forward(q, k, v, xsa, interpret):
             slot = lax.rem(tile, jnp.int32(stages))
             if xsa:
                 own_v = load_rows(v_smem.at[slot, pl.ds(warpgroup * ROWS, ROWS)])
-                inverse = inverse_norm(own_v)
-                c = jnp.sum(y * own_v, axis=1) * inverse
-                y = y - columns(c * inverse, y.shape) * own_v
+                c = along(y, own_v)
+                y = y - columns(c, y.shape) * own_v
                 c_smem[warpgroup] = c
             plgpu.barrier_arrive(v_free.at[slot])
             own[...] = y.astype(q.dtype)

@@ -12,9 +12,9 @@ from kernels.attention.mosaic_gpu_common import (
     TILE,
     WARPGROUPS,
     add_dot,
+    along,
     columns,
     dot,
-    inverse_norm,
     iota,
     launch,
     load,
@@ -35,7 +35,7 @@ def _backward_block(head_dim: int) -> int:
 
 
 def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
-    """dq, delta = y.dy [B,H,T], and with xsa do and a = dy.u [B,H,T] (else None)."""
+    """dq, delta = y.dy [B,H,T], and with xsa do and a = dy.v / |v|^2 [B,H,T] (else None)."""
     B, T, H, K = q.shape
     group, tiles, scale = H // k.shape[2], T // TILE, K**-0.5
     width = _backward_block(K)
@@ -66,10 +66,9 @@ def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
             delta_smem[warpgroup] = delta
             if xsa:
                 own_v = load_rows(own_v_smem.at[warpgroup])
-                inverse = inverse_norm(own_v)
-                a = jnp.sum(dy * own_v, axis=1) * inverse
+                a = along(dy, own_v)
                 a_smem[warpgroup] = a
-                own_do[...] = (dy - columns(a * inverse, dy.shape) * own_v).astype(q.dtype)
+                own_do[...] = (dy - columns(a, dy.shape) * own_v).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(delta_smem.at[warpgroup], delta_ref.at[batch, head, rows])
             if xsa:
@@ -166,13 +165,11 @@ def backward_dkv(q, k, v, y, do, lse, delta, a, c, interpret):
                 return jnp.where(row <= column, scores, -jnp.inf)
 
             def add_epilogue(dv):
-                """The query head's share of -(a y + c do) / |v|."""
+                """The query head's share of -(a y + c do)."""
                 plgpu.barrier_wait(own_ready)
-                inverse = inverse_norm(load_rows(own_v))
-                along = load(a_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1)) * inverse
-                dv = dv - columns(along, dv.shape) * load_rows(own_y_smem.at[warpgroup])
-                along = load(c_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1)) * inverse
-                dv = dv - columns(along, dv.shape) * load_rows(own_do_smem.at[warpgroup])
+                for factor, tiles in ((a_smem, own_y_smem), (c_smem, own_do_smem)):
+                    rows = load(factor.at[warpgroup], plgpu.Layout.WGMMA.reduce(1))
+                    dv = dv - columns(rows, dv.shape) * load_rows(tiles.at[warpgroup])
                 plgpu.barrier_arrive(own_free)
                 return dv
 

@@ -74,9 +74,9 @@ def columns(x, shape):
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def inverse_norm(v):
-    """1 / max(|v|, EPS) of each row: finite at v = 0, where u = v * this = 0."""
-    return lax.rsqrt(jnp.maximum(jnp.sum(v * v, axis=1), EPS * EPS))
+def along(x, v):
+    """(x . v) / |v|^2 of each row, what x has of v: x - this * v is orthogonal to v. Finite, and x stays as it is, at v = 0."""
+    return jnp.sum(x * v, axis=1) / jnp.maximum(jnp.sum(v * v, axis=1), EPS * EPS)
 
 
 def tile_buffer(shape, dtype):
