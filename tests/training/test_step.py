@@ -142,14 +142,19 @@ def test_newton_schulz_is_divided_among_the_devices():
 
 
 def assert_same_curve(recipe: Recipe, devices: tuple[int, ...], tokens: np.ndarray) -> None:
-    """To float32 rounding; fake quantization in training makes a rounding a jump of a weight's code now and then (PR 372)."""
-    rtol = 3e-4 if recipe.schedule.fake_quant_below else 3e-5
+    """To float32 rounding. Fake quantization in training (PR 372) makes a rounding a jump of a weight's code: there the first five steps
+    are held to 1e-6 and the others loosely, as moving the first weights by 6e-8, on the same devices, moves losses by 3e-4, norms by 2e-3.
+    """
+    jumps = bool(recipe.schedule.fake_quant_below)
     base, more, final = curve(recipe, devices[0], tokens)
     assert base[-1] < base[0] - 0.1  # it learns, so later losses depend on every update
     for count in devices[1:]:
         losses, others, state = curve(recipe, count, tokens)
-        np.testing.assert_allclose(losses, base, rtol=rtol)
-        np.testing.assert_allclose(others["norm"], more["norm"], rtol=2e-3)
+        if jumps:
+            np.testing.assert_allclose(losses[:5], base[:5], rtol=1e-6)
+            np.testing.assert_allclose(others["norm"][:5], more["norm"][:5], rtol=1e-6)
+        np.testing.assert_allclose(losses, base, rtol=1e-3 if jumps else 3e-5)
+        np.testing.assert_allclose(others["norm"], more["norm"], rtol=1e-2 if jumps else 2e-3)
         np.testing.assert_allclose(others["micro_norm"].ravel(), more["micro_norm"].ravel(), rtol=2e-3)
         assert state.swa is None or int(state.swa.count) == int(final.swa.count)
 
