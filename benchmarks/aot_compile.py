@@ -1,7 +1,7 @@
 """Compile for Hopper on a machine without a GPU and report what the compiler says: registers, spills, memory,
 bytes moved, collectives.
 
-    python benchmarks/aot_compile.py [--what kernels] [--devices 1 8] [--target FILE] [--json FILE]
+    python benchmarks/aot_compile.py [--what kernels] [--head-dim 64] [--devices 1 8] [--target FILE] [--json FILE]
     python benchmarks/aot_compile.py --what step [--recipes pr638 pr2005] [--backends pallas cudnn xla] [--devices 1 8]
 
 Needs the CUDA wheels (`pip install "jax[cuda13]"`), no driver. Exits with status 1 if a kernel spills registers or a
@@ -50,7 +50,7 @@ from golf_jax.training.step import StepInputs, make_step  # noqa: E402
 from kernels.attention import assert_backend, xsa_attention  # noqa: E402
 from kernels.cross_entropy import softcap_cross_entropy  # noqa: E402
 
-BATCH, T, H, G, K, WIDTH = 48, 2048, 8, 4, 64, 512
+BATCH, T, H, G, WIDTH = 48, 2048, 8, 4, 512
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -63,7 +63,7 @@ class Program(NamedTuple):
     backend: str
 
 
-def kernel_programs(mesh: Mesh) -> Iterator[Program]:
+def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
     """Attention forward and backward by backend, and the head with its cross entropy, batch-sharded."""
     batch = BATCH * mesh.size
 
@@ -75,7 +75,7 @@ def kernel_programs(mesh: Mesh) -> Iterator[Program]:
     def local(function, *specs, out):
         return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
 
-    q, kv = array(batch, T, H, K), array(batch, T, G, K)
+    q, kv = array(batch, T, H, head_dim), array(batch, T, G, head_dim)
     for backend in ("pallas", "cudnn"):
         for xsa in (True, False):
 
@@ -207,6 +207,7 @@ def main() -> int:
     parser.add_argument("--what", choices=("kernels", "step"), default="kernels")
     parser.add_argument("--recipes", nargs="+", default=["pr638", "pr2005"], help="for step")
     parser.add_argument("--backends", nargs="+", default=["pallas", "cudnn", "xla"], help="for step")
+    parser.add_argument("--head-dim", type=int, default=64, help="for kernels")
     parser.add_argument("--devices", type=int, nargs="+", default=[1], help="sizes of the data axis")
     parser.add_argument("--target", type=Path, default=Path(__file__).with_name("h100_target.txtpb"))
     parser.add_argument("--json", type=Path, help="also write the report here")
@@ -217,7 +218,11 @@ def main() -> int:
         for devices in options.devices:
             topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{devices}")
             mesh = Mesh(np.array(topology.devices), ("data",))
-            made = kernel_programs(mesh) if options.what == "kernels" else step_programs(mesh, options.recipes, options.backends)
+            made = (
+                kernel_programs(mesh, options.head_dim)
+                if options.what == "kernels"
+                else step_programs(mesh, options.recipes, options.backends)
+            )
             yield from ((program, mesh) for program in made)
 
     for program, mesh in programs():

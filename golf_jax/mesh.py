@@ -86,7 +86,7 @@ def split_cpu(asked: int, sequences: int) -> None:
     if given or jax.distributed.is_initialized():
         return
     with contextlib.suppress(RuntimeError):  # make_mesh says what is missing
-        jax.config.update("jax_num_cpu_devices", asked or math.gcd(sequences, 8, 1 << cores().bit_length() - 1))
+        jax.config.update("jax_num_cpu_devices", max(asked, 0) or math.gcd(sequences, 8, 1 << cores().bit_length() - 1))
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:
@@ -94,6 +94,8 @@ def make_mesh(num_devices: int = 0) -> Mesh:
 
     Raises GolfError if there are fewer devices than asked for.
     """
+    if num_devices < 0:
+        raise GolfError(f"--devices {num_devices}: give a number of devices, or 0 for all")
     devices = jax.devices()
     if num_devices and jax.process_count() > 1:
         raise GolfError(f"--devices {num_devices}: with several processes all devices are used; start fewer processes")

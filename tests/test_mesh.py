@@ -18,6 +18,8 @@ def test_mesh_takes_what_is_asked_for():
     assert make_mesh(3).axis_names == ("data",) and platform(make_mesh(1)) == "cpu"
     with pytest.raises(GolfError, match=r"--devices 9: only 8 cpu device\(s\) are here"):
         make_mesh(9)
+    with pytest.raises(GolfError, match="--devices -1: give a number of devices, or 0 for all"):
+        make_mesh(-1)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ class Checkpoints:
         with self._reported(f"checkpoint {step} cannot be read; {hint}"):
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             check_same_recipe(recipe, meta["recipe"], self.directory)
+            folder: Any = self.directory / str(step) / "state"
+            check_same_shapes(like._asdict(), ocp.StandardCheckpointHandler().metadata(folder).tree)
+            # Not strict: what the check lets through is padding, which orbax cuts or fills with zeros.
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract, strict=False)))["state"]
             return TrainState(**restored), meta
 
@@ -62,6 +65,15 @@ class Checkpoints:
         except Exception as error:
             detail = next(iter(str(error).splitlines()), type(error).__name__)
             raise GolfError(f"{self.directory}: {what} ({detail[:300]})") from error
+
+
+def check_same_shapes(like: Any, stored: Any) -> None:
+    """Raises ValueError unless both trees have leaves of the same shapes, up to the number of matrices in Muon's padded batches."""
+    for (path, mine), theirs in zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(stored), strict=True):
+        name = jax.tree_util.keystr(path)
+        first = 1 if "'stacks'" in name else 0
+        if mine.shape[first:] != theirs.shape[first:]:
+            raise ValueError(f"{name} has the shape {theirs.shape} there and {mine.shape} here")
 
 
 def check_same_recipe(recipe: Recipe, stored: dict[str, Any], where: str | Path) -> None:

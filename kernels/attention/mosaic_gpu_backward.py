@@ -167,9 +167,9 @@ def backward_dkv(q, k, v, y, do, lse, delta, a, c, interpret):
             def add_epilogue(dv):
                 """The query head's share of -(a y + c do)."""
                 plgpu.barrier_wait(own_ready)
-                for factor, tiles in ((a_smem, own_y_smem), (c_smem, own_do_smem)):
-                    rows = load(factor.at[warpgroup], plgpu.Layout.WGMMA.reduce(1))
-                    dv = dv - columns(rows, dv.shape) * load_rows(tiles.at[warpgroup])
+                for scalars, tiles in ((a_smem, own_y_smem), (c_smem, own_do_smem)):
+                    per_row = load(scalars.at[warpgroup], plgpu.Layout.WGMMA.reduce(1))
+                    dv = dv - columns(per_row, dv.shape) * load_rows(tiles.at[warpgroup])
                 plgpu.barrier_arrive(own_free)
                 return dv
 

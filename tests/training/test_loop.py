@@ -11,7 +11,7 @@ from tiny_recipes import tiny
 
 from golf_jax.config import BudgetConfig, GolfError, Recipe, to_dict
 from golf_jax.training import loop
-from golf_jax.training.checkpoints import Checkpoints, check_same_recipe
+from golf_jax.training.checkpoints import Checkpoints, check_same_recipe, check_same_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -141,6 +141,18 @@ def test_checkpoints_that_do_not_fit_are_refused(run_training, tmp_path, saved):
     with pytest.raises(GolfError, match=r"checkpoint 6 cannot be read; remove .*/checkpoints/6 to go on") as caught:
         run_training(saved, tmp_path / "run", resume=True)
     assert "\n" not in str(caught.value)
+
+
+def test_only_the_padding_of_batches_may_differ_on_resume():
+    def state(matrices: int, width: int) -> dict:
+        return {"opt": {"stacks": {"8x8": np.zeros((matrices, 8, width))}}, "params": {"q": np.zeros((3, width))}}
+
+    check_same_shapes(state(8, 8), state(6, 8))
+    for other in (state(8, 4), state(8, 8) | {"params": {"q": np.zeros((2, 8))}}):
+        with pytest.raises(ValueError, match=r"has the shape \(.*\) there and \(.*\) here"):
+            check_same_shapes(state(8, 8), other)
+    with pytest.raises(ValueError, match="zip"):
+        check_same_shapes(state(8, 8), {"opt": {}})
 
 
 def test_only_reporting_may_differ_on_resume(saved):
