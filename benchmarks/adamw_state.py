@@ -26,10 +26,11 @@ from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from golf_jax.config import Recipe, load_recipe  # noqa: E402
-from golf_jax.mesh import AXIS, make_mesh, split_cpu  # noqa: E402
+from golf_jax.mesh import AXIS, make_mesh  # noqa: E402
 from golf_jax.model import leaves  # noqa: E402
 from golf_jax.optim.adam import scale_by_adam  # noqa: E402
 from golf_jax.optim.optimizer import route  # noqa: E402
+from golf_jax.processes import split_cpu  # noqa: E402
 
 
 def forms(recipe: Recipe, devices: int) -> tuple[dict, dict[str, tuple]]:

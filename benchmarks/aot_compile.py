@@ -43,12 +43,12 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf_jax.config import load_recipe  # noqa: E402
+from golf_jax.kernels.attention import assert_backend, xsa_attention  # noqa: E402
+from golf_jax.kernels.cross_entropy import softcap_cross_entropy  # noqa: E402
 from golf_jax.mesh import replicated, rows  # noqa: E402
 from golf_jax.model import init_params, resolve  # noqa: E402
 from golf_jax.training.state import make_state, state_specs  # noqa: E402
 from golf_jax.training.step import StepInputs, make_step  # noqa: E402
-from kernels.attention import assert_backend, xsa_attention  # noqa: E402
-from kernels.cross_entropy import softcap_cross_entropy  # noqa: E402
 
 BATCH, T, H, G, WIDTH = 48, 2048, 8, 4, 512
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import ModelConfig, load_recipe
-from golf_jax.evaluation.scorer import put, replicate, scoring_program, shapes_of
-from golf_jax.mesh import make_mesh, platform
+from golf_jax.evaluation.scorer import scoring_program, shapes_of
+from golf_jax.mesh import make_mesh, platform, put, replicate
 from golf_jax.model import init_params, logits, resolve
 
 T, STRIDE = 2048, 64

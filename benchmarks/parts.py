@@ -13,12 +13,12 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from golf_jax.config import ModelConfig, Recipe
+from golf_jax.kernels.attention import xsa_attention
+from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.mesh import AXIS, REPLICATED
 from golf_jax.model.layers import linears
 from golf_jax.optim.averaging import ema_update
 from golf_jax.training.state import TrainState, optimizer, state_specs
-from kernels.attention import xsa_attention
-from kernels.cross_entropy import softcap_cross_entropy
 
 
 class Part(NamedTuple):

@@ -35,6 +35,7 @@ from golf_jax.cli import parse, run  # noqa: E402
 from golf_jax.config import GolfError, Recipe, to_dict  # noqa: E402
 from golf_jax.model import count, leaves, resolve, to_tensors  # noqa: E402
 from golf_jax.model.params import tensor_names  # noqa: E402
+from golf_jax.processes import cores, split_cpu  # noqa: E402
 from golf_jax.training.state import init_state  # noqa: E402
 from golf_jax.training.step import StepInputs, make_step, micro_rows  # noqa: E402
 
@@ -189,7 +190,7 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": f"{mesh.size} x {device.device_kind if where != 'cpu' else _cpu_name()}",
-        "cores": meshes.cores(),
+        "cores": cores(),
         "load_average": os.getloadavg()[0],
         "environment": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")} | {"python": platform.python_version()},
@@ -259,7 +260,7 @@ def show(r: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     recipe, options = parse(argv, Options(), "Step time in parts, and beside PyTorch.")
-    meshes.split_cpu(options.devices, recipe.data.ranks * recipe.data.rows_per_rank)
+    split_cpu(options.devices, recipe.data.ranks * recipe.data.rows_per_rank)
     result = measure(recipe, options)
     print(show(result))
     if options.json:

@@ -23,7 +23,8 @@ from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.ttt import evaluate_ttt
 from golf_jax.interop import from_torch
 from golf_jax.interop.packed import read_checkpoint, read_packed
-from golf_jax.mesh import initialize_distributed, make_mesh, split_cpu
+from golf_jax.mesh import make_mesh
+from golf_jax.processes import initialize_distributed, split_cpu
 
 SAMPLE = 1 << 18  # tokens whose byte count is proved against the decoded text
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.

@@ -4,11 +4,6 @@ The whole training step runs inside one `jax.shard_map` over this axis (training
 program is one that the source names. Evaluation shards its batch rows over the same axis.
 """
 
-import contextlib
-import itertools
-import math
-import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,73 +15,6 @@ from golf_jax.config import GolfError
 AXIS = "data"
 REPLICATED = PartitionSpec()
 ROWS = PartitionSpec(AXIS)
-SHUTDOWN_SECONDS = 30  # how long a process that ends waits for the others
-MESSAGE_MILLISECONDS = 600_000
-_messages = itertools.count()
-
-
-def initialize_distributed() -> None:
-    """Join the other processes, where the environment says that there are any.
-
-    Either JAX_COORDINATOR_ADDRESS=HOST:PORT with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or a cluster that jax finds out about itself:
-    several tasks of one `srun`, several hosts in TPU_WORKER_HOSTNAMES, or JAX_COORDINATOR_ADDRESS=auto (a TPU slice on GCE, Open MPI).
-    Must run before the first call that touches a device. A single process is left alone. Raises GolfError for a variable that is
-    missing or no number.
-    """
-    if jax.distributed.is_initialized():
-        return
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-    tasks, hosts = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if address and address != "auto":
-        values = {name: os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
-        for name, value in values.items():
-            if not value.isdigit():
-                raise GolfError(f"JAX_COORDINATOR_ADDRESS is set and {name} is {value!r}: give JAX_NUM_PROCESSES and JAX_PROCESS_ID")
-        count, index = map(int, values.values())
-        if index >= count:
-            raise GolfError(f"JAX_PROCESS_ID {index} must be below JAX_NUM_PROCESSES {count}")
-        jax.distributed.initialize(address, count, index, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
-    elif address or tasks != "1" or "," in hosts:
-        os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # jax would take `auto` for a host
-        jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN_SECONDS)
-
-
-def from_main(text: str) -> str:
-    """Process 0's `text`, on every process; each must call it equally often. Goes by the coordinator, so no device waits for it."""
-    if jax.process_count() == 1:
-        return text
-    from jax._src import distributed  # no public way to the coordinator's key-value store
-
-    client: Any = distributed.global_state.client
-    key = f"golf_jax/{next(_messages)}"
-    if jax.process_index() == 0:
-        client.key_value_set(key, text)
-        return text
-    return client.blocking_key_value_get(key, MESSAGE_MILLISECONDS)
-
-
-def keep_compiled_programs(directory: Path) -> None:
-    """A second start finds its compiled programs in `directory`, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable)."""
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def split_cpu(asked: int, sequences: int) -> None:
-    """Let a CPU show up as several devices, each working on its own sequences: between many small operations one leaves cores idle.
-
-    asked: their number; 0: a power of two that divides `sequences`, at most one per core and 8, as many as the records had. Left alone:
-    other platforms, several processes, a number that the environment gives (JAX_NUM_CPU_DEVICES, XLA_FLAGS), a jax already in use.
-    """
-    given = jax.config.values["jax_num_cpu_devices"] >= 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if given or jax.distributed.is_initialized():
-        return
-    with contextlib.suppress(RuntimeError):  # make_mesh says what is missing
-        jax.config.update("jax_num_cpu_devices", max(asked, 0) or math.gcd(sequences, 8, 1 << cores().bit_length() - 1))
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:
@@ -125,3 +53,20 @@ def put_replicated(mesh: Mesh, tree: Any) -> Any:
 def platform(mesh: Mesh) -> str:
     """`cpu`, `gpu` or `tpu`."""
     return mesh.devices.flat[0].platform
+
+
+def put(mesh: Mesh, array: np.ndarray, spec: PartitionSpec = ROWS) -> jax.Array:
+    """A host array that every process holds whole, sharded over the mesh."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+
+def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(row numbers, values) of the rows of `x` that this process' devices hold."""
+    shards = x.addressable_shards
+    rows = [np.arange(*s.index[0].indices(x.shape[0])) for s in shards]
+    return np.concatenate(rows), np.concatenate([np.asarray(s.data) for s in shards])
+
+
+def replicate(mesh: Mesh, params: dict[str, Any]) -> dict[str, jax.Array]:
+    """Parameters on every device of the mesh, dtypes kept."""
+    return {name: jax.device_put(value, replicated(mesh)) for name, value in params.items()}

@@ -65,7 +65,7 @@ def reproduce(path: Path, only: str = "", devices: int = 1) -> tuple[str, list, 
 
 def main(argv: list[str]) -> int:
     args = tyro.cli(Arguments, args=argv, prog="python -m golf_jax.reproduce", description=__doc__)
-    from golf_jax.mesh import split_cpu  # jax reads JAX_PLATFORMS when it is imported: not before the line at the end has set it
+    from golf_jax.processes import split_cpu  # jax reads JAX_PLATFORMS when it is imported: not before the line at the end has set it
 
     split_cpu(args.devices, sequences=1)
     recipe, results, not_checked = reproduce(args.path, args.only, args.devices)

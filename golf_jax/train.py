@@ -15,6 +15,7 @@ import zstandard
 from jax.sharding import Mesh
 
 from golf_jax import cli
+from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.artifact.code import bundle, raw_code_bytes
 from golf_jax.artifact.ledger import estimate_bytes
 from golf_jax.artifact.model import Loaded, Packed, load_model, pack_model
@@ -24,13 +25,13 @@ from golf_jax.data.corpus import CACHE, build_embedded
 from golf_jax.data.loader import Loader
 from golf_jax.data.prefetch import local_rows
 from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables, check_tables, split_documents
-from golf_jax.evaluation.calibrate import collect_hessians
 from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
 from golf_jax.evaluation.legality import check_model
 from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.ttt import evaluate_ttt
-from golf_jax.mesh import from_main, initialize_distributed, keep_compiled_programs, make_mesh, platform, split_cpu
+from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import count, resolve, to_tensors
+from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, split_cpu
 from golf_jax.quant import quantize, without_hessians
 from golf_jax.training.checkpoints import Checkpoints, check_same_recipe
 from golf_jax.training.loop import Trained, train
@@ -91,7 +92,7 @@ def prepare_text(recipe: Recipe) -> Text:
 
 def code_size(recipe: Recipe) -> tuple[int, int]:
     """(shipped, raw) bytes of the code that trains and scores this recipe, as one compressed file."""
-    data = bundle("golf_jax.train", *([f"configs.{recipe.name}"] if recipe.name in recipe_names() else []))
+    data = bundle("golf_jax.train", *([f"golf_jax.configs.{recipe.name}"] if recipe.name in recipe_names() else []))
     return len(data), raw_code_bytes(data)
 
 

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from golf_jax import mesh
+from golf_jax import processes
 from golf_jax.config import GolfError
-from golf_jax.mesh import from_main, initialize_distributed, keep_compiled_programs, make_mesh, platform, put_replicated, split_cpu
+from golf_jax.mesh import make_mesh, platform, put_replicated
+from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, split_cpu
 
 
 def test_mesh_takes_what_is_asked_for():
@@ -29,7 +30,7 @@ def test_mesh_takes_what_is_asked_for():
 def test_a_cpu_becomes_about_one_device_per_core(asked, sequences, cores, made, monkeypatch):
     updates = []
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    monkeypatch.setattr(mesh, "cores", lambda: cores)
+    monkeypatch.setattr(processes, "cores", lambda: cores)
     monkeypatch.setattr(jax.config, "update", lambda *pair: updates.append(pair))
     split_cpu(asked, sequences)
     assert updates == [("jax_num_cpu_devices", made)]
@@ -40,7 +41,7 @@ def test_a_cpu_becomes_about_one_device_per_core(asked, sequences, cores, made, 
 
 def test_devices_are_made_before_jax_looks_and_never_after():
     lines = [
-        "from golf_jax.mesh import make_mesh, split_cpu",
+        "from golf_jax.mesh import make_mesh; from golf_jax.processes import split_cpu",
         "split_cpu(5, 1); print(make_mesh().size)",
         "split_cpu(2, 1); print(make_mesh().size)",
     ]

@@ -11,13 +11,14 @@ import json
 import lzma
 import zipfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from golf_jax.artifact.codecs import ArtifactError
 from golf_jax.config import GolfError
 
-PACKAGES = ("golf_jax", "kernels", "configs")
-ROOT = Path(__file__).resolve().parents[2]
+# Where the sources lie; the longest name that a module begins with counts.
+FOLDERS = {name: Path(import_module(name).__path__[0]) for name in ("golf_jax", "golf_jax.kernels", "golf_jax.configs")}
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _LOADER = """import json,lzma,os,runpy,sys,tempfile
 with tempfile.TemporaryDirectory() as d:
@@ -40,8 +41,8 @@ def module_sources(modules: Sequence[str]) -> dict[str, str]:
         name = pending.pop()
         path = _module_path(name)
         if path is None:
-            raise GolfError(f"bundle: no module {name} in {', '.join(PACKAGES)}")
-        relative = path.relative_to(ROOT).as_posix()
+            raise GolfError(f"bundle: golf_jax has no module {name}")
+        relative = name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
         if relative in found:
             continue
         found[relative] = path.read_text(encoding="utf8")
@@ -84,9 +85,10 @@ def raw_code_bytes(data: bytes) -> int:
 
 
 def _module_path(name: str) -> Path | None:
-    if name.split(".")[0] not in PACKAGES:
+    package = max((p for p in FOLDERS if f"{name}.".startswith(f"{p}.")), key=len, default="")
+    if not package:
         return None
-    base = ROOT.joinpath(*name.split("."))
+    base = FOLDERS[package].joinpath(*name.removeprefix(package).split(".")[1:])
     for path in (base / "__init__.py", base.with_name(base.name + ".py")):
         if path.is_file():
             return path

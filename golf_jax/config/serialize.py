@@ -79,7 +79,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     else:
         known = recipe_names()
         check(name_or_path in known, f"no recipe {name_or_path!r}; known: {', '.join(known)} (or give a .py file)")
-        module = importlib.import_module(f"configs.{name_or_path}")
+        module = importlib.import_module(f"golf_jax.configs.{name_or_path}")
     make = getattr(module, "recipe", None)
     check(callable(make), f"{name_or_path}: a recipe file defines a function recipe() that returns a Recipe")
     result = make()  # type: ignore[misc]
@@ -89,6 +89,5 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes."""
-    import configs
-
+    configs = importlib.import_module("golf_jax.configs")
     return sorted(p.stem for p in Path(configs.__path__[0]).glob("*.py") if p.stem != "__init__")

@@ -10,8 +10,9 @@ from golf_jax.config import EvalConfig, GolfError, ModelConfig
 from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation.ledger import Ledger
 from golf_jax.evaluation.score import Result
-from golf_jax.evaluation.scorer import Log, WindowScorer, replicate, shapes_of
+from golf_jax.evaluation.scorer import Log, WindowScorer, shapes_of
 from golf_jax.evaluation.windows import Windows, sliding_windows, standard_windows, truncate
+from golf_jax.mesh import replicate
 
 
 def evaluate_standard(

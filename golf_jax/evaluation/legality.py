@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from golf_jax.config import ModelConfig
+from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.mesh import platform
 from golf_jax.model import hidden, resolve
-from kernels.cross_entropy import softcap_cross_entropy
 
 
 def changed_before_flip(scores: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray, flips: Sequence[int], vocab_size: int) -> int:

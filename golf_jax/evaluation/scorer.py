@@ -7,38 +7,19 @@ head; the few others (the first window, the cut ones at the end) are scored in f
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from golf_jax.config import ModelConfig
 from golf_jax.evaluation.ledger import Ledger
 from golf_jax.evaluation.windows import Windows
-from golf_jax.mesh import AXIS, REPLICATED, ROWS, platform, replicated
+from golf_jax.mesh import AXIS, REPLICATED, ROWS, own_rows, platform, put, replicated
 from golf_jax.model import nll, resolve
 
 Log = Callable[[str], None]
-
-
-def put(mesh: Mesh, array: np.ndarray, spec: PartitionSpec = ROWS) -> jax.Array:
-    """A host array that every process holds whole, sharded over the mesh."""
-    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
-
-
-def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(row numbers, values) of the rows of `x` that this process' devices hold."""
-    shards = x.addressable_shards
-    rows = [np.arange(*s.index[0].indices(x.shape[0])) for s in shards]
-    return np.concatenate(rows), np.concatenate([np.asarray(s.data) for s in shards])
-
-
-def replicate(mesh: Mesh, params: dict[str, Any]) -> dict[str, jax.Array]:
-    """Parameters on every device of the mesh, dtypes kept."""
-    return {name: jax.device_put(value, replicated(mesh)) for name, value in params.items()}
-
 
 Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
 

@@ -26,9 +26,9 @@ from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation.fixed import share_of
 from golf_jax.evaluation.ledger import Ledger
 from golf_jax.evaluation.score import Result, Trace
-from golf_jax.evaluation.scorer import Log, Shapes, WindowScorer, avals, gather, put, replicate, shapes_of
+from golf_jax.evaluation.scorer import Log, Shapes, WindowScorer, avals, gather, shapes_of
 from golf_jax.evaluation.windows import chunk_windows, sliding_windows, truncate
-from golf_jax.mesh import AXIS, REPLICATED, platform, replicated
+from golf_jax.mesh import AXIS, REPLICATED, platform, put, replicate, replicated
 from golf_jax.model import leaves, nll, resolve
 from golf_jax.optim.adam import scale_by_adam
 from golf_jax.optim.optimizer import norm_clip_factor, squared_norm

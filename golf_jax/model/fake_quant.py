@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from golf_jax.config import ModelConfig
+from golf_jax.kernels.fake_quant import RowScheme, fake_quant
 from golf_jax.model.params import Params
-from kernels.fake_quant import RowScheme, fake_quant
 
 ATTENTION, MLP, PROJECTIONS = ("q", "k", "v", "o"), ("up", "down"), ("bigram_proj", "trigram_proj", "ve_shared_proj")
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from golf_jax.config import GolfError, ModelConfig
+from golf_jax.kernels.attention import default_backend, supported_backends, xsa_attention
+from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.model import layers as ops
 from golf_jax.model.fake_quant import fake_quantize
 from golf_jax.model.params import Params, leaves
-from kernels.attention import default_backend, supported_backends, xsa_attention
-from kernels.cross_entropy import softcap_cross_entropy
 
 Tap = Callable[[str, jax.Array], None]
 

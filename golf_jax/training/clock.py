@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from golf_jax.mesh import from_main
+from golf_jax.processes import from_main
 
 
 class TrainingClock:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from golf_jax.config import GolfError, Recipe
 from golf_jax.data.loader import Loader
 from golf_jax.data.prefetch import Prefetcher
+from golf_jax.kernels.attention import assert_backend
 from golf_jax.mesh import put_replicated, rows
 from golf_jax.optim import schedules
 from golf_jax.optim.averaging import swa_mean
@@ -24,7 +25,6 @@ from golf_jax.training.leak import leaked_state
 from golf_jax.training.rundir import RunDir
 from golf_jax.training.state import TrainState, init_state
 from golf_jax.training.step import StepInputs, StepMetrics, make_step
-from kernels.attention import assert_backend
 
 Validate = Callable[[dict[str, jax.Array], bool, bool], Any]
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import jax
 
 from golf_jax.config import GolfError
-from golf_jax.mesh import from_main
+from golf_jax.processes import from_main
 
 PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 

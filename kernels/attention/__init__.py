@@ -13,8 +13,8 @@ supported. Shapes: B batch, T positions, S query positions, H query heads, G kv 
 
 import jax
 
-from kernels.attention.reference import causal_attention
-from kernels.attention.xsa import exclude_self_value
+from golf_jax.kernels.attention.reference import causal_attention
+from golf_jax.kernels.attention.xsa import exclude_self_value
 
 BACKENDS = ("xla", "pallas", "cudnn")
 _MARKERS = {"pallas": ("mosaic_gpu", "tpu_custom_call"), "cudnn": ("__cudnn$fmha",)}
@@ -33,10 +33,10 @@ def xsa_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xs
         last_v = v_BTGK[:, v_BTGK.shape[1] - q_BTHK.shape[1] :]
         return exclude_self_value(o, last_v) if xsa else o.astype(q_BTHK.dtype)
     if backend == "cudnn":
-        from kernels.attention import cudnn
+        from golf_jax.kernels.attention import cudnn
 
         return cudnn.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
-    from kernels.attention import pallas
+    from golf_jax.kernels.attention import pallas
 
     return pallas.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
 

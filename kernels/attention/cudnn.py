@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels.attention.xsa import exclude_self_value
+from golf_jax.kernels.attention.xsa import exclude_self_value
 
 
 def xsa_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xsa: bool) -> jax.Array:

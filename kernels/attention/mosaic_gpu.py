@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention.mosaic_gpu_backward import backward_dkv, backward_dq
-from kernels.attention.mosaic_gpu_common import (
+from golf_jax.kernels.attention.mosaic_gpu_backward import backward_dkv, backward_dq
+from golf_jax.kernels.attention.mosaic_gpu_common import (
     LOG2E,
     OLD_API,
     ROWS,

@@ -10,11 +10,11 @@ def xsa_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xs
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     if platform in ("gpu", "cuda"):
-        from kernels.attention import mosaic_gpu
+        from golf_jax.kernels.attention import mosaic_gpu
 
         return mosaic_gpu.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
     if platform == "tpu":
-        from kernels.attention import splash_tpu
+        from golf_jax.kernels.attention import splash_tpu
 
         return splash_tpu.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
     raise ValueError(f"attention backend 'pallas' has kernels for GPU and TPU, not for {platform!r}: use 'xla'")

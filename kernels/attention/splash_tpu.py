@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from kernels.attention.xsa import exclude_self_value
+from golf_jax.kernels.attention.xsa import exclude_self_value
 
 LANES = 128  # sequences are padded to a multiple
 BLOCKS = (512, 256, 128)  # the largest that divides the padded sequence

@@ -17,21 +17,50 @@ from golf_jax.quant import QTensor
 ROOT = Path(golf_jax.__file__).parents[1]
 
 
+def _checkout(path: str) -> Path:
+    """Where a module of the bundle lies in the repository: golf_jax.kernels and golf_jax.configs are top-level folders there."""
+    inside = ROOT / path
+    return inside if inside.exists() else ROOT / path.removeprefix("golf_jax/")
+
+
+def test_a_foreign_folder_of_the_same_name_changes_nothing(tmp_path):
+    """`kernels` and `configs` are common names: what lies in the working directory must not be taken for ours."""
+    for name in ("kernels", "configs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    program = "from golf_jax.artifact.code import bundle; import sys; sys.stdout.buffer.write(bundle('golf_jax.train'))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True)
+    assert done.stdout == bundle("golf_jax.train")
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_one_package(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"golf_jax"}
+    shipped = {name for name in names if name.endswith(".py")}
+    folders = {"golf_jax": "golf_jax", "kernels": "golf_jax/kernels", "configs": "golf_jax/configs"}
+    assert shipped == {f"{to}/{p.relative_to(ROOT / at).as_posix()}" for at, to in folders.items() for p in (ROOT / at).rglob("*.py")}
+
+
 def test_bundle_is_reproducible_and_reversible():
-    data = bundle("golf_jax.artifact", "configs.pr638")
-    assert data == bundle("golf_jax.artifact", "configs.pr638")
+    data = bundle("golf_jax.artifact", "golf_jax.configs.pr638")
+    assert data == bundle("golf_jax.artifact", "golf_jax.configs.pr638")
     sources = unbundle(data)
     for path, source in sources.items():
-        assert source == (ROOT / path).read_text(encoding="utf8")
-    assert raw_code_bytes(data) == sum((ROOT / path).stat().st_size for path in sources)
+        assert source == _checkout(path).read_text(encoding="utf8")
+    assert raw_code_bytes(data) == sum(_checkout(path).stat().st_size for path in sources)
     assert len(data) < raw_code_bytes(data) / 2
 
 
 def test_bundle_follows_imports_and_takes_nothing_else():
-    sources = module_sources(["golf_jax.artifact", "configs.pr638"])
-    assert {"golf_jax/artifact/container.py", "golf_jax/quant/gptq.py", "golf_jax/config/model.py", "configs/pr638.py"} <= set(sources)
+    sources = module_sources(["golf_jax.artifact", "golf_jax.configs.pr638"])
+    needed = {"artifact/container.py", "quant/gptq.py", "config/model.py", "configs/pr638.py"}
+    assert {f"golf_jax/{name}" for name in needed} <= set(sources)
     assert not {p for p in sources if p.startswith(("golf_jax/data", "golf_jax/training", "tests"))}
-    assert "configs/pr372.py" not in sources
+    assert "golf_jax/configs/pr372.py" not in sources
 
 
 def test_bundle_runs_on_its_own(tmp_path):

@@ -65,7 +65,7 @@ def test_optimizer_groups_are_those_of_the_run(name):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_docstring_says_how_to_run_it_and_what_to_expect(name):
-    text = importlib.import_module(f"configs.{name}").__doc__
+    text = importlib.import_module(f"golf_jax.configs.{name}").__doc__
     assert f"python -m golf_jax.train {name}" in text
     assert f"{PARAMETERS[name]:,} parameters" in text
     assert all(word in text for word in ("bpb", "bytes", "ms per step", "steps"))

@@ -18,7 +18,7 @@ from golf_jax.mesh import make_mesh
 TESTS = Path(__file__).resolve().parents[1]
 ONE_OF_TWO = """
 import json
-from golf_jax.mesh import initialize_distributed
+from golf_jax.processes import initialize_distributed
 initialize_distributed()
 from evaluation.test_two_processes import scores
 print(json.dumps(scores(0)))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention import assert_backend, default_backend, mosaic_gpu, splash_tpu, supported_backends, xsa_attention
-from kernels.attention.xsa import exclude_self_value
+from golf_jax.kernels.attention import assert_backend, default_backend, mosaic_gpu, splash_tpu, supported_backends, xsa_attention
+from golf_jax.kernels.attention.xsa import exclude_self_value
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
 IMPLEMENTATIONS = {

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels.attention import assert_backend, xsa_attention
+from golf_jax.kernels.attention import assert_backend, xsa_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")

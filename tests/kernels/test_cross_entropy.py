@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.cross_entropy import softcap_cross_entropy, softcap_cross_entropy_reference, softcap_logits
+from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_cross_entropy_reference, softcap_logits
 
 N, V, D, SOFTCAP = 50, 96, 16, 5.0
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.fake_quant import RowScheme, fake_quant
+from golf_jax.kernels.fake_quant import RowScheme, fake_quant
 
 FLOORED = RowScheme(levels=31, lowest=-32, scale_floor=1 / 31)
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from golf_jax.kernels.fake_quant import RowScheme, fake_quant
 from golf_jax.quant.schemes import SCHEMES
-from kernels.fake_quant import RowScheme, fake_quant
 
 
 @pytest.mark.parametrize(

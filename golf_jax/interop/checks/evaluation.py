@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.config import EvalConfig, ModelConfig, load_recipe
 from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation import Result, evaluate_sliding, evaluate_standard, evaluate_ttt
-from golf_jax.evaluation.calibrate import collect_hessians
 from golf_jax.evaluation.windows import chunk_windows, sliding_windows
 from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Reference
 from golf_jax.interop.checks.quantization import dequantized

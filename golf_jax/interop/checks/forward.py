@@ -12,10 +12,10 @@ from golf_jax.config import ModelConfig
 from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Model, Reference, compiler_options
 from golf_jax.interop.hparams import model_config
 from golf_jax.interop.torch_names import from_torch
+from golf_jax.kernels.attention import xsa_attention
 from golf_jax.model import layers as ops
 from golf_jax.model import logits
 from golf_jax.model.gpt import nll
-from kernels.attention import xsa_attention
 
 Taps = dict[str, np.ndarray]
 

@@ -9,8 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.config import QuantConfig, load_recipe
-from golf_jax.evaluation.calibrate import collect_hessians
 from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Reference
 from golf_jax.interop.hparams import hyperparameters
 from golf_jax.interop.packed import canonical_name, read_packed_codes, split_banks

@@ -9,12 +9,12 @@ import numpy as np
 
 from golf_jax.config import ModelConfig
 from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Measure, Reference
+from golf_jax.kernels.attention import xsa_attention
+from golf_jax.kernels.attention.xsa import exclude_self_value
+from golf_jax.kernels.fake_quant import RowScheme, fake_quant
 from golf_jax.model import layers as ops
 from golf_jax.model.gpt import attention
 from golf_jax.quant.schemes import SCHEMES, sorted_rows, torch_quantile
-from kernels.attention import xsa_attention
-from kernels.attention.xsa import exclude_self_value
-from kernels.fake_quant import RowScheme, fake_quant
 
 BAR: dict[str, tuple[float, Measure]] = {"pr372": (1e-4, "of max"), "pr1182": (1e-5, "rel L2"), "pr2005": (1e-4, "of max")}
 

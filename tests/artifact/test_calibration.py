@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from evaluation.golden_models import Portable
 
+from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.config import GolfError
-from golf_jax.evaluation.calibrate import collect_hessians
 from golf_jax.mesh import make_mesh
 
 

@@ -9,8 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from golf_jax.config import GolfError, ModelConfig
-from golf_jax.evaluation.scorer import put, replicate
-from golf_jax.mesh import AXIS, REPLICATED, ROWS, platform
+from golf_jax.mesh import AXIS, REPLICATED, ROWS, platform, put, replicate
 from golf_jax.model import hidden, leaves, resolve
 from golf_jax.quant.gptq import accumulate_hessian
 
