@@ -56,7 +56,26 @@ def from_main(text: str) -> str:
     return client.blocking_key_value_get(key, MESSAGE_MILLISECONDS)
 
 
-def keep_compiled_programs(directory: Path) -> None:
+def agreed(number: int, due: bool) -> tuple[int, bool]:
+    """(the signal that any process has seen or 0, what process 0 holds to be due), the same on every process."""
+    if jax.process_count() == 1:
+        return number, due
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    if number and jax.process_index():
+        client.key_value_set("golf_jax/signal", str(number), True)
+    if not number and jax.process_index() == 0:
+        with contextlib.suppress(Exception):  # nobody has set it
+            number = int(client.key_value_try_get("golf_jax/signal"))
+    first, second = from_main(f"{number} {int(due)}").split()
+    return int(first), second == "1"
+
+
+CACHE = Path.home() / ".cache" / "golf_jax"
+
+
+def keep_compiled_programs(directory: Path = CACHE / "xla") -> None:
     """A second start finds its compiled programs in `directory`, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable)."""
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(directory))

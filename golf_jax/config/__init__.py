@@ -18,7 +18,7 @@ from golf_jax.config.recipe import (
     ScheduleConfig,
     TTTConfig,
 )
-from golf_jax.config.serialize import from_dict, load_recipe, recipe_names, to_dict
+from golf_jax.config.serialize import differences, from_dict, load_recipe, recipe_names, to_dict
 
 __all__ = [
     "CAP_BYTES",
@@ -35,6 +35,7 @@ __all__ = [
     "Recipe",
     "ScheduleConfig",
     "TTTConfig",
+    "differences",
     "from_dict",
     "load_recipe",
     "recipe_names",

@@ -91,3 +91,14 @@ def recipe_names() -> list[str]:
     """Names of the shipped recipes."""
     configs = importlib.import_module("golf_jax.configs")
     return sorted(p.stem for p in Path(configs.__path__[0]).glob("*.py") if p.stem != "__init__")
+
+
+def differences(there: Any, here: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted field, value there, value here) wherever two configurations as JSON data differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        pairs = [(str(k), there.get(k), here.get(k)) for k in here | there]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(there, here, strict=True))]
+    else:
+        return [] if there == here else [(path, there, here)]
+    return [d for name, a, b in pairs for d in differences(a, b, f"{path}.{name}" if path else name)]

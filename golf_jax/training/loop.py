@@ -19,8 +19,9 @@ from golf_jax.mesh import put_replicated, rows
 from golf_jax.optim import schedules
 from golf_jax.optim.averaging import swa_mean
 from golf_jax.optim.schedules import Clock
-from golf_jax.training.checkpoints import Checkpoints
+from golf_jax.training.checkpoints import Found
 from golf_jax.training.clock import TrainingClock
+from golf_jax.training.keep import Keeper
 from golf_jax.training.leak import leaked_state
 from golf_jax.training.rundir import RunDir
 from golf_jax.training.state import TrainState, init_state
@@ -35,7 +36,6 @@ class Trained:
 
     params: dict[str, jax.Array]
     """The weights that become the model (`schedule.export`), in their storage dtypes."""
-    raw: dict[str, jax.Array]
     steps: int
     seconds: float
     """On the training clock."""
@@ -83,22 +83,25 @@ def train(
     mesh: Mesh,
     loader: Loader,
     run: RunDir,
+    keeper: Keeper,
     *,
-    checkpoints: Checkpoints | None = None,
+    found: Found | None = None,
     validate: Validate | None = None,
+    profile: int = 0,
 ) -> Trained:
-    """Train `recipe` (model resolved) on `loader`, from the newest checkpoint if there is one.
+    """Train `recipe` (model resolved) on `loader`, from the checkpoint `found` if there is one.
 
     validate(params, looping, rehearse): called on the raw weights every `eval.every` steps, outside the clock; returns an object whose
-    `score` gives loss and bpb. With `rehearse` it only has to compile what it needs. Raises GolfError if the loss stops being finite.
+    `score` gives loss and bpb. With `rehearse` it only has to compile what it needs. The state is saved at the end, whatever happened to
+    the checkpoints before. Raises GolfError if the loss stops being finite, Interrupted (after saving) when a signal arrives.
     """
-    state = init_state(recipe, mesh, recipe.seed)
+    state = found.state if found else init_state(recipe, mesh, recipe.seed)
     step, clock = 0, TrainingClock()
-    if checkpoints and (found := checkpoints.restore(recipe, state)):
-        state, meta = found
-        step, clock = meta["step"], TrainingClock(meta["seconds"])
-        loader.restore(meta["position"])
+    if found:
+        step, clock = found.step, TrainingClock(found.meta["seconds"])
+        loader.restore(found.meta["position"])
         run.truncate_metrics(step)
+        keeper.starts_at(step, clock.local_seconds)
         run.log(f"resumed at step {step}, {clock.local_seconds:.1f} s of training")
     phases, compile_seconds = compile_phases(recipe, mesh, state, run)
     if recipe.schedule.leak_warmup_steps and not step:
@@ -112,7 +115,7 @@ def train(
     watch = _Watch(recipe, run)
     pending: tuple[int, StepInputs, StepMetrics] | None = None
 
-    with Prefetcher(loader, mesh) as batches, jax.transfer_guard("disallow"):
+    with Prefetcher(loader, mesh) as batches, keeper.signals.held(), jax.transfer_guard("disallow"):
         clock.start()
         while True:
             seconds = clock.seconds() if not recipe.budget.steps else clock.local_seconds
@@ -130,16 +133,23 @@ def train(
                 watch.step(*pending, clock)
             pending = (step, inputs, metrics)
             step += 1
-            if checkpoints and recipe.checkpoint_every and step % recipe.checkpoint_every == 0:
-                watch.step(*pending, clock)  # a state with a NaN is never saved
+            signal, due = keeper.asked(step, clock.local_seconds)
+            if signal or due:
+                watch.step(*pending, clock)
                 pending = None
                 with clock.paused(), jax.transfer_guard("allow"):
-                    checkpoints.save(recipe, step, state, clock.local_seconds, batches.state())
+                    arguments = (step, state, clock.local_seconds, batches.state())
+                    if signal:
+                        raise keeper.stop(signal, *arguments)
+                    keeper.save(*arguments)
         if pending:
             watch.step(*pending, clock)
         jax.block_until_ready(state.params)
         clock.stop()
-    return Trained(exported(recipe, state), state.params, step, clock.local_seconds, watch.loss, compile_seconds)
+        position = batches.state()
+    if keeper.save(step, state, clock.local_seconds, position, wait=True):
+        run.log(f"training complete: step {step} is saved")
+    return Trained(exported(recipe, state), step, clock.local_seconds, watch.loss, compile_seconds)
 
 
 def exported(recipe: Recipe, state: TrainState) -> dict[str, jax.Array]:
@@ -168,13 +178,13 @@ class _Watch:
         self.loss, norm = (float(v) for v in jax.device_get((metrics.loss, metrics.grad_norm)))
         seconds = clock.local_seconds  # read after the wait: the time at which this step was done
         if not math.isfinite(self.loss):
-            self.run.metrics(step=step, loss=None, seconds=seconds)
+            self.run.metrics("train", step=step, loss=None, seconds=seconds)
             raise GolfError(
-                f"step {step + 1}: the training loss is {self.loss}; lower the learning rates (--optim.groups.0.lr), or go on from "
-                f"the last checkpoint with --resume"
+                f"step {step + 1}: the training loss is {self.loss}; lower the learning rates: in a new run, or from the last good "
+                f"checkpoint with --resume {self.run.path} --accept optim.groups.0.lr --optim.groups.0.lr N"
             )
         factor, momentum = float(inputs.lr_factor), float(inputs.momentum)
-        self.run.metrics(step=step, loss=self.loss, lr_factor=factor, momentum=momentum, grad_norm=norm, seconds=round(seconds, 4))
+        self.run.metrics("train", step=step, loss=self.loss, lr_factor=factor, momentum=momentum, grad_norm=norm, seconds=round(seconds, 4))
         done = step + 1
         self._first = self._first or (done, seconds)
         rate = (done - self._first[0]) / max(seconds - self._first[1], 1e-9) or done / max(seconds, 1e-9)
@@ -191,4 +201,5 @@ class _Watch:
 
     def validation(self, step: int, seconds: float, result: Any) -> None:
         score, average = result.score, 1000 * seconds / max(step, 1)
+        self.run.metrics("validation", step=step, seconds=round(seconds, 4), val_loss=score.loss, val_bpb=score.bpb)
         self.run.log(f"step:{step}/{self.total} {score.line()} train_time:{1000 * seconds:.0f}ms step_avg:{average:.2f}ms")

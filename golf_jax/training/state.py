@@ -75,17 +75,24 @@ def state_specs(state: TrainState) -> TrainState:
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def init_state(recipe: Recipe, mesh: Mesh, seed: int, params: dict[str, Any] | None = None) -> TrainState:
-    """State on the mesh, from the recipe's initialisation or from given parameters (any device, any host)."""
+def _maker(recipe: Recipe, mesh: Mesh, params: dict[str, Any] | None) -> tuple[Any, TrainState]:
+    """(function of a key and given parameters to the state, its shapes with their shardings)."""
     shards = mesh.shape[AXIS]
 
     def make(key: jax.Array, given: dict[str, jax.Array] | None) -> TrainState:
         return make_state(recipe, init_params(recipe.model, key, recipe.numerics) if given is None else given, shards)
 
-    key = jax.random.key(seed)
-    shapes = jax.eval_shape(make, key, params)
-    shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs(shapes))
-    return jax.jit(make, out_shardings=shardings)(key, params)
+    shapes = jax.eval_shape(make, jax.random.key(0), params)
+    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    return make, jax.tree.map(place, shapes, state_specs(shapes))
 
 
-__all__ = ["TrainState", "frozen_names", "init_state", "make_state", "optimizer", "state_specs"]
+def state_shapes(recipe: Recipe, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state on the mesh, for reading a checkpoint into it."""
+    return _maker(recipe, mesh, None)[1]
+
+
+def init_state(recipe: Recipe, mesh: Mesh, seed: int, params: dict[str, Any] | None = None) -> TrainState:
+    """State on the mesh, from the recipe's initialisation or from given parameters (any device, any host)."""
+    make, shapes = _maker(recipe, mesh, params)
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(jax.random.key(seed), params)
