@@ -37,7 +37,7 @@ from golf_jax.quant import quantize, without_hessians
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
-from golf_jax.training.resume import changed, stages_to_repeat, stored_recipe
+from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, new_path, read_json
 from golf_jax.training.state import state_shapes
 
@@ -81,8 +81,9 @@ def check(recipe: Recipe, options: Options) -> Plan:
     check_plan(recipe)
     keep_compiled_programs()
     initialize_distributed()
-    split_cpu(options.devices, d.ranks if recipe.optim.clip_per_rank else d.ranks * d.rows_per_rank)
-    mesh = make_mesh(options.devices)
+    before = devices_of(options.resume) if options.resume else 0
+    split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.ranks * d.rows_per_rank)
+    mesh = make_mesh(options.devices or min(before, jax.device_count()))
     resolved = replace(recipe, model=resolve(recipe.model, platform(mesh)))
     check_devices(resolved, mesh.size)
     return Plan(recipe, resolved, mesh, open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len))
@@ -114,7 +115,9 @@ def _stages(plan: Plan, options: Options, run: RunDir, signals: Signals) -> dict
             record["changes"] = record.get("changes", []) + changes
             run.note("changes", record["changes"])
     run.write("config.json", to_dict(plan.asked))
-    run.write("environment.json", environment() | {"text": plan.text.identity, "data": to_dict(recipe.data)})
+    run.write(
+        "environment.json", environment() | {"devices_used": plan.mesh.size, "text": plan.text.identity, "data": to_dict(recipe.data)}
+    )
     run.write("tokenizer.model", plan.text.tokenizer.model)
     code = bundle("golf_jax.train", *([f"golf_jax.configs.{recipe.name}"] if recipe.name in recipe_names() else []))
     run.write("code.pyz", code)

@@ -180,8 +180,8 @@ class _Watch:
         if not math.isfinite(self.loss):
             self.run.metrics("train", step=step, loss=None, seconds=seconds)
             raise GolfError(
-                f"step {step + 1}: the training loss is {self.loss}; lower the learning rates: in a new run, or from the last good "
-                f"checkpoint with --resume {self.run.path} --accept optim.groups.0.lr --optim.groups.0.lr N"
+                f"step {step + 1}: the training loss is {self.loss}; lower the learning rates in a new run, or from the last good "
+                f"checkpoint on: --resume {self.run.path} --accept optim.groups.0.lr --optim.groups.0.lr N"
             )
         factor, momentum = float(inputs.lr_factor), float(inputs.momentum)
         self.run.metrics("train", step=step, loss=self.loss, lr_factor=factor, momentum=momentum, grad_norm=norm, seconds=round(seconds, 4))

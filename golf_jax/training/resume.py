@@ -1,5 +1,6 @@
 """What a run directory says about its run, and what may be changed when it goes on."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ def stored_recipe(path: str | Path) -> Recipe:
         raise GolfError(f"--resume {path}: no run is there (config.json is missing)") from None
     except GolfError as error:
         raise error if str(file) in str(error) else GolfError(f"{file}: {error}") from None
+
+
+def devices_of(path: str | Path) -> int:
+    """How many devices the run in `path` used; 0 where it does not say."""
+    with contextlib.suppress(FileNotFoundError):
+        found = read_json(Path(path) / "environment.json")
+        return found.get("devices_used", 0) if isinstance(found, dict) else 0
+    return 0
 
 
 def _within(field: str, names: tuple[str, ...]) -> bool:

@@ -96,12 +96,10 @@ class RunDir:
         """To the terminal, as long as somebody reads there: a closed pipe or a full disk behind it must not end a run."""
         if self._terminal is None:
             return
+        encoding = self._terminal.encoding or "utf8"
         try:
-            self._terminal.write(text)
-            self._terminal.flush()
-        except UnicodeEncodeError:
-            encoding = self._terminal.encoding
             self._terminal.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._terminal.flush()
         except (OSError, ValueError):
             self._terminal = None
             sys.stdout = open(os.devnull, "w")  # what Python still holds for it would fail at exit
