@@ -14,7 +14,7 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int, advice: str = "") -> None:
         super().__init__(f"{signal.Signals(number).name}{': ' if advice else ''}{advice}")
-        self.status = 128 + number
+        self.status, self.advice = 128 + number, advice
 
 
 class Signals:

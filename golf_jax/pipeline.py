@@ -31,7 +31,7 @@ from golf_jax.interrupt import Interrupted, Signals, catching
 from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import count, resolve, to_tensors
 from golf_jax.opening import evaluate, load
-from golf_jax.plan import check_devices, check_plan
+from golf_jax.plan import check_devices, check_plan, check_text
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, split_cpu
 from golf_jax.quant import quantize, without_hessians
 from golf_jax.training.checkpoints import Checkpoints
@@ -86,7 +86,9 @@ def check(recipe: Recipe, options: Options) -> Plan:
     mesh = make_mesh(options.devices or min(before, jax.device_count()))
     resolved = replace(recipe, model=resolve(recipe.model, platform(mesh)))
     check_devices(resolved, mesh.size)
-    return Plan(recipe, resolved, mesh, open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len))
+    text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
+    check_text(recipe, text)
+    return Plan(recipe, resolved, mesh, text)
 
 
 def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa: B008 - frozen
@@ -95,25 +97,24 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
     Raises GolfError for whatever cannot be, Interrupted when a signal ends it: what was finished by then is kept.
     """
     plan = check(recipe, options)
+    changes = changed(stored_recipe(options.resume), plan.asked, options.accept, options.resume) if options.resume else []
     path = from_main(options.resume or options.run_dir or str(new_path("runs", recipe.name)))
     with catching() as signals, contextlib.closing(RunDir(path, resume=bool(options.resume))) as directory:
         try:
-            return _stages(plan, options, directory, signals)
+            return _stages(plan, options, changes, directory, signals)
         except Interrupted as stop:
-            directory.log(f"interrupted by {stop}")
+            advice = f": go on with: python -m golf_jax.train --resume {path}" if not stop.advice and "train" in directory.record else ""
+            directory.log(f"interrupted by {stop}{advice}")
             raise
 
 
-def _stages(plan: Plan, options: Options, run: RunDir, signals: Signals) -> dict[str, Any]:
+def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: RunDir, signals: Signals) -> dict[str, Any]:
     record, recipe = run.record, plan.recipe
-    if options.resume:
-        changes = changed(stored_recipe(run.path), plan.asked, options.accept, run.path)
-        for stage in stages_to_repeat(changes):
-            record.pop(stage, None)
-            run.remove("result.json")
-        if changes:
-            record["changes"] = record.get("changes", []) + changes
-            run.note("changes", record["changes"])
+    for stage in stages_to_repeat(changes):
+        record.pop(stage, None)
+        run.remove("result.json")
+    if changes:
+        run.note("changes", record.get("changes", []) + changes)
     run.write("config.json", to_dict(plan.asked))
     run.write(
         "environment.json", environment() | {"devices_used": plan.mesh.size, "text": plan.text.identity, "data": to_dict(recipe.data)}

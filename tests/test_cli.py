@@ -9,7 +9,7 @@ import pytest
 
 from golf_jax import cli
 from golf_jax.config import GolfError
-from golf_jax.train import Options
+from golf_jax.pipeline import Options
 
 
 def parse(*argv: str):

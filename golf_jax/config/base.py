@@ -1,5 +1,9 @@
 """The one error users see, and the cap."""
 
+import math
+from dataclasses import fields, is_dataclass
+from typing import Any
+
 CAP_BYTES = 16_000_000  # artifact cap of the challenge, decimal, code + model
 
 
@@ -10,3 +14,15 @@ class GolfError(ValueError):
 def check(ok: bool, message: str) -> None:
     if not ok:
         raise GolfError(message)
+
+
+def check_finite(config: Any, path: str = "") -> None:
+    """Raises GolfError for a number anywhere in a configuration that is NaN or infinite."""
+    if isinstance(config, float):
+        check(math.isfinite(config), f"{path}: {config} is not a finite number")
+    elif is_dataclass(config):
+        for f in fields(config):
+            check_finite(getattr(config, f.name), f"{path}.{f.name}" if path else f.name)
+    elif isinstance(config, tuple):
+        for i, value in enumerate(config):
+            check_finite(value, f"{path}.{i}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from golf_jax.config.base import check
+from golf_jax.config.base import check, check_finite
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         c = self
+        check_finite(c, "model")
         for name in ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads"):
             check(getattr(c, name) > 0, f"model.{name} must be positive, got {getattr(c, name)}")
         check(c.width % c.num_heads == 0, f"model.width {c.width} is not divisible by model.num_heads {c.num_heads}")
@@ -100,6 +101,10 @@ class ModelConfig:
             f"model.num_heads {c.num_heads} is not divisible by model.num_kv_heads {c.num_kv_heads}",
         )
         check(c.head_dim % 2 == 0, f"model.width / model.num_heads = {c.head_dim} must be even for RoPE")
+        for name in ("rope_base", "softcap"):
+            check(getattr(c, name) > 0, f"model.{name} must be positive, got {getattr(c, name)}")
+        for name in ("embed_init_std", "bigram_dim", "trigram_dim", "value_embed_dim", "rope_train_len"):
+            check(getattr(c, name) >= 0, f"model.{name} must not be negative, got {getattr(c, name)}")
         check(c.mlp_dim > 0, f"model.mlp_ratio {c.mlp_ratio} gives no hidden unit at width {c.width}")
         check(
             c.rope_dims % 2 == 0 and 0 <= c.rope_dims <= c.head_dim,

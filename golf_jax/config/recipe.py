@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from golf_jax.config.base import check
+from golf_jax.config.base import check, check_finite
 from golf_jax.config.model import ModelConfig
 
 
@@ -236,11 +236,15 @@ class Recipe:
     """Sequences per device and forward pass (gradient accumulation); 0: as many as one rank has."""
     seed: int = 1337
     checkpoint_every: int = 0
-    """Save a checkpoint every N steps (0: none); `--resume DIR` of golf_jax.train goes on from it bit for bit."""
+    """Save a checkpoint every N steps; 0: about once a minute of training. The last two are kept, and the final state always."""
     log_every: int = 50
 
     def __post_init__(self):
         r = self
+        check_finite(r)
+        for name in ("micro_rows", "checkpoint_every"):
+            check(getattr(r, name) >= 0, f"{name} must be >= 0, got {getattr(r, name)}")
+        check(r.log_every > 0, f"log_every must be positive, got {r.log_every}")
         has_fake_quant = r.model.fake_quant.matrices != "none"
         check(
             r.schedule.fake_quant_below == 0 or has_fake_quant,

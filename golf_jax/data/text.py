@@ -20,6 +20,8 @@ class Text:
 
     train: str
     """Glob of the training shards; empty where there is only something to score."""
+    val: str
+    """Glob of the validation shards."""
     val_tokens: np.ndarray
     """uint16 [n]"""
     tokenizer: Tokenizer
@@ -52,4 +54,4 @@ def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: in
     if len(tokens) <= seq_len:
         raise GolfError(f"{val}: {len(tokens)} validation tokens are fewer than one window of data.seq_len {seq_len}")
     tables = byte_tables(model.processor)
-    return Text(train, tokens, model, tables, check_tables(model, tokens[:SAMPLE], tables))
+    return Text(train, val, tokens, model, tables, check_tables(model, tokens[:SAMPLE], tables))

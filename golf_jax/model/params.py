@@ -17,13 +17,14 @@ import numpy as np
 from golf_jax.config import GolfError, ModelConfig
 
 Params = dict[str, jax.Array]
+ROLES = ("matrix", "gate", "proj", "token", "table", "trigram", "vector")
 
 
 @dataclass(frozen=True)
 class Leaf:
     """One parameter array.
 
-    role: matrix, gate, proj, token, table, trigram or vector. tensor: name in the challenge's state_dict; `{i}` marks a stack with
+    role: one of `ROLES`. tensor: name in the challenge's state_dict; `{i}` marks a stack with
     one tensor per leading index. matrix: stored `[..., in, out]` here and `(out, in)` there.
     """
 

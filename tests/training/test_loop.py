@@ -163,4 +163,4 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(run_training, 
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     assert run_training(saved, tmp_path / "run").steps == 6
     log = (tmp_path / "run/log.txt").read_text()
-    assert log.count("warning: ") == 3 and "checkpoint 6 cannot be written" in log and "No space left on device" in log
+    assert all(f"checkpoint {step} cannot be written ([Errno 28] No space left on device); the run goes on" in log for step in (2, 4, 6))
