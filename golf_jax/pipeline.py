@@ -32,7 +32,7 @@ from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import count, resolve, to_tensors
 from golf_jax.opening import evaluate, load
 from golf_jax.plan import check_devices, check_plan, check_text
-from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, split_cpu
+from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.quant import quantize, without_hessians
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.keep import Keeper
@@ -101,7 +101,8 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
     path = from_main(options.resume or options.run_dir or str(new_path("runs", recipe.name)))
     with catching() as signals, contextlib.closing(RunDir(path, resume=bool(options.resume))) as directory:
         try:
-            return _stages(plan, options, changes, directory, signals)
+            with others_alive():
+                return _stages(plan, options, changes, directory, signals)
         except Interrupted as stop:
             advice = f": go on with: python -m golf_jax.train --resume {path}" if not stop.advice and "train" in directory.record else ""
             directory.log(f"interrupted by {stop}{advice}")

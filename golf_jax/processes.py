@@ -4,16 +4,27 @@ import contextlib
 import itertools
 import math
 import os
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from golf_jax.config import GolfError
+from golf_jax.supervise import ADVICE, LOST, LOST_STATUS
 
-SHUTDOWN_SECONDS = 30  # how long a process that ends waits for the others
+SHUTDOWN_SECONDS = 20  # how long a process that ends waits for the others
+HEARTBEAT_SECONDS = 30  # without a sign of life a process counts as dead
 MESSAGE_MILLISECONDS = 600_000
 _messages = itertools.count()
+
+
+def several_processes() -> bool:
+    """Whether the environment says that there are other processes: see `initialize_distributed`."""
+    tasks, hosts = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return bool(os.environ.get("JAX_COORDINATOR_ADDRESS")) or tasks != "1" or "," in hosts
 
 
 def initialize_distributed() -> None:
@@ -24,10 +35,10 @@ def initialize_distributed() -> None:
     Must run before the first call that touches a device. A single process is left alone. Raises GolfError for a variable that is
     missing or no number.
     """
-    if jax.distributed.is_initialized():
+    if jax.distributed.is_initialized() or not several_processes():
         return
     address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-    tasks, hosts = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    limits: dict[str, Any] = {"shutdown_timeout_seconds": SHUTDOWN_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if address and address != "auto":
         values = {name: os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
         for name, value in values.items():
@@ -36,10 +47,22 @@ def initialize_distributed() -> None:
         count, index = map(int, values.values())
         if index >= count:
             raise GolfError(f"JAX_PROCESS_ID {index} must be below JAX_NUM_PROCESSES {count}")
-        jax.distributed.initialize(address, count, index, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
-    elif address or tasks != "1" or "," in hosts:
+        jax.distributed.initialize(address, count, index, **limits)
+    else:
         os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # jax would take `auto` for a host
-        jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+        jax.distributed.initialize(**limits)
+
+
+@contextlib.contextmanager
+def others_alive() -> Iterator[None]:
+    """A collective that fails because another process is gone becomes one line and status 3, without waiting for it at the exit."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, GolfError) or jax.process_count() == 1 or not re.search("Gloo|peer|coordination|UNAVAILABLE", str(error)):
+            raise
+        print(f"error: {LOST}; {ADVICE}", file=sys.stderr, flush=True)
+        os._exit(LOST_STATUS)
 
 
 def from_main(text: str) -> str:

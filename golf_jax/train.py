@@ -2,6 +2,8 @@
 
 from golf_jax import cli
 from golf_jax.pipeline import Options, run
+from golf_jax.processes import several_processes
+from golf_jax.supervise import supervise
 from golf_jax.training.resume import stored_recipe
 
 DESCRIPTION = """Train, pack and score one model: data -> train -> average -> quantize -> pack -> reload from the bytes -> score.
@@ -17,6 +19,8 @@ The run directory holds config, log, metrics, checkpoints, tokenizer, code, arti
 def main(argv: list[str]) -> int:
     directory = cli.value_of(argv, "--resume")
     recipe, options = cli.parse(argv, Options(), DESCRIPTION, stored_recipe(directory) if directory else "quickstart")
+    if several_processes() and (status := supervise()) is not None:
+        return status
     run(recipe, options)
     return 0
 
