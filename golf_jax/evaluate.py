@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -14,24 +14,19 @@ import tyro
 from golf_jax import cli
 from golf_jax.artifact.model import load_model
 from golf_jax.config import EvalConfig, GolfError, ModelConfig, load_recipe
-from golf_jax.data import load_val_tokens
-from golf_jax.data.corpus import CACHE, build_embedded
-from golf_jax.data.tokenizer import Tokenizer, byte_tables, check_tables
-from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
-from golf_jax.evaluation.legality import check_model
-from golf_jax.evaluation.score import Result
-from golf_jax.evaluation.ttt import evaluate_ttt
+from golf_jax.data.text import Text, open_text
+from golf_jax.evaluation import Result, score
 from golf_jax.interop import from_torch
 from golf_jax.interop.packed import read_checkpoint, read_packed
-from golf_jax.mesh import make_mesh
+from golf_jax.mesh import make_mesh, platform
+from golf_jax.model import Model
 from golf_jax.processes import initialize_distributed, split_cpu
 
-SAMPLE = 1 << 18  # tokens whose byte count is proved against the decoded text
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
 
   python -m golf_jax.evaluate runs/quickstart/artifact.golf                        the text it was trained beside
   python -m golf_jax.evaluate artifact.golf --val 'shards/val_*.bin' --tokenizer tokenizer.model
-  python -m golf_jax.evaluate artifact.golf --val ... --tokenizer ... --mode ttt   with test-time training
+  python -m golf_jax.evaluate artifact.golf --val ... --tokenizer ... --mode score_first   with test-time training
   python -m golf_jax.evaluate --torch final_model.pt --recipe pr1182 --val ... --tokenizer ...
 
 Prints the score with its nats, tokens and bytes, whether it is legal (C1 causal, C2 normalized, C3 scored before trained on, C4 each
@@ -46,17 +41,17 @@ class Options:
     """Glob of the validation shards; default: the embedded corpus, for artifacts that were trained on it."""
     tokenizer: str = ""
     """SentencePiece model of the shards; must be the one the artifact was trained with."""
-    mode: Literal["auto", "standard", "sliding", "ttt"] = "auto"
-    """standard: rows side by side; sliding: window that moves by the stride; ttt: test-time training; auto: sliding, or standard for a
-    model whose recipe has no stride."""
+    mode: Literal["auto", "standard", "sliding", "score_first", "adapt_first"] = "auto"
+    """standard: rows side by side; sliding: window that moves by the stride; score_first, adapt_first: test-time training; auto: sliding,
+    or standard for a model whose recipe has no stride."""
     max_docs: int = 0
     """Only the first N documents: a quick look, marked PARTIAL (0: all)."""
     max_tokens: int = 0
     """Only about the first N targets, marked PARTIAL (0: all)."""
     stride: int = 0
-    """Stride of the sliding window (0: the recipe's)."""
+    """Stride of the sliding window, also with test-time training (0: the recipe's)."""
     batch_rows: int = 0
-    """Windows per device and forward pass (0: the recipe's); lower it when memory runs out."""
+    """Windows per device and forward pass (0: the recipe's, or automatic); lower it when memory runs out."""
     devices: int = 0
     """Devices to use (0: all). Of a CPU this many are made (0: about one per core)."""
     json: str = ""
@@ -120,21 +115,13 @@ def from_pytorch(path: str, recipe: str, config_path: str) -> Subject:
     return Subject(path, hashlib.sha256(data).hexdigest(), config, params, run.eval, seq_len)
 
 
-def open_text(subject: Subject, val: str, tokenizer_path: str) -> tuple[np.ndarray, Tokenizer]:
-    """Validation tokens and tokenizer. Raises GolfError if they are not those the model was trained with."""
-    if not val and not tokenizer_path and subject.embedded:
-        directory = Path(build_embedded(CACHE, subject.config.vocab_size)["directory"])
-        val, tokenizer_path = str(directory / "val_*.bin"), str(directory / "tokenizer.model")
-    if not val or not tokenizer_path:
+def text_of(subject: Subject, val: str, tokenizer: str) -> Text:
+    """Validation text and tokenizer. Raises GolfError if they are not those the model was trained with."""
+    embedded = not val and not tokenizer and subject.embedded
+    if not embedded and not (val and tokenizer):
         raise GolfError("give the validation shards and their tokenizer: --val 'GLOB' --tokenizer MODEL")
-    tokenizer = Tokenizer(tokenizer_path)
-    if tokenizer.vocab_size != subject.config.vocab_size:
-        pieces = f"{tokenizer.vocab_size} pieces, {subject.name} has a vocabulary of {subject.config.vocab_size}"
-        raise GolfError(f"--tokenizer {tokenizer_path}: {pieces}; give the tokenizer it was trained with")
-    if subject.tokenizer_sha256 and tokenizer.sha256 != subject.tokenizer_sha256:
-        hashes = f"SHA-256 {tokenizer.sha256[:12]}..., {subject.name} was trained with {subject.tokenizer_sha256[:12]}..."
-        raise GolfError(f"--tokenizer {tokenizer_path}: {hashes}; give the tokenizer it was trained with")
-    return load_val_tokens(val, tokenizer.vocab_size), tokenizer
+    train, vocab_size = "embedded" if embedded else "", subject.config.vocab_size
+    return open_text(train, val, tokenizer, vocab_size, subject.seq_len, sha256=subject.tokenizer_sha256)
 
 
 def first_documents(tokens: np.ndarray, bos_id: int, documents: int) -> int:
@@ -145,32 +132,19 @@ def first_documents(tokens: np.ndarray, bos_id: int, documents: int) -> int:
 
 def evaluate(subject: Subject, options: Options) -> Result:
     """Score `subject` as the options say. Prints progress on process 0."""
-    tokens, tokenizer = open_text(subject, options.val, options.tokenizer)
-    tables = byte_tables(tokenizer.processor)
-    check_tables(tokenizer, tokens[:SAMPLE], tables)
-    limits = [n for n in (options.max_tokens, options.max_docs and first_documents(tokens, tokenizer.bos_id, options.max_docs)) if n]
-    eval = subject.eval
-    eval = replace(eval, stride=options.stride or eval.stride, batch_rows=options.batch_rows or eval.batch_rows)
-    if eval.stride > subject.seq_len:
-        raise GolfError(f"--stride {eval.stride} exceeds the window of {subject.seq_len} tokens")
+    text = text_of(subject, options.val, options.tokenizer)
+    documents = options.max_docs and first_documents(text.val_tokens, text.tokenizer.bos_id, options.max_docs)
+    limits = [n for n in (options.max_tokens, documents) if n]
+    eval = replace(subject.eval, batch_rows=options.batch_rows or subject.eval.batch_rows)
+    if options.stride:
+        methods = {name: replace(getattr(eval, name), stride=options.stride) for name in ("sliding", "score_first", "adapt_first")}
+        eval = replace(eval, **methods)
     mesh = make_mesh(options.devices)
-    mode = ("sliding" if eval.stride else "standard") if options.mode == "auto" else options.mode
-    run: Any = {"standard": evaluate_standard, "sliding": evaluate_sliding, "ttt": evaluate_ttt}[mode]
+    mode = ("sliding" if eval.sliding.on else "standard") if options.mode == "auto" else options.mode
     say = print if jax.process_index() == 0 else None
-    result = run(
-        subject.config,
-        subject.params,
-        tokens,
-        tables,
-        seq_len=subject.seq_len,
-        mesh=mesh,
-        eval=eval,
-        max_targets=min(limits, default=0),
-        log=say,
-    )
-    result = result[0] if mode == "ttt" else result
-    causal, error = check_model(subject.config, subject.params, tokens, mesh, subject.seq_len)
-    return replace(result, facts=replace(result.facts, causal=causal, normalization_error=error))
+    model = Model.open(subject.config, subject.params, platform(mesh))
+    most = min(limits, default=0)
+    return next(score(model, text, mesh, eval, say, seq_len=subject.seq_len, methods=[mode], max_targets=most))
 
 
 def main(argv: Sequence[str]) -> int:

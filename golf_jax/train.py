@@ -20,17 +20,15 @@ from golf_jax.artifact.code import bundle, raw_code_bytes
 from golf_jax.artifact.ledger import estimate_bytes
 from golf_jax.artifact.model import Loaded, Packed, load_model, pack_model
 from golf_jax.config import CAP_BYTES, GolfError, Recipe, recipe_names, to_dict
-from golf_jax.data import load_val_tokens, make_loader
-from golf_jax.data.corpus import CACHE, build_embedded
+from golf_jax.data import make_loader
+from golf_jax.data.corpus import CACHE
 from golf_jax.data.loader import Loader
 from golf_jax.data.prefetch import local_rows
-from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables, check_tables, split_documents
-from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
-from golf_jax.evaluation.legality import check_model
-from golf_jax.evaluation.score import Result
-from golf_jax.evaluation.ttt import evaluate_ttt
+from golf_jax.data.text import Text, open_text
+from golf_jax.data.tokenizer import split_documents
+from golf_jax.evaluation import METHODS, Result, Stream, score
 from golf_jax.mesh import make_mesh, platform
-from golf_jax.model import count, resolve, to_tensors
+from golf_jax.model import Model, count, resolve, to_tensors
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, split_cpu
 from golf_jax.quant import quantize, without_hessians
 from golf_jax.training.checkpoints import Checkpoints, check_same_recipe
@@ -59,37 +57,6 @@ class Options:
     """Reproduce the data order of this many ranks, with the same tokens per step (the recipes' own number is 8)."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """Tokenized text, ready to use."""
-
-    train: str
-    val_tokens: np.ndarray
-    tokenizer: Tokenizer
-    tables: ByteTables
-    val_bytes: int
-
-
-def prepare_text(recipe: Recipe) -> Text:
-    """Open shards and tokenizer and check that they fit the recipe and each other. Raises GolfError."""
-    data, vocab = recipe.data, recipe.model.vocab_size
-    train_glob, val_glob, model = data.train, data.val, data.tokenizer
-    if data.train == "embedded":
-        directory = Path(build_embedded(CACHE, vocab)["directory"])
-        train_glob, val_glob, model = (str(directory / n) for n in ("train_*.bin", "val_*.bin", "tokenizer.model"))
-    if not Path(model).is_file():
-        raise GolfError(f"{model}: no such tokenizer; give --data.tokenizer, or fetch the export: python -m golf_jax.data download --help")
-    tokenizer = Tokenizer(model)
-    if tokenizer.vocab_size != vocab:
-        raise GolfError(f"model.vocab_size {vocab} differs from the {tokenizer.vocab_size} pieces of {model}: set --model.vocab-size")
-    tokens = load_val_tokens(val_glob, vocab)
-    if len(tokens) <= data.seq_len:
-        raise GolfError(f"{val_glob}: {len(tokens)} validation tokens are fewer than one window of data.seq_len {data.seq_len}")
-    tables = byte_tables(tokenizer.processor)
-    sample = tokens[: 1 << 22]  # the denominator is checked against the decoded text on the first 4 M tokens
-    return Text(train_glob, tokens, tokenizer, tables, check_tables(tokenizer, sample, tables))
-
-
 def code_size(recipe: Recipe) -> tuple[int, int]:
     """(shipped, raw) bytes of the code that trains and scores this recipe, as one compressed file."""
     data = bundle("golf_jax.train", *([f"golf_jax.configs.{recipe.name}"] if recipe.name in recipe_names() else []))
@@ -105,7 +72,7 @@ def reference_compressors(text: Text) -> dict[str, float]:
 
 
 def calibration(recipe: Recipe, text: Text, params: dict[str, Any], mesh: Mesh) -> dict[str, np.ndarray] | None:
-    """Hessians for GPTQ over rank 0's first training batches (PR 2005, 5.2); None where no rule asks for them."""
+    """Hessians for GPTQ over rank 0's first training batches (docs/recipes/pr2005.md, section 5.2); None where no rule asks for them."""
     if not recipe.quant.gptq_batches:
         return None
     d = recipe.data
@@ -114,22 +81,15 @@ def calibration(recipe: Recipe, text: Text, params: dict[str, Any], mesh: Mesh) 
     return collect_hessians(recipe.model, params, batches, mesh)
 
 
-def score(recipe: Recipe, loaded: Loaded, text: Text, mesh: Mesh, run: RunDir) -> dict[str, Result]:
+def score_packed(recipe: Recipe, loaded: Loaded, text: Text, mesh: Mesh, run: RunDir) -> dict[str, Result]:
     """Every evaluation the recipe asks for, of the parameters read back from the artifact's bytes."""
-    common: dict[str, Any] = {"seq_len": loaded.seq_len, "mesh": mesh, "eval": recipe.eval, "log": run.log}
-    results = {"standard": evaluate_standard(recipe.model, loaded.params, text.val_tokens, text.tables, **common)}
-    if recipe.eval.stride:
-        results["sliding"] = evaluate_sliding(recipe.model, loaded.params, text.val_tokens, text.tables, **common)
-    if recipe.eval.ttt.kind != "off":
-        results["ttt"] = evaluate_ttt(recipe.model, loaded.params, text.val_tokens, text.tables, **common)[0]
-    causal, error = check_model(recipe.model, loaded.params, text.val_tokens, mesh, loaded.seq_len)
-    facts = {"causal": causal, "normalization_error": error}
-    results = {name: replace(result, facts=replace(result.facts, **facts)) for name, result in results.items()}
+    model, results = Model.open(recipe.model, loaded.params, platform(mesh)), {}
     label = f"{recipe.quant.rules[-1].scheme}_{recipe.quant.compressor}"
-    for name, result in results.items():
+    for result in score(model, text, mesh, recipe.eval, run.log, seq_len=loaded.seq_len):
+        results[result.mode] = result
         seconds = result.seconds["score"] + result.seconds["train"]
         mark = "" if result.facts.legal else "ILLEGAL_"
-        run.log(f"final_{mark}{label}_{name}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
+        run.log(f"final_{mark}{label}_{result.mode}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
     return results
 
 
@@ -160,11 +120,11 @@ def run_recipe(recipe: Recipe, options: Options) -> dict[str, Any]:
         recipe = replace(recipe, data=data)
     recipe = replace(recipe, model=resolve(recipe.model, platform(mesh)))
     micro_rows(recipe, mesh.size)
-    text = prepare_text(recipe)
+    d = recipe.data
+    text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
     path = from_main(options.resume or options.run_dir or f"runs/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if options.resume:
         refuse_other_recipe(recipe, Path(path))
-    d = recipe.data
     own = local_rows(mesh, d.ranks * d.rows_per_rank)
     loader = make_loader(d.order, text.train, d.ranks, d.rows_per_rank, d.seq_len, own, recipe.model.vocab_size)
     with contextlib.closing(RunDir(path, resume=bool(options.resume))) as run:
@@ -196,9 +156,8 @@ def train_and_score(recipe: Recipe, text: Text, loader: Loader, mesh: Mesh, run:
 
     def validate(params: dict[str, jax.Array], looping: bool, rehearse: bool = False) -> Result:
         """`rehearse`: one batch, which compiles the program of all of them."""
-        common: dict[str, Any] = {"seq_len": recipe.data.seq_len, "mesh": mesh, "eval": recipe.eval, "looping": looping}
-        most = mesh.size * recipe.eval.batch_rows * recipe.data.seq_len if rehearse else 0
-        return evaluate_standard(recipe.model, params, text.val_tokens, text.tables, max_targets=most, **common)
+        stream = Stream.of(text.val_tokens, text.tables, recipe.data.seq_len, recipe.eval.batch_rows)
+        return METHODS["standard"](Model(recipe.model, params, looping), stream.first_batch(mesh) if rehearse else stream, mesh, None)
 
     shipped, raw = code_size(recipe)
 
@@ -239,7 +198,7 @@ def train_and_score(recipe: Recipe, text: Text, loader: Loader, mesh: Mesh, run:
     run.log(f"code: {raw:,} bytes of source, {shipped:,} shipped as one compressed file")
     artifact = run.write("artifact.golf", packed.data)
     loaded = load_model(artifact if run.main else packed.data)
-    results = score(recipe, loaded, text, mesh, run)
+    results = score_packed(recipe, loaded, text, mesh, run)
     scale = reference_compressors(text)
     run.log(summary(recipe, trained, before, packed, results, scale))
     result = {

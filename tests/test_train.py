@@ -90,7 +90,7 @@ def test_nothing_compiles_inside_the_clock(tmp_path, text, monkeypatch):
     recipe = replace(recipe, eval=replace(recipe.eval, every=3), quant=replace(recipe.quant, rules=rules))
     result = run(recipe, tmp_path / "run")
     check_run(tmp_path / "run", result)
-    assert set(result["evaluations"]) == {"standard", "sliding", "ttt"} and result["evaluations"]["ttt"]["legal"]
+    assert set(result["evaluations"]) == {"standard", "sliding", "score_first"} and result["evaluations"]["score_first"]["legal"]
     last = len(events) - events[::-1].index("stop")
     assert any("backend_compile" in e for e in events[: events.index("start")])
     assert not [e for e in events[events.index("start") : last] if "compile" in e]
@@ -110,11 +110,10 @@ def test_every_shipped_recipe_runs_to_a_scored_artifact(name, tmp_path, text):
     result = run(recipe, tmp_path / "run")
     check_run(tmp_path / "run", result)
     modes = {"standard"}
-    modes |= {"sliding"} if recipe.eval.stride else set()
-    modes |= {"ttt"} if recipe.eval.ttt.kind != "off" else set()
+    modes |= {name for name in ("sliding", "score_first", "adapt_first") if getattr(recipe.eval, name).on}
     assert set(result["evaluations"]) == modes
     legal = {mode: e["legal"] for mode, e in result["evaluations"].items()}
-    assert legal == {mode: not (name == "pr562" and mode == "ttt") for mode in modes}
+    assert legal == {mode: mode != "adapt_first" for mode in modes}
 
 
 @pytest.mark.parametrize(
