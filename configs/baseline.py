@@ -20,6 +20,7 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
+    SlidingConfig,
 )
 
 
@@ -56,5 +57,5 @@ def recipe() -> Recipe:
             compressor="zstd",
             level=22,
         ),
-        eval=EvalConfig(stride=0, every=1000),
+        eval=EvalConfig(every=1000, sliding=SlidingConfig(stride=0)),
     )

@@ -26,7 +26,8 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
-    TTTConfig,
+    ScoreFirstConfig,
+    SlidingConfig,
 )
 
 
@@ -85,8 +86,7 @@ def recipe() -> Recipe:
             level=6,
         ),
         eval=EvalConfig(
-            stride=64,
-            windows="tail",
-            ttt=TTTConfig(kind="score_first", optimizer="sgd", lr=0.002, momentum=0.9, epochs=4, fake_quant=True),
+            sliding=SlidingConfig(stride=64, windows="tail"),
+            score_first=ScoreFirstConfig(stride=64, windows="tail_min", lr=0.002, momentum=0.9, epochs=4, fake_quant=True),
         ),
     )

@@ -22,7 +22,8 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
-    TTTConfig,
+    ScoreFirstConfig,
+    SlidingConfig,
 )
 
 
@@ -78,10 +79,9 @@ def recipe() -> Recipe:
             level=11,
         ),
         eval=EvalConfig(
-            stride=64,
-            windows="exact",
             every=500,
-            ttt=TTTConfig(kind="score_first", optimizer="sgd", lr=0.005, momentum=0.9, epochs=3),
+            sliding=SlidingConfig(stride=64, windows="exact"),
+            score_first=ScoreFirstConfig(stride=64, windows="exact", lr=0.005, momentum=0.9, epochs=3),
         ),
         seed=42,
     )

@@ -22,6 +22,7 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
+    SlidingConfig,
 )
 
 
@@ -76,5 +77,5 @@ def recipe() -> Recipe:
             compressor="zstd",
             level=22,
         ),
-        eval=EvalConfig(stride=64, windows="pr372", every=1000),
+        eval=EvalConfig(every=1000, sliding=SlidingConfig(stride=64, windows="pr372")),
     )

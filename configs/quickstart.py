@@ -17,6 +17,7 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
+    SlidingConfig,
 )
 
 
@@ -52,7 +53,7 @@ def recipe() -> Recipe:
         budget=BudgetConfig(steps=400),
         schedule=ScheduleConfig(warmdown_frac=0.6, ema_decay=0.98, export="ema"),
         quant=QuantConfig(rules=(QuantRule("", "float16", max_numel=8192), QuantRule("", "int6_row")), compressor="zstd", level=22),
-        eval=EvalConfig(stride=64, windows="exact", batch_rows=32),
+        eval=EvalConfig(sliding=SlidingConfig(stride=64, windows="exact")),
         numerics="fp32",
         micro_rows=2,
     )

@@ -13,17 +13,17 @@ import tyro
 
 from golf_jax import cli
 from golf_jax.artifact.container import read_bytes
-from golf_jax.config import GolfError, load_recipe
+from golf_jax.config import EvalConfig, GolfError, load_recipe
 from golf_jax.data.text import Text, open_text
-from golf_jax.data.tokenizer import Tokenizer
+from golf_jax.evaluation import score
 from golf_jax.interop import from_torch
 from golf_jax.interop.packed import read_checkpoint, read_packed
 from golf_jax.mesh import make_mesh
-from golf_jax.model import resolve
-from golf_jax.opening import Model, evaluate, fitting, load
+from golf_jax.opening import Model, load, opened_here
 from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
 from golf_jax.training.resume import stored_recipe
 
+WINDOWED = ("sliding", "score_first", "adapt_first")
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
 
   python -m golf_jax.evaluate runs/quickstart-20261122-111519                      a run: its artifact, its text
@@ -44,16 +44,16 @@ class Options:
     tokenizer: str = ""
     """SentencePiece model of the shards; must be the one the model was trained with. Default: the one beside the artifact."""
     mode: Literal["auto", "standard", "sliding", "ttt"] = "auto"
-    """standard: rows side by side; sliding: window that moves by the stride; ttt: test-time training; auto: sliding, or standard for a
-    model whose recipe has no stride."""
+    """standard: rows side by side; sliding: window that moves by the stride; ttt: the test-time training of the model's recipe; auto:
+    sliding, or standard for a model whose recipe has no stride."""
     max_docs: int = 0
     """Only the first N documents: a quick look, marked PARTIAL (0: all)."""
     max_tokens: int = 0
     """Only about the first N targets, marked PARTIAL (0: all)."""
     stride: int = 0
-    """Stride of the sliding window (0: the recipe's)."""
+    """Stride of the sliding window, also with test-time training (0: the recipe's)."""
     batch_rows: int = 0
-    """Windows per device and forward pass (0: the recipe's); lower it when memory runs out."""
+    """Windows per device and forward pass (0: the recipe's, or automatic); lower it when memory runs out."""
     devices: int = 0
     """Devices to use (0: all). Of a CPU this many are made (0: about one per core)."""
     json: str = ""
@@ -79,7 +79,7 @@ def from_pytorch(path: str, recipe: str, config_path: str) -> Model:
     config = replace(config, dtype="auto", attention="auto", rope_bf16_frequencies=run.model.rope_bf16_frequencies)
     lower = {k.lower(): v for k, v in settings.items()}
     seq_len = int(lower.get("eval_seq_len") or lower.get("train_seq_len") or run.data.seq_len)
-    return Model(path, resolve(config, jax.default_backend()), params, run.eval, seq_len, hashlib.sha256(data).hexdigest())
+    return opened_here(config, params, name=path, eval=run.eval, seq_len=seq_len, sha256=hashlib.sha256(data).hexdigest())
 
 
 def text_of(model: Model, options: Options) -> Text:
@@ -93,14 +93,25 @@ def text_of(model: Model, options: Options) -> Text:
         return open_text("embedded", "", "", model.config.vocab_size, model.seq_len)
     if not val or not tokenizer:
         raise GolfError("give the validation shards and their tokenizer: --val 'GLOB' --tokenizer MODEL")
-    fitting(model, Tokenizer(tokenizer))
-    return open_text("", val, tokenizer, model.config.vocab_size, model.seq_len)
+    return open_text("", val, tokenizer, model.config.vocab_size, model.seq_len, sha256=model.tokenizer_sha256)
 
 
 def first_documents(tokens: np.ndarray, bos_id: int, documents: int) -> int:
     """Targets in the first `documents` documents; 0 if there are no more than those."""
     starts = np.flatnonzero(tokens == bos_id)
     return int(starts[documents]) - 1 if documents < len(starts) else 0
+
+
+def method_of(eval: EvalConfig, mode: str) -> str:
+    """The method of evaluation that a mode stands for."""
+    if mode == "auto":
+        return "sliding" if eval.sliding.on else "standard"
+    if mode != "ttt":
+        return mode
+    trained = [name for name in ("score_first", "adapt_first") if getattr(eval, name).on]
+    if not trained:
+        raise GolfError("--mode ttt: the recipe of this model has no test-time training; use --mode sliding")
+    return trained[0]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,11 +122,13 @@ def main(argv: Sequence[str]) -> int:
     torch = Path(options.model).suffix in (".pt", ".pth", ".ptz", ".safetensors")
     model = from_pytorch(options.model, options.recipe, options.config) if torch else load(options.model)
     text = text_of(model, options)
-    eval = replace(model.eval, stride=options.stride or model.eval.stride, batch_rows=options.batch_rows or model.eval.batch_rows)
-    limits = [options.max_tokens, first_documents(text.val_tokens, text.tokenizer.bos_id, options.max_docs) if options.max_docs else 0]
+    mesh, eval = make_mesh(options.devices), replace(model.eval, batch_rows=options.batch_rows or model.eval.batch_rows)
+    if options.stride:
+        eval = replace(eval, **{name: replace(getattr(eval, name), stride=options.stride) for name in WINDOWED})
+    documents = first_documents(text.val_tokens, text.tokenizer.bos_id, options.max_docs) if options.max_docs else 0
+    most = min(filter(None, (options.max_tokens, documents)), default=0)
     say = print if jax.process_index() == 0 else lambda line: None
-    mode = ("sliding" if eval.stride else "standard") if options.mode == "auto" else options.mode
-    result = evaluate(model, text, make_mesh(options.devices), eval, mode, max_targets=min(filter(None, limits), default=0), log=say)
+    result = next(score(model, text, mesh, eval, say, seq_len=model.seq_len, methods=[method_of(eval, options.mode)], max_targets=most))
     say("\n".join(result.lines()))
     if options.json and jax.process_index() == 0:
         facts = {"model": model.name, "sha256": model.sha256, **result.to_dict()}

@@ -1,7 +1,6 @@
 """A model opened for use: from an artifact or a run directory, and scored."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,33 +9,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from golf_jax.artifact.container import read_bytes
 from golf_jax.artifact.model import load_model
 from golf_jax.config import EvalConfig, GolfError, ModelConfig
-from golf_jax.data.text import Text
 from golf_jax.data.tokenizer import Tokenizer
-from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
-from golf_jax.evaluation.legality import check_model
-from golf_jax.evaluation.score import Result
-from golf_jax.evaluation.scorer import Log
-from golf_jax.evaluation.ttt import evaluate_ttt
-from golf_jax.model import logits, nll, resolve
+from golf_jax.model import Model as Network
+from golf_jax.model import logits, nll
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Network):
     """A trained network and how it wants to be scored. Tokens are integers [batch, time]; scores are natural logarithms, float32."""
 
-    name: str
+    name: str = ""
     """Where it comes from."""
-    config: ModelConfig
-    """Resolved for this machine."""
-    params: dict[str, Any]
-    """Dequantized, in their storage dtypes."""
-    eval: EvalConfig
-    seq_len: int
+    eval: EvalConfig = EvalConfig()
+    seq_len: int = 2048
     sha256: str = ""
     tokenizer_sha256: str = ""
     """Of the tokenizer it was trained with; empty where the file does not say."""
@@ -78,6 +67,12 @@ class Model:
         return self.tokenizer
 
 
+def opened_here(config: ModelConfig, params: Any, **facts: Any) -> Model:
+    """A model with its `auto` resolved for this machine and its parameters looked at (see `golf_jax.model.Model.open`)."""
+    network = Network.open(config, params, jax.default_backend())
+    return Model(network.config, network.params, network.looping, **facts)
+
+
 def load(path: str | Path, tokenizer: str | Path = "") -> Model:
     """The model of an artifact file or of a run directory, with its tokenizer where one lies beside it or is given.
 
@@ -92,11 +87,10 @@ def load(path: str | Path, tokenizer: str | Path = "") -> Model:
         m = load_model(data)
     except GolfError as error:
         raise GolfError(f"{file}: {error}") from None
-    config = resolve(m.config, jax.default_backend())
-    digest = hashlib.sha256(data).hexdigest()
     beside = file.with_name("tokenizer.model")
     opened = Tokenizer(tokenizer) if tokenizer else Tokenizer(beside) if beside.is_file() else None
-    model = Model(str(file), config, m.params, m.eval, m.seq_len, digest, m.tokenizer_sha256, m.embedded)
+    facts = {"eval": m.eval, "seq_len": m.seq_len, "tokenizer_sha256": m.tokenizer_sha256, "embedded": m.embedded}
+    model = opened_here(m.config, m.params, name=str(file), sha256=hashlib.sha256(data).hexdigest(), **facts)
     return replace(model, tokenizer=opened and fitting(model, opened))
 
 
@@ -109,19 +103,3 @@ def fitting(model: Model, tokenizer: Tokenizer) -> Tokenizer:
         hashes = f"SHA-256 {tokenizer.sha256[:12]}..., {model.name} was trained with {model.tokenizer_sha256[:12]}..."
         raise GolfError(f"tokenizer {tokenizer.name}: {hashes}; give the tokenizer it was trained with")
     return tokenizer
-
-
-def evaluate(
-    model: Model, text: Text, mesh: Mesh, eval: EvalConfig, *, log: Log, skip: tuple[str, ...] = ()
-) -> Iterator[tuple[str, Result]]:
-    common: dict[str, Any] = {"seq_len": model.seq_len, "mesh": mesh, "eval": eval, "log": log}
-    runs: dict[str, Any] = {"standard": evaluate_standard}
-    if eval.stride:
-        runs["sliding"] = evaluate_sliding
-    if eval.ttt.kind != "off":
-        runs["ttt"] = lambda *a, **k: evaluate_ttt(*a, **k)[0]
-    causal, error = check_model(model.config, model.params, text.val_tokens, mesh, model.seq_len)
-    for name, function in runs.items():
-        if name not in skip:
-            result = function(model.config, model.params, text.val_tokens, text.tables, **common)
-            yield name, replace(result, facts=replace(result.facts, causal=causal, normalization_error=error))

@@ -16,6 +16,7 @@ import jax
 import zstandard
 from jax.sharding import Mesh
 
+from golf_jax import evaluation
 from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.artifact.code import bundle, raw_code_bytes
 from golf_jax.artifact.ledger import estimate_bytes
@@ -25,14 +26,17 @@ from golf_jax.data import make_loader
 from golf_jax.data.prefetch import local_rows
 from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import split_documents
+from golf_jax.evaluation import Result, Stream
 from golf_jax.evaluation.fixed import evaluate_standard
-from golf_jax.evaluation.score import Result
+from golf_jax.evaluation.methods import methods_of
 from golf_jax.interrupt import Interrupted, Signals, catching
 from golf_jax.mesh import make_mesh, platform
+from golf_jax.model import Model as Network
 from golf_jax.model import count, resolve, to_tensors
-from golf_jax.opening import evaluate, load
+from golf_jax.opening import load
 from golf_jax.plan import check_devices, check_plan, check_text
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
+from golf_jax.progress import Log
 from golf_jax.quant import quantize, without_hessians
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.keep import Keeper
@@ -153,20 +157,13 @@ def _make_loader(plan: Plan, rows: slice) -> Any:
     return make_loader(d.order, plan.text.train, d.ranks, d.rows_per_rank, d.seq_len, rows, plan.recipe.model.vocab_size)
 
 
-def _validator(plan: Plan, run: RunDir, code_bytes: int) -> Any:
-    """(params, looping, rehearse) -> standard score, None where one batch was to compile the program of all of them."""
+def _validator(plan: Plan) -> Any:
+    """(params, looping, rehearse) -> standard score; `rehearse`: of one batch, which compiles the program of all of them."""
     recipe, text, mesh = plan.recipe, plan.text, plan.mesh
+    stream = Stream.of(text.val_tokens, text.tables, recipe.data.seq_len, recipe.eval.batch_rows)
 
-    def validate(params: dict[str, Any], looping: bool = True, rehearse: bool = False) -> Result:
-        most = mesh.size * recipe.eval.batch_rows * recipe.data.seq_len if rehearse else 0
-        options: dict[str, Any] = {
-            "seq_len": recipe.data.seq_len,
-            "mesh": mesh,
-            "eval": recipe.eval,
-            "looping": looping,
-            "max_targets": most,
-        }
-        return evaluate_standard(recipe.model, params, text.val_tokens, text.tables, **options)
+    def validate(params: dict[str, Any], looping: bool = True, rehearse: bool = False, log: Log | None = None) -> Result:
+        return evaluate_standard(Network(recipe.model, params, looping), stream.first_batch(mesh) if rehearse else stream, mesh, log=log)
 
     return validate
 
@@ -195,7 +192,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
             run.log(f"checkpoint {found.step}: training complete, packing")
             return Trained(exported(recipe, found.state), **done)
         run.log(f"checkpoint {found.step:,} of {f'{recipe.budget.steps:,}' if recipe.budget.steps else f'{recipe.budget.seconds:.0f} s'}")
-    validate = _validator(plan, run, code_bytes)
+    validate = _validator(plan)
 
     def validate_and_estimate(params: dict[str, Any], looping: bool, rehearse: bool) -> Result:
         if not rehearse:
@@ -212,8 +209,8 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
 def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: int) -> Packed:
     """Score once more before quantization, quantize, fit under the cap, and write artifact.golf."""
     recipe, text = plan.recipe, plan.text
-    validate = _validator(plan, run, code_bytes)
-    before = validate(trained.params)
+    validate = _validator(plan)
+    before = validate(trained.params, log=run.log)
     run.log(f"pre_quantization_{recipe.schedule.export} {before.score.line()}")
     run.metrics("score", stage="pre_quantization", **before.to_dict())
     begin = time.perf_counter()
@@ -259,13 +256,14 @@ def score(plan: Plan, run: RunDir) -> dict[str, Any]:
     recipe = plan.recipe
     done = run.record.get("evaluations", {})
     label = f"{recipe.quant.rules[-1].scheme}_{recipe.quant.compressor}"
-    model = load(run.path)
-    for name, result in evaluate(model, plan.text, plan.mesh, recipe.eval, log=run.log, skip=tuple(done)):
+    left = [name for name in methods_of(recipe.eval) if name not in done]
+    results = evaluation.score(load(run.path), plan.text, plan.mesh, recipe.eval, run.log, seq_len=recipe.data.seq_len, methods=left)
+    for result in results if left else ():
         mark = "" if result.facts.legal else "ILLEGAL_"
         seconds = result.seconds["score"] + result.seconds["train"]
-        run.log(f"final_{mark}{label}_{name}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
+        run.log(f"final_{mark}{label}_{result.mode}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
         run.metrics("score", stage="packed", **result.to_dict())
-        done = done | {name: result.to_dict()}
+        done = done | {result.mode: result.to_dict()}
         run.note("evaluations", done)
     return done
 

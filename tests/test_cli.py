@@ -22,8 +22,10 @@ def test_default_is_the_quickstart():
 
 
 def test_any_field_is_a_flag():
-    recipe, options = parse("pr2005", "--model.num-layers", "12", "--budget.steps", "7", "--eval.ttt.kind", "off", "--run-dir", "here")
-    assert (recipe.name, recipe.model.num_layers, recipe.budget.steps, recipe.eval.ttt.kind) == ("pr2005", 12, 7, "off")
+    recipe, options = parse(
+        "pr2005", "--model.num-layers", "12", "--budget.steps", "7", "--eval.score-first.epochs", "0", "--run-dir", "here"
+    )
+    assert (recipe.name, recipe.model.num_layers, recipe.budget.steps, recipe.eval.score_first.on) == ("pr2005", 12, 7, False)
     assert options.run_dir == "here" and recipe.model.loop_repeats == 2
 
 
@@ -49,7 +51,7 @@ def test_an_unknown_recipe_is_refused(name, message):
         (["--model.num-layers", "many"], ["--model.num-layers", "many"]),
         (["--model.attention", "magic"], ["magic", "cudnn"]),
         (["--model.width", "100"], ["model.width 100 is not divisible by model.num_heads 6"]),
-        (["--eval.stride", "999"], ["eval.stride 999 exceeds the window data.seq_len 256"]),
+        (["--eval.sliding.stride", "999"], ["eval.sliding.stride 999 exceeds the window of 256 tokens (data.seq_len)"]),
         (["--data.train", "x.bin"], ["data.val is empty: give the glob"]),
     ],
 )

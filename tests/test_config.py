@@ -10,6 +10,7 @@ import pytest
 
 import golf_jax
 from golf_jax.config import (
+    AdaptFirstConfig,
     BudgetConfig,
     DataConfig,
     EvalConfig,
@@ -22,7 +23,8 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
-    TTTConfig,
+    ScoreFirstConfig,
+    SlidingConfig,
     from_dict,
     load_recipe,
     recipe_names,
@@ -62,7 +64,15 @@ def test_recipes_survive_json(name):
         (lambda: Recipe("x", schedule=ScheduleConfig(fake_quant_below=0.1)), "model.fake_quant.matrices is 'none'"),
         (lambda: Recipe("x", micro_rows=7), "micro_rows 7 must divide or be a multiple of data.rows_per_rank 48"),
         (lambda: Recipe("x", micro_rows=24, optim=OptimConfig(clip_per_rank=True)), "leave micro_rows 0"),
-        (lambda: Recipe("x", eval=EvalConfig(stride=4096)), "eval.stride 4096 exceeds the window data.seq_len 2048"),
+        (
+            lambda: Recipe("x", eval=EvalConfig(sliding=SlidingConfig(stride=4096))),
+            "eval.sliding.stride 4096 exceeds the window of 2048 tokens",
+        ),
+        (
+            lambda: Recipe("x", eval=EvalConfig(score_first=ScoreFirstConfig(epochs=1, chunk_tokens=8))),
+            "eval.score_first.chunk_tokens 8 is less than one sequence of 2048",
+        ),
+        (lambda: ScoreFirstConfig(epochs=1, stride=0), "stride of test-time training must be positive, got 0"),
         (lambda: Recipe("x", quant=QuantConfig(gptq_batches=1)), "quant.gptq_batches and a gptq scheme in quant.rules go together"),
     ],
 )
@@ -104,8 +114,8 @@ def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
 
 @pytest.mark.parametrize(
     "cls",
-    [ModelConfig, FakeQuantConfig, DataConfig, GroupConfig, OptimConfig, BudgetConfig, ScheduleConfig, QuantRule, QuantConfig, TTTConfig]
-    + [EvalConfig, Recipe],
+    [ModelConfig, FakeQuantConfig, DataConfig, GroupConfig, OptimConfig, BudgetConfig, ScheduleConfig, QuantRule, QuantConfig]
+    + [SlidingConfig, ScoreFirstConfig, AdaptFirstConfig, EvalConfig, Recipe],
 )
 def test_every_field_has_a_reader(cls):
     """Somewhere outside the configuration, or in one of its properties; a field that nobody reads is a lie."""

@@ -11,14 +11,15 @@ import pytest
 
 from golf_jax import evaluate
 from golf_jax.artifact.model import pack_model
-from golf_jax.config import DataConfig, EvalConfig, GolfError, ModelConfig, QuantConfig, QuantRule, Recipe, TTTConfig
+from golf_jax.config import DataConfig, EvalConfig, GolfError, ModelConfig, QuantConfig, QuantRule, Recipe, ScoreFirstConfig, SlidingConfig
+from golf_jax.data import text
 from golf_jax.data.shards import write_shard
 from golf_jax.data.tokenizer import Tokenizer, train_bpe
-from golf_jax.evaluation import evaluate_standard
+from golf_jax.evaluation import METHODS, Stream
 from golf_jax.interop.checks.base import Reference
 from golf_jax.interop.checks.evaluation import byte_tables
 from golf_jax.mesh import make_mesh
-from golf_jax.model import init_params
+from golf_jax.model import Model, init_params
 
 SEQ_LEN = 32
 TEXT = [f"The {a} {b} of the {c} is {n}." for n in range(8) for a in ("old", "new") for b in ("king", "road") for c in ("sea", "hill")]
@@ -26,12 +27,12 @@ TEXT = [f"The {a} {b} of the {c} is {n}." for n in range(8) for a in ("old", "ne
 
 def tiny_recipe(vocab_size, **eval):
     model = ModelConfig(vocab_size=vocab_size, num_layers=2, width=16, num_heads=2, num_kv_heads=1, mlp_ratio=2.0)
-    ttt = TTTConfig(kind="score_first", chunk_tokens=4 * SEQ_LEN, epochs=1, ranks=2)
+    ttt = ScoreFirstConfig(stride=8, chunk_tokens=4 * SEQ_LEN, epochs=1, ranks=2)
     return Recipe(
         name="tiny",
         model=model,
         data=DataConfig(train="t", val="v", tokenizer="m", seq_len=SEQ_LEN),
-        eval=EvalConfig(stride=8, batch_rows=8, ttt=ttt, **eval),
+        eval=EvalConfig(batch_rows=8, sliding=SlidingConfig(stride=8), score_first=ttt, **eval),
         quant=QuantConfig(rules=(QuantRule("", "float16"),)),
     )
 
@@ -59,7 +60,7 @@ def arguments(folder, *more, tokenizer="tokenizer.model"):
     return [str(folder / "artifact.golf"), *text, *more]
 
 
-@pytest.mark.parametrize("mode", ["standard", "sliding", "ttt"])
+@pytest.mark.parametrize("mode", ["standard", "sliding", "score_first"])
 def test_every_mode_prints_score_facts_and_time(folder, mode, capsys, tmp_path):
     assert evaluate.main(arguments(folder, "--mode", mode, "--devices", "2", "--json", str(tmp_path / "r.json"))) == 0
     out = capsys.readouterr().out
@@ -69,7 +70,7 @@ def test_every_mode_prints_score_facts_and_time(folder, mode, capsys, tmp_path):
     # An untrained model knows nothing: uniform over the vocabulary, within a few per cent.
     assert result["val_loss"] == pytest.approx(np.log(300), rel=0.02)
     assert result["val_bpb"] == pytest.approx(result["nll_nats"] / np.log(2) / result["bytes"])
-    assert (result["facts"]["updates"] > 0) == (mode == "ttt")
+    assert (result["facts"]["updates"] > 0) == (mode == "score_first")
 
 
 def test_a_quick_look_is_marked_partial(folder, capsys):
@@ -83,7 +84,7 @@ def test_documents_are_counted_by_their_first_token():
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "message"), [("another.model", "SHA-256"), ("smaller.model", "290 pieces"), ("missing.model", "cannot be read")]
+    ("tokenizer", "message"), [("another.model", "SHA-256"), ("smaller.model", "290 pieces"), ("missing.model", "no such file")]
 )
 def test_a_wrong_tokenizer_is_refused(folder, tokenizer, message):
     with pytest.raises(GolfError, match=message):
@@ -108,7 +109,7 @@ def test_mistakes_are_told_in_one_line(argv, message):
 def test_missing_text_and_wide_stride_are_told(folder):
     with pytest.raises(GolfError, match="give the validation shards"):
         evaluate.main([str(folder / "artifact.golf")])
-    with pytest.raises(GolfError, match="--stride 64 exceeds the window of 32"):
+    with pytest.raises(GolfError, match="stride 64 exceeds the window of 32"):
         evaluate.main(arguments(folder, "--stride", "64"))
 
 
@@ -137,9 +138,10 @@ def test_a_pytorch_checkpoint_is_scored(golden, tmp_path):
     torch.save({name: torch.from_numpy(x) for name, x in z.under("param/").items()}, tmp_path / "final_model.pt")
     (tmp_path / "config.json").write_text(json.dumps(z.config() | {"train_seq_len": 32}))
     subject = evaluate.from_pytorch(str(tmp_path / "final_model.pt"), "pr638", str(tmp_path / "config.json"))
-    assert subject.seq_len == 32 and subject.eval.windows == "tail"
+    assert subject.seq_len == 32 and subject.eval.sliding.windows == "tail"
     tokens = z["eval_tokens"].astype(np.uint16)
-    result = evaluate_standard(subject.config, subject.params, tokens, byte_tables(z), seq_len=32, mesh=make_mesh(1))
+    stream = Stream.of(tokens, byte_tables(z), 32)
+    result = METHODS["standard"](Model.open(subject.config, subject.params, "cpu"), stream, make_mesh(1), None)
     assert result.score.nll_nats == pytest.approx(float(z["standard/nll_sum"]), rel=1e-5)
 
 
@@ -147,7 +149,7 @@ def test_the_embedded_corpus_is_the_default_text_of_models_trained_on_it(folder,
     recipe = tiny_recipe(300)
     embedded = replace(recipe, data=DataConfig(train="embedded", seq_len=SEQ_LEN))
     write_artifact(tmp_path / "a.golf", embedded, Tokenizer(folder / "tokenizer.model"))
-    monkeypatch.setattr(evaluate, "build_embedded", lambda root, vocab: {"directory": str(folder)})
+    monkeypatch.setattr(text, "build_embedded", lambda root, vocab: {"directory": str(folder)})
     evaluate.main([str(tmp_path / "a.golf"), "--mode", "standard", "--devices", "1"])
     assert "standard val_loss:" in capsys.readouterr().out
 
@@ -164,7 +166,7 @@ def test_help_teaches(capsys):
 def test_fineweb_shards_and_both_tokenizers(shared, vocab, tmp_path, capsys):
     model = shared / "data" / "tokenizers" / f"fineweb_{vocab}_bpe.model"
     recipe = tiny_recipe(vocab)
-    recipe = replace(recipe, data=replace(recipe.data, seq_len=2048), eval=replace(recipe.eval, stride=64))
+    recipe = replace(recipe, data=replace(recipe.data, seq_len=2048), eval=replace(recipe.eval, sliding=SlidingConfig(stride=64)))
     write_artifact(tmp_path / "a.golf", recipe, Tokenizer(model))
     val = str(shared / "data" / f"fineweb_sp{vocab}" / "fineweb_val_*.bin")
     evaluate.main([str(tmp_path / "a.golf"), "--val", val, "--tokenizer", str(model), "--max-docs", "4", "--devices", "1"])

@@ -6,13 +6,14 @@ import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 from tiny_recipes import SHIPPED, build_text, command, environment, on_text, recipe_file, tiny
 
 from golf_jax import pipeline
-from golf_jax.config import GolfError, QuantRule, Recipe, from_dict, load_recipe, to_dict
+from golf_jax.config import GolfError, QuantRule, Recipe, SlidingConfig, from_dict, load_recipe, to_dict
 from golf_jax.data import text as texts
 from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.interrupt import Interrupted
@@ -98,7 +99,7 @@ def test_nothing_compiles_inside_the_clock(tmp_path, text, monkeypatch):
     recipe = replace(recipe, eval=replace(recipe.eval, every=3), quant=replace(recipe.quant, rules=rules))
     result = run(recipe, tmp_path / "run")
     check_run(tmp_path / "run", result)
-    assert set(result["evaluations"]) == {"standard", "sliding", "ttt"} and result["evaluations"]["ttt"]["legal"]
+    assert set(result["evaluations"]) == {"standard", "sliding", "score_first"} and result["evaluations"]["score_first"]["legal"]
     last = len(events) - events[::-1].index("stop")
     assert any("backend_compile" in e for e in events[: events.index("start")])
     assert not [e for e in events[events.index("start") : last] if "compile" in e]
@@ -118,11 +119,10 @@ def test_every_shipped_recipe_runs_to_a_scored_artifact(name, tmp_path, text):
     result = run(recipe, tmp_path / "run")
     check_run(tmp_path / "run", result)
     modes = {"standard"}
-    modes |= {"sliding"} if recipe.eval.stride else set()
-    modes |= {"ttt"} if recipe.eval.ttt.kind != "off" else set()
+    modes |= {name for name in ("sliding", "score_first", "adapt_first") if getattr(recipe.eval, name).on}
     assert set(result["evaluations"]) == modes
     legal = {mode: e["legal"] for mode, e in result["evaluations"].items()}
-    assert legal == {mode: not (name == "pr562" and mode == "ttt") for mode in modes}
+    assert legal == {mode: mode != "adapt_first" for mode in modes}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,7 @@ def test_impossible_combinations_are_refused_before_compilation(change, options,
 def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monkeypatch):
     """Ended after training, then after packing, then between two scores: nothing is done twice, and the result is the same."""
     recipe = on_text(tiny("baseline", vocab_size=300, seq_len=32), text)
+    recipe = replace(recipe, eval=replace(recipe.eval, sliding=SlidingConfig(stride=16)))
     whole = run(recipe, tmp_path / "whole")
 
     def ends(*_, **__):
@@ -160,8 +161,8 @@ def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monke
         yield next(iter(scores(*arguments, **options)))
         ends()
 
-    path, scores = tmp_path / "run", pipeline.evaluate
-    for stage, substitute in (("pack_model", ends), ("load", ends), ("evaluate", half)):
+    path, scores = tmp_path / "run", pipeline.evaluation.score
+    for stage, substitute in (("pack_model", ends), ("load", ends), ("evaluation", SimpleNamespace(score=half))):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(pipeline, stage, substitute)
             pipeline.run(recipe, Options(run_dir=str(path)) if stage == "pack_model" else Options(resume=str(path)))

@@ -18,7 +18,7 @@ SHIPPED = ("baseline", "pr372", "pr562", "pr638", "pr1182", "pr2005")
 def tiny(name: str, *, steps: int = 20, vocab_size: int = 64, seq_len: int = 16, rows_per_rank: int = 1, numerics: str = "fp32") -> Recipe:
     """Recipe `name` at width 32 and 3 layers (PR 2005: 4), 8 ranks, schedules squeezed so that every phase happens within `steps`."""
     r = load_recipe(name)
-    m, s = r.model, r.schedule
+    m, s, e = r.model, r.schedule, r.eval
     layers = 4 if m.loop_repeats else 3
     model = replace(
         m,
@@ -59,10 +59,11 @@ def tiny(name: str, *, steps: int = 20, vocab_size: int = 64, seq_len: int = 16,
         quant=replace(r.quant, gptq_batches=min(r.quant.gptq_batches, 2)),
         eval=replace(
             r.eval,
-            stride=min(r.eval.stride, 8),
             batch_rows=8,
             every=0,
-            ttt=replace(r.eval.ttt, epochs=min(r.eval.ttt.epochs, 2), chunk_tokens=8 * seq_len, batch_rows=2),
+            sliding=replace(e.sliding, stride=min(e.sliding.stride, 8)),
+            score_first=replace(e.score_first, stride=8, epochs=min(e.score_first.epochs, 2), chunk_tokens=8 * seq_len, batch_rows=2),
+            adapt_first=replace(e.adapt_first, stride=8, epochs=min(e.adapt_first.epochs, 2), batch_rows=2),
         ),
         numerics=numerics,
         log_every=5,

@@ -175,46 +175,93 @@ class QuantConfig:
 
 
 @dataclass(frozen=True)
-class TTTConfig:
-    """Test-time training. `score_first` is legal (every token is scored before an update sees it); `adapt_first` is not."""
+class SlidingConfig:
+    """Scoring with a window of `data.seq_len` tokens that moves on."""
 
-    kind: Literal["off", "score_first", "adapt_first"] = "off"
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    stride: int = 64
+    """New targets per window; 0 leaves this evaluation out."""
+    windows: Literal["pr372", "tail", "tail_min", "exact"] = "exact"
+    """Window list of the recipe (docs/recipes, section 6): `pr372` scores only full strides, `tail` (638, 1182) and `tail_min` (562,
+    score-first of 1182) re-score the tail, `exact` (2005) scores every target once."""
+
+    def __post_init__(self):
+        check(self.stride >= 0, f"eval: stride must be >= 0, got {self.stride}")
+
+    @property
+    def on(self) -> bool:
+        """Whether the recipe asks for this evaluation."""
+        return self.stride > 0
+
+
+@dataclass(frozen=True)
+class TTTConfig(SlidingConfig):
+    """Sliding evaluation with training on the validation text: what both kinds of it share."""
+
+    epochs: int = 0
+    """Passes over what is trained on; 0 leaves this evaluation out."""
     lr: float = 0.002
-    momentum: float = 0.9
-    epochs: int = 3
-    chunk_tokens: int = 32_768
     batch_rows: int = 32
     """Most sequences per rank and update."""
     ranks: int = 8
-    """Ranks whose split of every chunk is reproduced."""
+    """Ranks whose split of the text is reproduced."""
     clip_norm: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
     fake_quant: bool = False
-    """Fake quantization in the training forwards of TTT (what really ran in PRs 562 and 1182)."""
+    """Fake quantization in the training forwards (what really ran in PRs 562 and 1182)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.epochs >= 0, f"eval: epochs of test-time training must be >= 0, got {self.epochs}")
+        for name in ("stride", "batch_rows", "ranks"):
+            check(getattr(self, name) > 0, f"eval: {name} of test-time training must be positive, got {getattr(self, name)}")
+
+    @property
+    def on(self) -> bool:
+        return self.epochs > 0
+
+
+@dataclass(frozen=True)
+class ScoreFirstConfig(TTTConfig):
+    """Chunk by chunk, score and then train by SGD (PRs 1182, 2005). Legal: every token is scored before an update sees it."""
+
+    momentum: float = 0.9
+    chunk_tokens: int = 32_768
+
+
+@dataclass(frozen=True)
+class AdaptFirstConfig(TTTConfig):
+    """Train by Adam on everything, then score (PR 562). Illegal; reproduced as a reference."""
+
     proj_lr_scale: float = 1.0
-    """`adamw`: factor for output projections (PR 562: 3)."""
+    """Factor for output projections (PR 562: 3)."""
     fc_lr_scale: float = 1.0
-    """`adamw`: factor for the MLP's first matrix (PR 562: 0.5)."""
+    """Factor for the MLP's first matrix (PR 562: 0.5)."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How the packed model is scored."""
+    """How the packed model is scored: always by rows side by side, and by each method below that is not left out."""
 
-    stride: int = 64
-    """Sliding window: new targets per window; 0 leaves the sliding evaluation out."""
-    windows: Literal["pr372", "tail", "tail_min", "exact"] = "exact"
-    """Window list of the recipe (spec section 6): `pr372` scores only full strides, `tail` (638, 1182) and `tail_min` (562)
-    re-score the tail, `exact` (2005) scores every target once."""
-    batch_rows: int = 32
-    """Sequences or windows per device and step."""
+    batch_rows: int = 0
+    """Sequences or windows per device and forward pass; 0: 1,024 tokens on a CPU, 65,536 elsewhere, one sequence at least."""
     every: int = 0
     """Validate the raw weights every N training steps (outside the clock); 0: only at the end."""
-    ttt: TTTConfig = TTTConfig()
+    sliding: SlidingConfig = SlidingConfig()
+    score_first: ScoreFirstConfig = ScoreFirstConfig()
+    adapt_first: AdaptFirstConfig = AdaptFirstConfig()
 
     def __post_init__(self):
-        check(self.stride >= 0, f"eval.stride must be >= 0, got {self.stride}")
-        check(self.batch_rows > 0, f"eval.batch_rows must be positive, got {self.batch_rows}")
+        check(self.batch_rows >= 0, f"eval.batch_rows must be >= 0, got {self.batch_rows}")
+
+    def check_length(self, seq_len: int) -> None:
+        """Raises GolfError unless every method that is asked for can work with windows of `seq_len` tokens."""
+        for name in ("sliding", "score_first", "adapt_first"):
+            method = getattr(self, name)
+            fits = not method.on or method.stride <= seq_len
+            check(fits, f"eval.{name}.stride {method.stride} exceeds the window of {seq_len} tokens (data.seq_len)")
+        chunk = self.score_first.chunk_tokens
+        fits = not self.score_first.on or chunk >= seq_len
+        check(fits, f"eval.score_first.chunk_tokens {chunk} is less than one sequence of {seq_len} (data.seq_len)")
 
 
 @dataclass(frozen=True)
@@ -250,11 +297,9 @@ class Recipe:
             r.schedule.fake_quant_below == 0 or has_fake_quant,
             "schedule.fake_quant_below is set but model.fake_quant.matrices is 'none'",
         )
-        check(not r.eval.ttt.fake_quant or has_fake_quant, "eval.ttt.fake_quant needs model.fake_quant.matrices")
-        check(
-            r.eval.stride <= r.data.seq_len,
-            f"eval.stride {r.eval.stride} exceeds the window data.seq_len {r.data.seq_len}",
-        )
+        for name in ("score_first", "adapt_first"):
+            check(not getattr(r.eval, name).fake_quant or has_fake_quant, f"eval.{name}.fake_quant needs model.fake_quant.matrices")
+        r.eval.check_length(r.data.seq_len)
         check(
             r.data.rows_per_rank % max(r.micro_rows, 1) == 0 or r.micro_rows % r.data.rows_per_rank == 0,
             f"micro_rows {r.micro_rows} must divide or be a multiple of data.rows_per_rank {r.data.rows_per_rank}",

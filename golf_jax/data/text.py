@@ -1,4 +1,4 @@
-"""Text opened for use: shards and tokenizer that fit each other and the model, in one place."""
+"""Tokenized text as a value: the one place where shards, tokenizer and model are fitted to each other."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from golf_jax.data.corpus import CACHE, build_embedded
 from golf_jax.data.shards import load_val_tokens
 from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables, check_tables
 
-SAMPLE = 1 << 22  # tokens whose byte count is checked against the decoded text
+SAMPLE = 1 << 22  # tokens whose byte count is proved against the decoded text
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class Text:
     """Tokenized text, ready to use."""
 
     train: str
-    """Glob of the training shards; empty where there is only something to score."""
+    """Glob of the training shards; empty where there are none."""
     val: str
     """Glob of the validation shards."""
     val_tokens: np.ndarray
-    """uint16 [n]"""
+    """uint16 [tokens]"""
     tokenizer: Tokenizer
     tables: ByteTables
     val_bytes: int
-    """Bytes of validation text that were proved against the decoded text."""
+    """Bytes of validation text whose count was proved against the decoded text."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -35,21 +35,24 @@ class Text:
         return {"tokenizer_sha256": self.tokenizer.sha256}
 
 
-def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: int) -> Text:
-    """Open shards and tokenizer and check that they fit the model and each other. `train`: a glob, `embedded`, or nothing.
+def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: int, *, sha256: str = "") -> Text:
+    """Open shards and tokenizer and check that they fit the model and each other.
 
-    Raises GolfError naming the file and the flag.
+    train: glob of training shards, empty for scoring alone, or `embedded`: all three from the corpus that every Python carries. val: glob.
+    tokenizer: SentencePiece model. sha256: hex digest that the tokenizer must have, empty for any. Raises GolfError.
     """
     if train == "embedded":
         directory = Path(build_embedded(CACHE, vocab_size)["directory"])
         train, val, tokenizer = (str(directory / n) for n in ("train_*.bin", "val_*.bin", "tokenizer.model"))
     if not Path(tokenizer).is_file():
-        raise GolfError(
-            f"{tokenizer}: no such tokenizer; give --data.tokenizer, or fetch the export: python -m golf_jax.data download --help"
-        )
+        raise GolfError(f"tokenizer {tokenizer}: no such file; the export has it: python -m golf_jax.data download --help")
     model = Tokenizer(tokenizer)
     if model.vocab_size != vocab_size:
-        raise GolfError(f"model.vocab_size {vocab_size} differs from the {model.vocab_size} pieces of {tokenizer}: set --model.vocab-size")
+        raise GolfError(f"tokenizer {tokenizer}: {model.vocab_size} pieces, the model has a vocabulary of {vocab_size} (model.vocab_size)")
+    if sha256 and model.sha256 != sha256:
+        raise GolfError(
+            f"tokenizer {tokenizer}: SHA-256 {model.sha256[:12]}..., the model was trained with {sha256[:12]}...; give that tokenizer"
+        )
     tokens = load_val_tokens(val, vocab_size)
     if len(tokens) <= seq_len:
         raise GolfError(f"{val}: {len(tokens)} validation tokens are fewer than one window of data.seq_len {seq_len}")

@@ -18,6 +18,7 @@ from golf_jax.config import (
     GolfError,
     ModelConfig,
     Recipe,
+    SlidingConfig,
     load_recipe,
 )
 
@@ -253,7 +254,7 @@ def training_recipe(recipe: str, config: Mapping[str, Any], *, ranks: int, rows_
         optim=optim,
         budget=BudgetConfig(steps=h["iterations"]),
         schedule=schedule,
-        eval=EvalConfig(stride=0),
+        eval=EvalConfig(sliding=SlidingConfig(stride=0)),
         numerics="fp32",
     )
 

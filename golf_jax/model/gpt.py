@@ -49,11 +49,12 @@ def hidden(
 ) -> jax.Array:
     """Normalised final state [B, T, D] in the activation dtype.
 
-    looping: depth recurrence on (evaluation) or not (start of training); no effect without it in the config.
+    config: without `auto`. looping: depth recurrence on (evaluation) or not (start of training); no effect without it in the config.
     last: compute only the last N positions of the last block and of the result: [B, N, D]. Everything before is needed in full.
     fake_quant: strength of fake quantization, 0 to 1, may be traced; default is what evaluation uses (`config.fake_quant.in_eval`).
     """
-    config = resolve(config, jax.default_backend()) if "auto" in (config.dtype, config.attention) else config
+    if "auto" in (config.dtype, config.attention):
+        raise GolfError("model.dtype and model.attention are auto: resolve(config, platform), as Model.open does")
     if fake_quant is None and config.fake_quant.in_eval:
         fake_quant = 1.0
     if fake_quant is not None:
@@ -129,7 +130,7 @@ def _project(params: Params, name: str, x: jax.Array, tap: Tap) -> jax.Array:
 
 
 def _skip(config: ModelConfig, params: Params, j: int, x: jax.Array, skip: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """U-Net skip into decoder step j. `gated`: the gate weights the running stream, 1 - gate the scaled skip (PR 2005, 2.4)."""
+    """U-Net skip into decoder step j. `gated`: the gate weights the running stream, 1 - gate the scaled skip (PR 2005)."""
     scaled = params["skip_weights"][j].astype(dtype) * skip
     if config.skip == "add":
         return x + scaled
@@ -263,10 +264,13 @@ def nll(
 
 
 def logits(config: ModelConfig, params: Params, tokens_BT: jax.Array, *, looping: bool = True, tap: Tap | None = None) -> jax.Array:
-    """Soft-capped next-token logits as evaluation computes them (PR 372: with fake quantization), float32 [B, T, V]."""
+    """Soft-capped next-token logits as evaluation computes them (PR 372: with fake quantization), float32 [B, T, V].
+
+    The one function of this file that takes an unresolved `config`: `auto` becomes what the default platform gets.
+    """
     if tokens_BT.ndim != 2:
         raise GolfError(f"tokens must be [batch, time], got shape {tokens_BT.shape}")
-    x_BTD = hidden(config, params, tokens_BT, looping=looping, tap=tap)
+    x_BTD = hidden(resolve(config, jax.default_backend()), params, tokens_BT, looping=looping, tap=tap)
     z_BTV = jnp.einsum("btd,vd->btv", x_BTD, params["tok_emb"].astype(x_BTD.dtype), preferred_element_type=jnp.float32)
     return config.softcap * jnp.tanh(z_BTV / config.softcap)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from golf_jax.config import DataConfig, EvalConfig, ModelConfig, load_recipe
+from golf_jax.config import DataConfig, EvalConfig, ModelConfig, SlidingConfig, load_recipe
 from golf_jax.data.loader import StreamLoader
 from golf_jax.mesh import make_mesh
 from golf_jax.training.leak import leaked_state
@@ -25,7 +25,7 @@ def test_only_the_stale_gradients_survive():
         model=MODEL,
         data=DataConfig(seq_len=8, ranks=4, rows_per_rank=1),
         schedule=replace(base.schedule, leak_warmup_steps=2),
-        eval=EvalConfig(stride=0),
+        eval=EvalConfig(sliding=SlidingConfig(stride=0)),
         numerics="fp32",
     )
     mesh = make_mesh(2)

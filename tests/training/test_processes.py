@@ -13,7 +13,7 @@ import pytest
 from tiny_recipes import SHIPPED, build_text, command, environment, on_text, recipe_file, tiny
 
 from golf_jax import pipeline
-from golf_jax.config import Recipe
+from golf_jax.config import Recipe, ScoreFirstConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -104,7 +104,7 @@ def test_a_refusal_ends_both_processes(tmp_path, text, programs):
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, text, programs):
     """kill -9 in the middle; --resume gives the artifact of a run that was left alone."""
     recipe = on_text(tiny("pr2005", steps=100, vocab_size=300, seq_len=32), text)
-    recipe = replace(recipe, checkpoint_every=5, eval=replace(recipe.eval, ttt=replace(recipe.eval.ttt, kind="off")))
+    recipe = replace(recipe, checkpoint_every=5, eval=replace(recipe.eval, score_first=ScoreFirstConfig()))
     file = recipe_file(recipe, tmp_path / "mine.py")
     whole = pipeline.run(recipe, pipeline.Options(run_dir=str(tmp_path / "whole")))
     start = command("golf_jax.train", file, "--run-dir", "dies")

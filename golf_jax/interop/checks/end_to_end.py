@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from golf_jax.config import load_recipe
-from golf_jax.evaluation import Result, evaluate_sliding, evaluate_standard, evaluate_ttt
+from golf_jax.evaluation import METHODS, Result, Stream
 from golf_jax.interop.checks.base import CheckResult, Comparison, Context
-from golf_jax.interop.checks.evaluation import ROWS, TTTCase, byte_tables, quick_compilation, setting, ttt_config
+from golf_jax.interop.checks.evaluation import ROWS, TTT_ROWS, TTTCase, byte_tables, quick_compilation, setting, ttt_method
 from golf_jax.interop.checks.quantization import Tensors, canonical, quant_config
 from golf_jax.interop.checks.training import main_run
 from golf_jax.interop.packed import canonical_name
 from golf_jax.mesh import make_mesh
-from golf_jax.model import from_tensors
+from golf_jax.model import Model, from_tensors
 from golf_jax.quant import dequantize_all, quantize
 
 FILES = {"pr372": ("train", "eval"), "pr638": ("e2e", "train", "eval"), "pr1182": ("train", "eval", "ttt")}
@@ -98,16 +98,13 @@ def _stages(ctx: Context) -> Iterator[Stage]:
 
 
 def _score(ctx: Context, settings: dict[str, Any], tensors: Tensors, stage: Stage) -> Result:
-    config, z, base = ctx.model().config, ctx.file("eval"), load_recipe(ctx.recipe).eval
+    config, z = ctx.model().config, ctx.file("eval")
     params = from_tensors(config, {n: np.asarray(x, np.float32) for n, x in tensors.items()})
     # PR 1182's run was scored on as many tokens as its ttt.npz holds.
     tokens = (ctx.file("ttt") if ctx.recipe == "pr1182" else z)["val_tokens"].astype(np.uint16)
     seq_len = int(setting(settings, "eval_seq_len", "seq_len", "train_seq_len"))
-    common: dict[str, Any] = dict(seq_len=seq_len, mesh=make_mesh(ctx.devices))
-    if stage.mode == "standard":
-        return evaluate_standard(config, params, tokens, byte_tables(z), eval=replace(base, batch_rows=ROWS), **common)
-    if stage.mode == "sliding":
-        eval = replace(base, stride=stage.stride, batch_rows=ROWS)
-        return evaluate_sliding(config, params, tokens, byte_tables(z), eval=eval, truncated=True, **common)
-    eval = ttt_config(ctx, settings, TTTCase("e2e", fake_quant=True))
-    return evaluate_ttt(config, params, tokens, byte_tables(z), eval=eval, **common)[0]
+    name, method = stage.mode, replace(load_recipe(ctx.recipe).eval.sliding, stride=stage.stride)
+    if stage.mode == "ttt":
+        name, method = ttt_method(ctx, settings, TTTCase("e2e", fake_quant=True))
+    stream = Stream.of(tokens, byte_tables(z), seq_len, TTT_ROWS if stage.mode == "ttt" else ROWS)
+    return METHODS[name](Model(config, params), stream, make_mesh(ctx.devices), method)

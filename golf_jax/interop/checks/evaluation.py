@@ -11,16 +11,16 @@ import jax
 import numpy as np
 
 from golf_jax.artifact.calibration import collect_hessians
-from golf_jax.config import EvalConfig, ModelConfig, load_recipe
+from golf_jax.config import ModelConfig, ScoreFirstConfig, TTTConfig, load_recipe
 from golf_jax.data.tokenizer import ByteTables
-from golf_jax.evaluation import Result, evaluate_sliding, evaluate_standard, evaluate_ttt
+from golf_jax.evaluation import METHODS, Result, Stream
 from golf_jax.evaluation.windows import chunk_windows, sliding_windows
 from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Reference
 from golf_jax.interop.checks.quantization import dequantized
 from golf_jax.mesh import make_mesh
-from golf_jax.model import from_tensors, to_tensors
+from golf_jax.model import Model, from_tensors, to_tensors
 
-ROWS = 8  # windows per device and forward pass: small, so that few batch shapes occur
+ROWS, TTT_ROWS = 8, 32  # windows per device and forward pass: small, so that few batch shapes occur
 
 
 @contextlib.contextmanager
@@ -131,13 +131,11 @@ def _evaluate(ctx: Context, z: Reference, case: Case, seq_len: int) -> Result:
         config = replace(config, rope_train_len=int(setting(z.config(), "rope_train_seq_len")))
     tokens = next(z[k] for k in ("eval_tokens", "val_tokens", "val_tokens_first") if k in z).astype(np.uint16)
     tokens = tokens[: case.tokens] if case.tokens else tokens
-    common: dict[str, Any] = dict(seq_len=seq_len, mesh=make_mesh(ctx.devices), looping=case.variant != "noloop", keep_scores=True)
-    base = load_recipe(ctx.recipe).eval
     tables = byte_tables(z if any(k.startswith("lut") for k in z) else ctx.file("eval"))
-    if case.mode == "standard":
-        return evaluate_standard(config, params, tokens, tables, eval=replace(base, batch_rows=ROWS), **common)
-    eval = replace(base, stride=case.stride, batch_rows=ROWS)
-    return evaluate_sliding(config, params, tokens, tables, eval=eval, truncated=not case.tokens, **common)
+    stream = Stream(tokens, tables, seq_len, ROWS) if case.tokens else Stream.of(tokens, tables, seq_len, ROWS)
+    settings = replace(load_recipe(ctx.recipe).eval.sliding, stride=case.stride)
+    model = Model(config, params, looping=case.variant != "noloop")
+    return METHODS[case.mode](model, replace(stream, keep_scores=True), make_mesh(ctx.devices), settings)
 
 
 def _window_sums(result: Result, seq_len: int, stride: int) -> np.ndarray:
@@ -161,7 +159,7 @@ def _weights(ctx: Context, variant: str) -> tuple[ModelConfig, dict[str, np.ndar
 def check_windows(ctx: Context, z: Reference, name: str, seq_len: int, stride: int) -> CheckResult:
     """Window lists stored beside the sums: (start, length, first scored offset)."""
     c = Comparison(f"{name}: window lists", 0.0, "equal")
-    rule = load_recipe(ctx.recipe).eval.windows
+    rule = load_recipe(ctx.recipe).eval.sliding.windows
     for key in z:
         if m := re.fullmatch(r"windows/n(\d+)_seq(\d+)_stride(\d+)/starts", key):  # PR 372: n tokens
             n, t, s = map(int, m.groups())
@@ -244,35 +242,37 @@ def check_ttt(ctx: Context) -> list[CheckResult]:
     return results
 
 
-def ttt_config(ctx: Context, settings: dict[str, Any], case: TTTCase) -> EvalConfig:
-    """The recipe's evaluation at the size of a reference run."""
+def ttt_method(ctx: Context, settings: dict[str, Any], case: TTTCase) -> tuple[str, TTTConfig]:
+    """The recipe's test-time training at the size of a reference run: name of the method, and its settings."""
     base = load_recipe(ctx.recipe).eval
-    ttt = replace(
-        base.ttt,
+    name, ttt = ("adapt_first", base.adapt_first) if base.adapt_first.on else ("score_first", base.score_first)
+    chunked = {"chunk_tokens": int(settings.get("ttt_chunk_tokens", base.score_first.chunk_tokens))} if name == "score_first" else {}
+    return name, replace(
+        ttt,
+        stride=int(setting(settings, "eval_stride")),
         epochs=int(setting(settings, "ttt_epochs")),
         lr=float(setting(settings, "ttt_lr")),
         ranks=case.ranks,
         fake_quant=case.fake_quant,
-        chunk_tokens=int(settings.get("ttt_chunk_tokens", base.ttt.chunk_tokens)),
-        batch_rows=int(settings.get("ttt_batch_seqs", base.ttt.batch_rows)),
+        batch_rows=int(settings.get("ttt_batch_seqs", ttt.batch_rows)),
+        **chunked,
     )
-    return replace(base, stride=int(setting(settings, "eval_stride")), batch_rows=32, ttt=ttt)
 
 
 def _check_run(ctx: Context, name: str, case: TTTCase) -> list[CheckResult]:
     z, config = ctx.file(name), ctx.model().config
     settings = z.config()
     seq_len = int(setting(settings, "eval_seq_len", "train_seq_len"))
-    eval = ttt_config(ctx, settings, case)
+    method, ttt = ttt_method(ctx, settings, case)
     source = z if "val_tokens" in z or "eval_tokens" in z else ctx.file("eval")
     tokens = source["eval_tokens" if ctx.portable else "val_tokens"].astype(np.uint16)
     before = from_tensors(config, dequantized(ctx)) if ctx.recipe == "pr562" else ctx.model().params
     tables = byte_tables(z if ctx.portable else ctx.file("eval"))
-    mesh = make_mesh(ctx.devices)
-    result, params = evaluate_ttt(config, before, tokens, tables, seq_len=seq_len, mesh=mesh, eval=eval)
-    after, start = to_tensors(config, params), to_tensors(config, before)
+    stream = Stream.of(tokens, tables, seq_len, TTT_ROWS)
+    result = METHODS[method](Model(config, before), stream, make_mesh(ctx.devices), ttt)
     trace, bars = result.trace, (PORTABLE_BARS if ctx.portable else BARS)[ctx.recipe, case.fake_quant]
     assert trace is not None
+    after, start = to_tensors(config, trace.params), to_tensors(config, before)
     label = f"{name} {case.tag}".strip()
     prefix = f"{case.tag}/" if case.tag else ""
     c_nll, c_counts = Comparison(f"{label}: nll sums", bars.nll, "rel"), Comparison(f"{label}: counts", 0.0, "equal")
@@ -304,8 +304,8 @@ def _check_run(ctx: Context, name: str, case: TTTCase) -> list[CheckResult]:
         elif "q_gain" not in key:  # moves by about its float32 granularity
             c_weights.add(key, ours - old, want - old)
     results = [c_nll, c_counts, c_first, c_loss, c_norm, c_weights]
-    if ctx.recipe != "pr562":
-        results.append(_check_order(ctx, z, label, result, seq_len, eval))
+    if isinstance(ttt, ScoreFirstConfig):
+        results.append(_check_order(z, label, result, seq_len, ttt))
     return [c.result() for c in results if c.compared]
 
 
@@ -354,11 +354,11 @@ def _tensor(tensors: dict[str, np.ndarray], name: str, layers: int) -> np.ndarra
     return tensors[name]
 
 
-def _check_order(ctx: Context, z: Reference, label: str, result: Result, seq_len: int, eval: EvalConfig) -> Comparison:
+def _check_order(z: Reference, label: str, result: Result, seq_len: int, ttt: ScoreFirstConfig) -> Comparison:
     """Chunk of every window, and that every score came before the first update that used its target."""
     c = Comparison(f"{label}: windows per chunk, order", 0.0, "equal")
     c.add("order violations", result.facts.order_violations, 0)
-    w, chunk = chunk_windows(eval.windows, result.facts.targets, seq_len, eval.stride, eval.ttt.chunk_tokens)
+    w, chunk = chunk_windows(ttt.windows, result.facts.targets, seq_len, ttt.stride, ttt.chunk_tokens)
     if "chunk_windows_flat" in z:
         c.add("chunk_windows_flat", np.stack([chunk, w.start], 1), z["chunk_windows_flat"])
     if "window_start_scorefrom_len_chunk" in z:

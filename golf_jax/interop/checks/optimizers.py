@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import GroupConfig, OptimConfig, load_recipe
-from golf_jax.evaluation.ttt import initial_state, update
+from golf_jax.evaluation.adapter import initial_state, update
+from golf_jax.evaluation.score_first import momentum_rule
 from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Measure, Reference
 from golf_jax.interop.hparams import hyperparameters
 from golf_jax.optim import StackLayout, make_optimizer, newton_schulz
@@ -138,12 +139,12 @@ def _sgd_1182(ctx: Context) -> list[CheckResult]:
     """PR 1182's optimizer of test-time training: clip, then SGD with momentum."""
     if not ctx.has("muon") or "sgd/p1" not in ctx.file("muon"):
         return []
-    z, ttt = ctx.file("muon"), load_recipe("pr1182").eval.ttt
+    z, rule = ctx.file("muon"), momentum_rule(load_recipe("pr1182").eval.score_first)
     c = Comparison("sgd steps", *STEPS["pr1182"])
-    state = initial_state(ttt, {"w": jnp.asarray(z["adamw/proj/p0"])})
+    state = initial_state(rule, {"w": jnp.asarray(z["adamw/proj/p0"])})
     for i, factor in enumerate((1.0, 0.7, 0.3), 1):
         grads = {"w": jnp.asarray(z[f"adamw/proj/g{i}"] * np.float32(z["sgd/grad_factor"]))}
-        state, norm = update(ttt, state, grads, 0.002 * factor, {"w": 1.0})
+        state, norm = update(rule, state, grads, 0.002 * factor)
         c.add(f"step {i}", state.params["w"], z[f"sgd/p{i}"])
         c.add(f"norm {i}", norm, z[f"sgd/norm{i}"])
     return [c.result()]
