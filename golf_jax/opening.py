@@ -22,7 +22,9 @@ from golf_jax.evaluation.legality import check_model
 from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.scorer import Log
 from golf_jax.evaluation.ttt import evaluate_ttt
+from golf_jax.mesh import make_mesh
 from golf_jax.model import logits, nll, resolve
+from golf_jax.model.inputs import check_tokens
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Model:
         return self._programs[1](self._on_device, tokens[:, :-1], tokens[:, 1:])
 
     def _checked(self, tokens: Any) -> jax.Array:
-        return jnp.asarray(tokens)
+        return check_tokens(self.config, tokens)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with the document start before it."""
@@ -125,3 +127,8 @@ def evaluate(
         if name not in skip:
             result = function(model.config, model.params, text.val_tokens, text.tables, **common)
             yield name, replace(result, facts=replace(result.facts, causal=causal, normalization_error=error))
+
+
+def score(model: Model, text: Text, *, log: Log = print) -> dict[str, Result]:
+    """Every evaluation that the model's recipe asks for, on all devices of this process: name -> result."""
+    return dict(evaluate(model, text, make_mesh(), model.eval, log=log))
