@@ -262,7 +262,9 @@ def nll(
     targets_BT has one entry per returned position: pass the last N targets when `last` is N.
     """
     x_BTD = hidden(config, params, tokens_BT, looping=looping, last=last, fake_quant=fake_quant)
-    flat = softcap_cross_entropy(x_BTD.reshape(-1, config.width), jnp.asarray(params["tok_emb"]), targets_BT.reshape(-1), softcap=config.softcap)
+    flat = softcap_cross_entropy(
+        x_BTD.reshape(-1, config.width), jnp.asarray(params["tok_emb"]), targets_BT.reshape(-1), softcap=config.softcap
+    )
     return flat.reshape(targets_BT.shape)
 
 
@@ -291,4 +293,4 @@ class GPT(nn.Module):
         if self.is_initializing():
             for name, leaf in leaves(self.config).items():
                 self.param(name, leaf.init, leaf.shape)
-        return logits(self.config, self.variables.get("params", {}), tokens_BT, looping=looping)
+        return logits(self.config, dict(self.variables.get("params", {})), tokens_BT, looping=looping)
