@@ -13,9 +13,15 @@ import numpy as np
 from golf_jax.artifact.container import read_bytes
 from golf_jax.artifact.model import load_model
 from golf_jax.config import EvalConfig, GolfError, ModelConfig
+from golf_jax.data.text import Text
 from golf_jax.data.tokenizer import Tokenizer
+from golf_jax.evaluation import Result
+from golf_jax.evaluation import score as score_by_methods
+from golf_jax.mesh import make_mesh
 from golf_jax.model import Model as Network
 from golf_jax.model import logits, nll
+from golf_jax.model.inputs import check_tokens
+from golf_jax.progress import Log
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Model(Network):
         return self._programs[1](self._on_device, tokens[:, :-1], tokens[:, 1:])
 
     def _checked(self, tokens: Any) -> jax.Array:
-        return jnp.asarray(tokens)
+        return check_tokens(self.config, tokens)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with the document start before it."""
@@ -103,3 +109,9 @@ def fitting(model: Model, tokenizer: Tokenizer) -> Tokenizer:
         hashes = f"SHA-256 {tokenizer.sha256[:12]}..., {model.name} was trained with {model.tokenizer_sha256[:12]}..."
         raise GolfError(f"tokenizer {tokenizer.name}: {hashes}; give the tokenizer it was trained with")
     return tokenizer
+
+
+def score(model: Model, text: Text, *, log: Log = print) -> dict[str, Result]:
+    """Every evaluation that the model's recipe asks for, on all devices of this process: name -> result."""
+    results = score_by_methods(model, text, make_mesh(), model.eval, log, seq_len=model.seq_len)
+    return {result.mode: result for result in results}

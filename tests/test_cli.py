@@ -88,3 +88,19 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(ZeroDivisionError):
         cli.run(main)
+
+
+RECIPE = "from golf_jax.config import ModelConfig, Recipe\n\n\ndef recipe():\n    return {}\n"
+BROKEN = [
+    ("def recipe(:\n    pass\n", r"mine.py, line 1: invalid syntax"),
+    (RECIPE.format("Recipe(name='mine', model=ModelConfig(xsa_lost=4))"), r"mine.py, line 5: ModelConfig has no field 'xsa_lost'; did you"),
+    (RECIPE.format("1 / 0"), r"mine.py, line 5: ZeroDivisionError: division by zero"),
+    ("import no_such_module\n", r"mine.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN)
+def test_a_broken_recipe_file_is_told_with_its_line(text, message, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(GolfError, match=message):
+        parse(str(tmp_path / "mine.py"))

@@ -61,7 +61,9 @@ def test_quickstart_in_miniature(tmp_path, tmp_path_factory, monkeypatch, progra
     shape = dict(vocab_size=512, num_layers=2, width=32, num_heads=4, num_kv_heads=2, rope_dims=4, bigram_buckets=64, bigram_dim=8)
     model = replace(recipe.model, **shape)
     data, budget = replace(recipe.data, seq_len=64, rows_per_rank=1), replace(recipe.budget, steps=4)
-    recipe = replace(recipe, model=model, data=data, budget=budget, micro_rows=0, eval=replace(recipe.eval, stride=32))
+    recipe = replace(
+        recipe, model=model, data=data, budget=budget, micro_rows=0, eval=replace(recipe.eval, sliding=SlidingConfig(stride=32))
+    )
     result = run(recipe, tmp_path / "run")
     check_run(tmp_path / "run", result)
     stored = from_dict(Recipe, json.loads((tmp_path / "run/config.json").read_text()))

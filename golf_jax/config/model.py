@@ -145,7 +145,7 @@ class ModelConfig:
         return int(self.mlp_ratio * self.width)
 
     def layer_order(self, looping: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Physical layer of every virtual layer, as (encoder, decoder) halves of the U-Net (spec PR 2005, 2.3)."""
+        """Physical layer of every virtual layer, as (encoder, decoder) halves of the U-Net (docs/recipes/pr2005.md, section 2.3)."""
         layers = list(range(self.num_layers))
         if looping and self.loop_repeats:
             loop = layers[self.loop_start : self.loop_end + 1]

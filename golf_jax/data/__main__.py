@@ -1,6 +1,5 @@
 """`python -m golf_jax.data build | download | verify`: training data from text, from the hub, and its inspection."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from golf_jax import cli
 from golf_jax.config import GolfError
 
 
@@ -113,8 +113,8 @@ Command = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0 fine, 1 problems found, 2 an error told in one line."""
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command and returns the exit status: 0 fine, 1 problems found. Raises GolfError."""
     command: Build | Download | Verify = tyro.cli(
         Command,  # pyright: ignore[reportArgumentType]
         prog="python -m golf_jax.data",
@@ -122,12 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    try:
-        return command.run()
-    except GolfError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -7,6 +7,7 @@ of `golf_jax.reproduce` read them there instead of through a second forward pass
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,7 +18,8 @@ from golf_jax.kernels.attention import default_backend, supported_backends, xsa_
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.model import layers as ops
 from golf_jax.model.fake_quant import fake_quantize
-from golf_jax.model.params import Params, leaves
+from golf_jax.model.inputs import check_params, check_tokens
+from golf_jax.model.params import Params, init_params, leaves
 
 Tap = Callable[[str, jax.Array], None]
 
@@ -52,9 +54,11 @@ def hidden(
     config: without `auto`. looping: depth recurrence on (evaluation) or not (start of training); no effect without it in the config.
     last: compute only the last N positions of the last block and of the result: [B, N, D]. Everything before is needed in full.
     fake_quant: strength of fake quantization, 0 to 1, may be traced; default is what evaluation uses (`config.fake_quant.in_eval`).
+    Raises GolfError for tokens that are not integers [B, T] within the vocabulary, and for leaves that are not those of the model.
     """
     if "auto" in (config.dtype, config.attention):
         raise GolfError("model.dtype and model.attention are auto: resolve(config, platform), as Model.open does")
+    tokens_BT, params = check_tokens(config, tokens_BT), check_params(config, params)
     if fake_quant is None and config.fake_quant.in_eval:
         fake_quant = 1.0
     if fake_quant is not None:
@@ -259,7 +263,9 @@ def nll(
     targets_BT has one entry per returned position: pass the last N targets when `last` is N.
     """
     x_BTD = hidden(config, params, tokens_BT, looping=looping, last=last, fake_quant=fake_quant)
-    flat = softcap_cross_entropy(x_BTD.reshape(-1, config.width), params["tok_emb"], targets_BT.reshape(-1), softcap=config.softcap)
+    flat = softcap_cross_entropy(
+        x_BTD.reshape(-1, config.width), jnp.asarray(params["tok_emb"]), targets_BT.reshape(-1), softcap=config.softcap
+    )
     return flat.reshape(targets_BT.shape)
 
 
@@ -268,19 +274,27 @@ def logits(config: ModelConfig, params: Params, tokens_BT: jax.Array, *, looping
 
     The one function of this file that takes an unresolved `config`: `auto` becomes what the default platform gets.
     """
-    if tokens_BT.ndim != 2:
-        raise GolfError(f"tokens must be [batch, time], got shape {tokens_BT.shape}")
     x_BTD = hidden(resolve(config, jax.default_backend()), params, tokens_BT, looping=looping, tap=tap)
-    z_BTV = jnp.einsum("btd,vd->btv", x_BTD, params["tok_emb"].astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    z_BTV = jnp.einsum("btd,vd->btv", x_BTD, jnp.asarray(params["tok_emb"]).astype(x_BTD.dtype), preferred_element_type=jnp.float32)
     return config.softcap * jnp.tanh(z_BTV / config.softcap)
 
 
 class GPT(nn.Module):
-    """Linen module that owns the parameters: `init(key, tokens)`, and `apply(variables, tokens)` -> logits [B, T, V]."""
+    """Linen module of the network: `init(key)` -> {"params": ...}, `apply(variables, tokens)` -> logits, float32 [B, T, V].
+
+    `init` gives what `init_params` gives, `apply` what `logits` gives, bit for bit. Within a larger module Linen's own keys are used.
+    """
 
     config: ModelConfig
 
+    @nn.nowrap
+    def init(self, rngs: jax.Array | dict[str, jax.Array], *_: Any, **__: Any) -> dict[str, Params]:
+        """Fresh variables. Example tokens may be given, as Linen has it, and are not needed: every shape is in the config."""
+        return {"params": init_params(self.config, rngs["params"] if isinstance(rngs, dict) else rngs)}
+
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, *, looping: bool = True) -> jax.Array:
-        params = {name: self.param(name, leaf.init, leaf.shape) for name, leaf in leaves(self.config).items()}
-        return logits(self.config, params, tokens_BT, looping=looping)
+        if self.is_initializing():
+            for name, leaf in leaves(self.config).items():
+                self.param(name, leaf.init, leaf.shape)
+        return logits(self.config, dict(self.variables.get("params", {})), tokens_BT, looping=looping)

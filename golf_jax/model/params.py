@@ -196,7 +196,7 @@ def storage_dtypes(config: ModelConfig, numerics: str) -> dict[str, jnp.dtype]:
 
 
 def init_params(config: ModelConfig, key: jax.Array, numerics: str = "fp32") -> Params:
-    """Fresh parameters. `as_run`: every value rounded to bfloat16 once, then kept in `storage_dtypes` (specs, section 3)."""
+    """Fresh parameters. `as_run`: every value rounded to bfloat16 once, then kept in `storage_dtypes` (docs/recipes, section 3)."""
     table = leaves(config)
     keys = jax.random.split(key, len(table))
     dtypes = storage_dtypes(config, numerics)
