@@ -127,29 +127,6 @@ def test_every_shipped_recipe_runs_to_a_scored_artifact(name, tmp_path, text):
     assert legal == {mode: mode != "adapt_first" for mode in modes}
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        ({"model": {"vocab_size": 512}}, {}, "model.vocab_size 512 differs from the 300 pieces of .*: set --model.vocab-size"),
-        ({"data": {"ranks": 3}}, {}, "a batch of 3 sequences .* does not divide over 8 devices"),
-        ({}, {"devices": 9}, "--devices 9: only 8 cpu"),
-        ({}, {"emulate_devices": 3}, "--emulate-devices 3 does not divide the 8 sequences"),
-        ({"data": {"train": "nowhere/*.bin"}}, {}, "nowhere"),
-        ({"data": {"tokenizer": "no.model"}}, {}, "no.model: no such tokenizer; give --data.tokenizer, or fetch"),
-        ({"data": {"seq_len": 4096}}, {}, "validation tokens are fewer than one window of data.seq_len 4096"),
-        ({"model": {"attention": "cudnn"}}, {}, "model.attention 'cudnn' does not run on cpu .*: choose auto or xla"),
-    ],
-)
-def test_impossible_combinations_are_refused_before_compilation(change, options, message, tmp_path, text, monkeypatch):
-    monkeypatch.setattr(pipeline, "_stages", None)  # not reached
-    recipe = on_text(tiny("baseline", vocab_size=300), text)
-    for section, values in change.items():
-        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **values)})
-    with pytest.raises(GolfError, match=message) as caught:
-        run(recipe, tmp_path / "run", **options)
-    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
-
-
 def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monkeypatch):
     """Ended after training, then after packing, then between two scores: nothing is done twice, and the result is the same."""
     recipe = on_text(tiny("baseline", vocab_size=300, seq_len=32), text)
