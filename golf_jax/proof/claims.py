@@ -17,6 +17,7 @@ class Claim:
     name: str
     value: float
     unit: float
+    text: str
 
 
 @dataclass
@@ -109,5 +110,5 @@ def _number(fields: dict[str, Any], names: tuple[str, ...]) -> Claim | None:
         if isinstance(value, bool) or not isinstance(value, int | Decimal) or not abs(value) < 1e15:
             continue
         exponent = value.as_tuple().exponent if isinstance(value, Decimal) else 0
-        return Claim(name, float(value), 10.0 ** max(int(exponent), -20))
+        return Claim(name, float(value), 10.0 ** max(int(exponent), -20), str(value))
     return None

@@ -28,11 +28,12 @@ COMPLIANCE = {
 def select(runs: Sequence[Run], claims: Claims) -> list[Run]:
     """The runs that the claims are about: of several with one claimed seed, those that have the claimed score; else all."""
     chosen: list[Run] = []
+    all_there = set(claims.seeds) <= {r.seed for r in runs}
     for run in runs:
         same = [r for r in runs if r.seed is not None and r.seed == run.seed]
         claim = claims.of_seed(run.seed, *BPB) if run.seed is not None else None
         exact = [r for r in same if claim and any(_equal(claim, s.bpb.value, s.bpb.half) for s in r.finals)]
-        if claims.seeds and run.seed is not None and run.seed not in claims.seeds:
+        if claims.seeds and all_there and run.seed not in claims.seeds:
             continue
         if len(same) < 2 or not exact or run in exact:
             chosen.append(run)
@@ -69,7 +70,7 @@ def check_claims(claims: Claims, runs: Sequence[Run], found: Sequence[Finding], 
 
 def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: str = "") -> Finding:
     """Which line has the claimed score: a mean over the runs, one run's final, or one that is no final score."""
-    said = f"{label}{claim.name} {claim.value:g}"
+    said = f"{label}{claim.name} {claim.text}"
     by_name: dict[str, list[tuple[float, float, str]]] = {}
     for run in runs:
         for name, score in {s.name: s for s in run.finals}.items():
@@ -87,22 +88,23 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
         note = f"one run's {name}, not the mean" if best else f"one run's {name}"
         return Finding("warning" if best else "pass", "claims", f"{said} is {note}", where)
     if what == "loss":
-        other = [r.at(s.line) for r in runs for s in r.finals if _equal(claim, s.bpb.value, s.bpb.half)]
-        if other:
-            return Finding("warning", "claims", f"{said} is in bits per byte, not nats per token", other[0])
+        as_bpb = _score(claim, "bpb", runs, claims)
+        if as_bpb.status == "pass":
+            return Finding("warning", "claims", f"{said} is in bits per byte, not nats per token", as_bpb.source)
     for run in runs:
         for s in run.scores:
             number = s.bpb if what == "bpb" else s.loss
             if s.kind != "final" and claim.unit < 0.005 and _equal(claim, number.value, number.half):
-                return Finding("fail", "claims", f"{said} is the {s.kind} score {s.name!r}, not a score of the packed model", run.at(s.line))
+                status = "fail" if run.finals else "warning"
+                return Finding(status, "claims", f"{said} is the {s.kind} score {s.name!r}, not a score of the packed model", run.at(s.line))
     heads = [h for h in map(headline, runs) if h]
     if not heads:
         return Finding("not checkable", "claims", f"{said}: the logs have no final score", claims.file)
     if claims.seed_count > len(runs) and not label:
         return Finding("not checkable", "claims", f"{said}: a mean over {claims.seed_count} seeds, of which {len(runs)} have logs", claims.file)
     number = [h.bpb.value if what == "bpb" else h.loss.value for h in heads]
-    listed = ", ".join(f"{v:.5f}" for v in number[:5])
-    return Finding("fail", "claims", f"{said} is in no log; the lowest final scores are {listed} (mean {statistics.fmean(number):.5f})", claims.file)
+    listed = ", ".join(f"{v:.6f}" for v in number[:5])
+    return Finding("fail", "claims", f"{said} is in no log; the lowest final scores are {listed} (mean {statistics.fmean(number):.6f})", claims.file)
 
 
 def _bytes(claim: Claim, runs: Sequence[Run], file: str, shipped: int | None, label: str = "") -> list[Finding]:
@@ -116,7 +118,7 @@ def _bytes(claim: Claim, runs: Sequence[Run], file: str, shipped: int | None, la
     if where or abs(mean - claim.value) <= 1:
         return [Finding("pass", "claims", f"{said} is {'the log’s total' if where else 'the mean of the totals'}", where or file)]
     models = [r.models[-1].value for r in runs if r.models]
-    if claim.value in models or any(abs(claim.value - m) <= 1 for m in [statistics.fmean(models)] if models):
+    if claim.value in models or (models and abs(claim.value - statistics.fmean(models)) <= 1):
         text = f"{said} is the model without its code; the log's total is {max(values):,.0f}"
         return [Finding("warning", "claims", text, file)]
     if shipped is not None and claim.value - shipped in models:

@@ -16,7 +16,7 @@ from golf_jax.config import GolfError
 NUMBER = r"[-+]?\d[\d,_]{0,20}(?:\.\d{0,20})?(?:[eE][-+]?\d{1,2})?"
 _SCORE = re.compile(rf"^(.*?)\bval_loss\s*[:=]\s*({NUMBER})\b.*?\bval_bpb\s*[:=]\s*({NUMBER})(?![\w.])(.*)$")
 _TRAINING = re.compile(r"^(?:step[: ]\s*)?(\d+)/\d+\b")
-_STEP_LOSS = re.compile(rf"^(?:step[: ]\s*)?(\d+)(?:/\d+)?\s.*?\b(?:train_)?loss\s*[:=]\s*({NUMBER})")
+_STEP_LOSS = re.compile(rf"^(?:step[: ]\s*)?(\d+)(?:/\d+)?\s.*?\b(?:train_)?loss\s*[:= ]\s*({NUMBER})")
 _SECONDS = re.compile(rf"\b(?:eval_time|time)\s*[:=]\s*({NUMBER})\s*(ms|s)\b")
 _STOP = re.compile(rf"^stopping_early\b.*?train_time\s*[:=]\s*({NUMBER})\s*(ms|s)\b")
 _TRAIN_TIME = re.compile(rf"\btrain_time\s*[:=]\s*({NUMBER})\s*(ms|s|m)\b")
@@ -25,22 +25,22 @@ _HESSIANS = re.compile(rf"^gptq:\s*(?:collected \d+ hessians|collected hessians 
 _ADAPTED = re.compile(rf"^(\w*ttt\w*):done\b.*?\b(?:time|elapsed)\s*[:=]\s*({NUMBER})\s*(ms|s)\b", re.I)
 _TOTAL_EVAL = re.compile(rf"^total_eval_time\s*[:=]\s*({NUMBER})\s*(ms|s)\b")
 _MODEL = re.compile(rf"^Serialized model(?: (\S[^:]*))?:\s*({NUMBER})\s*bytes\b", re.I)
+_ARTIFACT = re.compile(rf"^artifact(?:[ _](?:size|bytes))?\s*[:=]\s*({NUMBER}) bytes\b", re.I)  # code or not is not said
 _CODE = re.compile(rf"^(?:Code size(?: \((\w+)\))?|CODE_BYTES)\s*:\s*({NUMBER})(?: bytes)?\s*$", re.I)
 _TOTALS = (
     re.compile(rf"^Total submission size(?: (\S[^:]*))?:\s*({NUMBER})\s*bytes\b", re.I),
     re.compile(rf"\bTotal submission(?: size)?()\s*[:=]\s*({NUMBER})\s*bytes\b", re.I),
     re.compile(rf"^budget()\s*:\s*({NUMBER})\s*/\s*16,?000,?000\b", re.I),
-    re.compile(rf"^(?:total )?artifact(?:[ _](?:size|bytes))?()\s*[:=]\s*({NUMBER})(?: bytes)?\b(?! *MB)", re.I),
     re.compile(rf"^(?:bytes[ _]total|total[ _]bytes|submission[ _](?:size|bytes))()\s*[:=]\s*({NUMBER})(?: bytes)?\b(?! *MB)", re.I),
 )
-_TOKENS = re.compile(rf"(?:^val_tokens\s*[:=]\s*|^val_loader:.*\btokens\s*[:=]\s*|\bval_tokens:)({NUMBER})")
+_TOKENS = re.compile(rf"(?:^val_tokens\s*[:=]\s*|^Validation tokens:\s*|^val_loader:.*\btokens\s*[:=]\s*|\bval_tokens:)({NUMBER})")
 _SCORED = re.compile(rf"\bnats[:=]{NUMBER} tokens[:=]({NUMBER}) bytes[:=]({NUMBER})")
 _PAIR = re.compile(r"(\w+):([\w.+-]+)")
 _PAIRS = re.compile(r"^\w+:[\w.+-]+(?: \w+:[\w.+-]+)*$")
 _SETTING = re.compile(r"^\s+(\w+): (.*)$")
 _STAMP = re.compile(r"^(?:\d{9,}\.\d+|\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[\d.,]*Z?\]?|\[rank\d+\]:?)\s+")
 _RULE = re.compile(r"^={60,}$")
-_PYTHON = re.compile(r"^\s*(?:import \w|from [\w.]+ import |def \w+\(|class \w+|@\w+|return\b|if .*:\s*$|for .* in .*:\s*$)")
+_PYTHON = re.compile(r"^\s*(?:import \w|from [\w.]+ import |(?:async )?def \w+\(|class \w+|@\w+)")
 _START = re.compile(r"^(?:Hyperparameters:|val_bpb:enabled\b|logs/\S+\.txt\s*$)")
 _DIAGNOSTIC = re.compile(r"diagnos|pre[-_ ]?quant|post[-_ ]?(?:ema|swa|train)|best_averaging|^val_interim|^(?:raw|ema|swa)\b", re.I)
 
@@ -92,8 +92,8 @@ class Run:
     code: dict[str, Number] = field(default_factory=dict)
     """Code bytes by kind: `` (as printed without a word), `compressed`, `uncompressed`."""
     totals: list[Number] = field(default_factory=list)
-    source: str = ""
-    """The program that the log carries."""
+    sources: list[str] = field(default_factory=list)
+    """The programs that the log carries; often the one, several times."""
     text: list[tuple[int, str]] = field(default_factory=list)
     """The lines of output, numbered, without source code."""
 
@@ -137,7 +137,7 @@ def digest(text: str) -> str:
 def parse_log(text: str, file: str) -> list[Run]:
     """The runs of a log, in order; none if there is no event of training or scoring in it."""
     lines = [(i, _STAMP.sub("", line.replace("\0", "").rstrip())) for i, line in enumerate(re.split(r"\r\n|\n|\r", text), 1)]
-    output, source = _set_source_aside(lines)
+    output, sources = _set_source_aside(lines)
     runs = []
     for part in _split(output):
         run = Run(file, part[0][0])
@@ -145,33 +145,32 @@ def parse_log(text: str, file: str) -> list[Run]:
             _read_line(run, number, line)
         if run.scores or run.steps or run.stop or run.totals:
             runs.append(run)
-    for run in runs[:1]:
-        run.source = source
+    for run in runs:
+        run.sources = sources
     return runs
 
 
-def _set_source_aside(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], str]:
-    """(lines of output, source code): a block between rulers that is made of Python is source."""
+def _set_source_aside(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], list[str]]:
+    """(lines of output, programs): a block between rulers that imports and defines is source, up to its last definition's end."""
     blocks: list[list[tuple[int, str]]] = [[]]
     for number, line in lines:
         if _RULE.match(line):
             blocks.append([])
         else:
             blocks[-1].append((number, line))
-    output, source = [], []
+    output: list[tuple[int, str]] = []
+    sources = []
     for block in blocks:
-        python = sum(bool(_PYTHON.match(line)) for _, line in block)
-        if python >= 5 and python > len(block) / 40:
-            first = next(i for i, (_, line) in enumerate(block) if _begins_source(line))
-            output += block[:first]
-            source += [line for _, line in block[first:]]
-        else:
+        code = [i for i, (_, line) in enumerate(block) if _PYTHON.match(line)]
+        if len(code) < 5 or not any(block[i][1].startswith("import ") for i in code):
             output += block
-    return output, "\n".join(source)
-
-
-def _begins_source(line: str) -> bool:
-    return bool(_PYTHON.match(line)) or line.startswith(('"""', "#", "'''"))
+            continue
+        first = next(i for i, (_, line) in enumerate(block) if i == code[0] or line.startswith(('"""', "#", "from ", "'''")))
+        events = (i for i, (_, line) in enumerate(block) if i > code[-1] and (_TRAINING.match(line) or _SCORE.match(line)))
+        stop = next(events, len(block))
+        output += block[:first] + block[stop:]
+        sources.append("\n".join(line for _, line in block[first:stop]))
+    return output, sources
 
 
 def _split(lines: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
@@ -249,6 +248,8 @@ def _read_size(run: Run, number: int, line: str) -> None:
     if match := _MODEL.match(line):
         if match[1]:  # without a word it is the model before compression
             run.models.append(_number(match[2], number))
+    elif match := _ARTIFACT.match(line):
+        run.models.append(_number(match[1], number))
     elif match := _CODE.match(line):
         run.code[(match[1] or "").lower()] = _number(match[2], number)
     else:

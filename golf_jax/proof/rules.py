@@ -8,6 +8,7 @@ from golf_jax.proof.logs import Number, Run, Score
 from golf_jax.proof.official import CAP_BYTES, LIMIT_SECONDS, OFFICIAL_BYTES, OFFICIAL_DOCUMENTS, Family, by_tokens, by_words
 
 NEAR = 200_000  # implied bytes off by less: windows, document starts and the cut tail are counted differently here and there
+MOST_GAIN = 0.07  # bits per byte between the model in training and its final score
 SAME_TEXT = 0.003  # bytes per token off by less, relatively: the same kind of text, cut by the same tokenizer
 
 # Methods ruled out, by the lines that programs print when they run them (C1-C4 of issue 1017, rulings up to May 2026).
@@ -125,6 +126,8 @@ def coverage(run: Run) -> list[Finding]:
         return [*found, *([] if found else [Finding("pass", "coverage", text, where)])]
     if named:
         share = f"{tokens:,.0f} tokens, {100 * tokens / named.targets:.1f} % of {named.name}'s {named.targets:,}"
+        if all(f.status == "pass" for f in implied_bytes(run)):
+            return [*found, Finding("warning", "coverage", f"{share}, but the bytes are right: another tokenizer than the name says", where)]
         return [*found, Finding("fail", "coverage", share, where)]
     return [*found, Finding("not checkable", "coverage", f"{tokens:,.0f} tokens; the official count of this tokenizer is not known", where)]
 
@@ -135,11 +138,15 @@ def artifact_bytes(run: Run, shipped_code: int | None = None) -> list[Finding]:
     code = run.code.get("compressed") or run.code.get("")
     if run.totals:
         total = run.totals[-1]
+    elif model and not code and model.value <= CAP_BYTES:
+        return [Finding("not checkable", "bytes", f"{model.value:,.0f} bytes of model; the log does not say what the code takes", run.at(model))]
+    elif model and not code:
+        total = model
     elif model and code:
         total = Number(model.value + code.value, model.line)
     else:
         return [Finding("not checkable", "bytes", "the log has no total of code and model", run.file)]
-    parts = f" = {model.value:,.0f} model + {total.value - model.value:,.0f} code" if model and total.value >= model.value else ""
+    parts = f" = {model.value:,.0f} model + {total.value - model.value:,.0f} code" if model and total.value > model.value else ""
     over = total.value - CAP_BYTES
     text = f"{total.value:,.0f} bytes{parts}, {abs(over):,.0f} {'over' if over > 0 else 'below'} the cap"
     if over <= 0:
@@ -211,6 +218,7 @@ def legality(run: Run) -> list[Finding]:
             found["C1", "tilt"] = Finding("fail", "C1", text, run.at(number))
         if re.search(r"precompute time excluded from eval", stripped):
             found["clock", "hints"] = Finding("warning", "evaluation clock", f"time left out: {stripped[:80]}", run.at(number))
+    found |= {("gain", f.text): f for f in too_good(run)}
     rescored = _scored_after_adaptation(run)
     if rescored:
         found["C4", "again"] = rescored
@@ -220,6 +228,20 @@ def legality(run: Run) -> list[Finding]:
         text = "1,499 training shards: what prepare_caseops_data.py leaves when it puts validation documents into training (issue 2127)"
         found["data", "overlap"] = Finding("warning", "data", text, run.file)
     return list(found.values())
+
+
+def too_good(run: Run) -> list[Finding]:
+    """Evaluation methods that keep the rules have never gained more than about 0.05 bits per byte over the plain model."""
+    best = headline(run)
+    plain = next((s for s in reversed(run.scores) if s.kind != "final" and best and s.line < best.line), None)
+    if best is None or plain is None or plain.bpb.value - best.bpb.value <= MOST_GAIN:
+        return []
+    pattern = r"\b_?(?:n_?gram|ppm|slot)_\w+"
+    names = sorted({name.lower() for source in run.sources for name in re.findall(pattern, source, re.I)})
+    named = f"; its program names {', '.join(names[:4])}" if names else ""
+    gain = f"{best.name} {best.bpb.value:.4f} is {plain.bpb.value - best.bpb.value:.4f} below {plain.name} {plain.bpb.value:.4f}"
+    text = f"{gain}: more than a window or test-time training gives{named}"
+    return [Finding("warning", "C1-C4", text, run.at(best.line))]
 
 
 def _scored_after_adaptation(run: Run) -> Finding | None:
