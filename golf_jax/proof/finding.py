@@ -1,9 +1,9 @@
 """One line of a report: what was checked, what came out, from which line, by which rule."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Status = Literal["pass", "fail", "warning", "not checkable"]
 
@@ -52,11 +52,12 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
     return [Finding(*key, ", ".join(dict.fromkeys(filter(None, where)))) for key, where in sources.items()]
 
 
-def table(findings: Iterable[Finding]) -> str:
-    """The report for the terminal, in order; what did not pass is followed by the rule in full."""
-    lines = []
+def table(title: str, findings: Sequence[Finding]) -> str:
+    """The report for the terminal, in order; below what did not pass stands the rule in full."""
+    count = {status: sum(f.status == status for f in findings) for status in get_args(Status)}
+    lines = [f"{title}: {', '.join(f'{n} {status}' for status, n in count.items() if n)}"]
     for f in findings:
         lines.append(f"  {f.status:<13} {f.rule:<16} {f.text}" + (f"  [{f.source}]" if f.source else ""))
         if f.status in ("fail", "warning"):
             lines.append(f"  {'':<30} rule: {RULES[f.rule]}")
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])

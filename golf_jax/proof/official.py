@@ -9,7 +9,7 @@ from golf_jax.data.verify import OFFICIAL_BYTES, OFFICIAL_DOCUMENTS
 __all__ = ["CAP_BYTES", "FAMILIES", "LIMIT_SECONDS", "OFFICIAL_BYTES", "OFFICIAL_DOCUMENTS", "Family", "by_tokens", "by_words"]
 
 LIMIT_SECONDS = 600.0  # for training, and again for evaluation
-CUT = 8_192  # programs cut the last targets off to fill rows: at most this many
+CUT = 32_768  # programs cut the last targets off to fill rows: at most one row, of up to this many
 
 
 @dataclass(frozen=True)
