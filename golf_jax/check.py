@@ -71,7 +71,9 @@ def check(paths: Sequence[Path], baseline: Sequence[Path], rerun: bool = True) -
         groups.append((together, own))
     for group, members in groups:
         runs = [run for path in members for run in runs_of(path)]
-        found = check_significance(runs, base, name) if base else [Finding("not checkable", "significance", "no --baseline to test against")]
+        found = (
+            check_significance(runs, base, name) if base else [Finding("not checkable", "significance", "no --baseline to test against")]
+        )
         report[group] += found if runs else []
     return report
 

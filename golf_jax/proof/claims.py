@@ -107,8 +107,9 @@ def _number(fields: dict[str, Any], names: tuple[str, ...]) -> Claim | None:
         value = fields.get(name)
         if isinstance(value, str) and re.fullmatch(r"\d{1,3}(?:,\d{3})+|\d{1,15}(?:\.\d{1,12})?", value.strip()):
             value = Decimal(value.strip().replace(",", ""))
-        if isinstance(value, bool) or not isinstance(value, int | Decimal) or not abs(value) < 1e15:
+        if isinstance(value, bool) or not isinstance(value, int | Decimal):
             continue
-        exponent = value.as_tuple().exponent if isinstance(value, Decimal) else 0
-        return Claim(name, float(value), 10.0 ** max(int(exponent), -20), str(value))
+        value = Decimal(value)
+        if value.adjusted() < 15:
+            return Claim(name, float(value), 10.0 ** max(int(value.as_tuple().exponent), -20), str(value))
     return None

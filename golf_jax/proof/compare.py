@@ -9,6 +9,7 @@ from golf_jax.proof.logs import Run
 from golf_jax.proof.rules import headline
 from golf_jax.proof.statistics import LEVEL, MARGIN_NATS, paired_test, t_test
 
+IMMATERIAL = 5e-6  # bits per byte or nats per token
 BPB, LOSS = ("val_bpb", "mean_val_bpb", "val_bpb_mean"), ("val_loss", "mean_val_loss", "val_loss_mean")
 TOTAL = ("bytes_total", "artifact_bytes", "total_bytes", "artifact_bytes_max")
 # What a claimed `true` stands on.
@@ -41,8 +42,8 @@ def select(runs: Sequence[Run], claims: Claims) -> list[Run]:
 
 
 def _equal(claim: Claim, value: float, half: float = 0.0) -> bool:
-    """Equal as far as both are printed; a claim may be cut off instead of rounded."""
-    return abs(claim.value - value) < claim.unit + half + 1e-9 * abs(value)
+    """Equal as far as both are printed; a claim may be cut off instead of rounded, a mean be taken of rounded numbers."""
+    return abs(claim.value - value) < max(claim.unit + half, IMMATERIAL)
 
 
 def check_claims(claims: Claims, runs: Sequence[Run], found: Sequence[Finding], shipped: int | None = None) -> list[Finding]:
@@ -96,15 +97,21 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
             number = s.bpb if what == "bpb" else s.loss
             if s.kind != "final" and claim.unit < 0.005 and _equal(claim, number.value, number.half):
                 status = "fail" if run.finals else "warning"
-                return Finding(status, "claims", f"{said} is the {s.kind} score {s.name!r}, not a score of the packed model", run.at(s.line))
+                return Finding(
+                    status, "claims", f"{said} is the {s.kind} score {s.name!r}, not a score of the packed model", run.at(s.line)
+                )
     heads = [h for h in map(headline, runs) if h]
     if not heads:
         return Finding("not checkable", "claims", f"{said}: the logs have no final score", claims.file)
     if claims.seed_count > len(runs) and not label:
-        return Finding("not checkable", "claims", f"{said}: a mean over {claims.seed_count} seeds, of which {len(runs)} have logs", claims.file)
+        return Finding(
+            "not checkable", "claims", f"{said}: a mean over {claims.seed_count} seeds, of which {len(runs)} have logs", claims.file
+        )
     number = [h.bpb.value if what == "bpb" else h.loss.value for h in heads]
     listed = ", ".join(f"{v:.6f}" for v in number[:5])
-    return Finding("fail", "claims", f"{said} is in no log; the lowest final scores are {listed} (mean {statistics.fmean(number):.6f})", claims.file)
+    return Finding(
+        "fail", "claims", f"{said} is in no log; the lowest final scores are {listed} (mean {statistics.fmean(number):.6f})", claims.file
+    )
 
 
 def _bytes(claim: Claim, runs: Sequence[Run], file: str, shipped: int | None, label: str = "") -> list[Finding]:
@@ -164,7 +171,9 @@ def check_significance(runs: Sequence[Run], baseline: Sequence[Run], name: str) 
         f" gain above {MARGIN_NATS}: t = {test.t:.2f}, {test.degrees:.1f} degrees of freedom, p = {test.p:.3g}"
     )
     found = [Finding("pass" if test.p < LEVEL else "fail", "significance", text)]
-    pairs = [{r.seed: v for (r, _), v in zip(side, values, strict=True) if r.seed is not None} for side, values in ((ours, nats), (theirs, base))]
+    pairs = [
+        {r.seed: v for (r, _), v in zip(side, values, strict=True) if r.seed is not None} for side, values in ((ours, nats), (theirs, base))
+    ]
     if paired := paired_test(pairs[0], pairs[1]):
         text = f"paired by seed: {paired.gain:+.5f} nats per token, p = {paired.p:.3g}"
         found.append(Finding("pass" if paired.p < LEVEL else "fail", "significance", text))

@@ -103,7 +103,9 @@ def check_submission(s: Submission) -> list[Finding]:
     if not s.runs:
         found.append(Finding("not checkable", "input", "no log: none of the claims can be checked", s.claims.file))
     if s.runs and not any(r.finals for r in s.runs):
-        found.append(Finding("not checkable", "input", "no run has a final score: the log is cut, or training did not end", s.runs[-1].file))
+        found.append(
+            Finding("not checkable", "input", "no run has a final score: the log is cut, or training did not end", s.runs[-1].file)
+        )
     found += check_code(s)
     found += check_seeds(s)
     if s.claims.file:
@@ -130,7 +132,11 @@ def check_code(s: Submission) -> list[Finding]:
     for run in s.runs:
         if run.sources:
             changed = min(_changed(source, other) for source in run.sources for other in (s.script, program))
-            text = "the program in the log is the shipped train_gpt.py" if not changed else f"{changed} lines differ from the shipped train_gpt.py"
+            text = (
+                "the program in the log is the shipped train_gpt.py"
+                if not changed
+                else f"{changed} lines differ from the shipped train_gpt.py"
+            )
             found.append(Finding("warning" if changed else "pass", "code", text, run.at(run.first_line)))
         elif run.code:
             sizes = {len(s.script.encode()), s.script_bytes, len(program.encode())}
@@ -193,7 +199,7 @@ def check_seeds(s: Submission) -> list[Finding]:
     known = {seed for seed in seeds if seed is not None}
     lacking = sorted(set(claimed) - known) if known else []
     have = len(finished)
-    if s.runs and have < count:
+    if s.runs and have < count and count > 1:
         text = f"{count} seeds are claimed, {have} finished run{'s' * (have != 1)} in the logs"
         found.append(Finding("fail", "seeds", text + f", none of seed {', '.join(map(str, lacking))}" * bool(lacking), s.claims.file))
     elif s.runs and lacking:

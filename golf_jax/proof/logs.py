@@ -21,7 +21,9 @@ _SECONDS = re.compile(rf"\b(?:eval_time|time)\s*[:=]\s*({NUMBER})\s*(ms|s)\b")
 _STOP = re.compile(rf"^stopping_early\b.*?train_time\s*[:=]\s*({NUMBER})\s*(ms|s)\b")
 _TRAIN_TIME = re.compile(rf"\btrain_time\s*[:=]\s*({NUMBER})\s*(ms|s|m)\b")
 _STEP_AVG = re.compile(rf"\bstep_avg\s*[:=]\s*({NUMBER})\s*ms\b")
-_HESSIANS = re.compile(rf"^gptq:\s*(?:collected \d+ hessians|collected hessians for \d+ layers|calibrated \d+ layers)\s+in ({NUMBER})\s*s\b", re.I)
+_HESSIANS = re.compile(
+    rf"^gptq:\s*(?:collected \d+ hessians|collected hessians for \d+ layers|calibrated \d+ layers)\s+in ({NUMBER})\s*s\b", re.I
+)
 _ADAPTED = re.compile(rf"^(\w*ttt\w*):done\b.*?\b(?:time|elapsed)\s*[:=]\s*({NUMBER})\s*(ms|s)\b", re.I)
 _TOTAL_EVAL = re.compile(rf"^total_eval_time\s*[:=]\s*({NUMBER})\s*(ms|s)\b")
 _MODEL = re.compile(rf"^Serialized model(?: (\S[^:]*))?:\s*({NUMBER})\s*bytes\b", re.I)
@@ -42,6 +44,7 @@ _STAMP = re.compile(r"^(?:\d{9,}\.\d+|\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[\d.,]
 _RULE = re.compile(r"^={60,}$")
 _PYTHON = re.compile(r"^\s*(?:import \w|from [\w.]+ import |(?:async )?def \w+\(|class \w+|@\w+)")
 _START = re.compile(r"^(?:Hyperparameters:|val_bpb:enabled\b|logs/\S+\.txt\s*$)")
+_DIFFERENCE = re.compile(r"delta|diff|gain|improve|degrad", re.I)
 _DIAGNOSTIC = re.compile(r"diagnos|pre[-_ ]?quant|post[-_ ]?(?:ema|swa|train)|best_averaging|^val_interim|^(?:raw|ema|swa)\b", re.I)
 
 
@@ -193,7 +196,7 @@ def _split(lines: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
 def _read_line(run: Run, number: int, line: str) -> None:
     run.text.append((number, line))
     stripped = line.strip()
-    if match := _SCORE.match(stripped):
+    if (match := _SCORE.match(stripped)) and not _DIFFERENCE.search(match[1]):
         _read_score(run, number, stripped, match)
     elif match := _STEP_LOSS.match(stripped):
         run.steps.append((int(match[1][:12]), _float(match[2])))

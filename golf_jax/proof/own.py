@@ -120,7 +120,8 @@ def _bytes(path: Path, result: dict[str, Any]) -> list[Finding]:
     text += " below the cap" if total <= CAP_BYTES else " over the cap"
     found.append(Finding("pass" if total <= CAP_BYTES else "fail", "bytes", text, "artifact.golf"))
     if (len(data), total) != (result["artifact_bytes"], result["total_bytes"]):
-        text = f"result.json says {result['artifact_bytes']:,} model, {result['total_bytes']:,} in all; the files have {len(data):,}, {total:,}"
+        said = f"{result['artifact_bytes']:,} model, {result['total_bytes']:,} in all"
+        text = f"result.json says {said}; the files have {len(data):,}, {total:,}"
         found.append(Finding("fail", "claims", text, "result.json"))
     try:
         inspect(data)
@@ -162,7 +163,9 @@ def _data(path: Path, result: dict[str, Any], config: dict[str, Any]) -> list[Fi
     if (path / "tokenizer.model").is_file():
         same = sha256_file(path / "tokenizer.model") == result["tokenizer_sha256"]
         text = "tokenizer.model is the one the run used" if same else "tokenizer.model is not the one the run used"
-        found.append(Finding("pass" if same else "fail", "data", f"{text} (sha256 {result['tokenizer_sha256'][:12]}...)", "tokenizer.model"))
+        found.append(
+            Finding("pass" if same else "fail", "data", f"{text} (sha256 {result['tokenizer_sha256'][:12]}...)", "tokenizer.model")
+        )
     train, val, tokenizer = _text(config)
     try:
         size = sum(p.stat().st_size for pattern in (train, val) for p in find_shards(pattern))

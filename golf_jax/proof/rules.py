@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 
 from golf_jax.proof.finding import Finding
 from golf_jax.proof.logs import Number, Run, Score
@@ -18,8 +19,8 @@ _METHODS = (
     ("C3", r"^gptq:.*\bcalibrat\w+\b.*\b(?:val|validation)\b(?! *loss)", "calibrates the quantization on validation text"),
     ("C4", r"\b(?:ngram_)?two_pass\b|\bpass 2\b.*\b(?:rescor|n-?gram)", "scores in two passes: the second knows the text"),
     ("C4", r"^\w*ttt\w*:? (?:[2-9]|\d\d) passes\b", "passes over the text several times"),
-    ("C2", r"^(?:final_)?\w*(?:ngram|n-gram)_?(?!tilt|hash|embed)(?:cache|eval|backoff|mix|interp|blend)\w*\b", "mixes in a hashed n-gram cache,"
-     " whose values do not sum to one"),
+    ("C2", r"^(?:final_)?\w*(?:ngram|n-gram)_?(?!tilt|hash|embed)(?:cache|eval|backoff|mix|interp|blend)\w*\b",
+     "mixes in a hashed n-gram cache, whose values do not sum to one"),
     ("C2", r"^(?:final_|quantized_)?\w*ppm\w*\b.*\d", "mixes in a byte predictor (PPM), not one distribution over the tokens"),
     ("C1", r"^(?:final_)?slot\w*\b.*\d", "SLOT: fits a correction on the very tokens that it then scores"),
 )  # fmt: skip
@@ -33,18 +34,20 @@ def check_run(run: Run, shipped_code: int | None = None, record: bool = True) ->
 
 
 def headline(run: Run) -> Score | None:
-    """The score a run stands for when nothing else says which: the lowest of its final ones, the most precise print of it."""
-    return min(run.finals, key=lambda s: (round(s.bpb.value, 4), s.bpb.half), default=None)
+    """The score a run stands for when nothing else says which: the lowest of its final ones, in its most precise print."""
+    return min(_sound(run.finals), key=lambda s: (round(s.bpb.value, 4), s.bpb.half), default=None)
+
+
+def _sound(scores: Sequence[Score]) -> list[Score]:
+    return [s for s in scores if s.bpb.value > 0 and s.loss.value > 0]
 
 
 def family(run: Run) -> Family | None:
-    """The tokenizer family by what the log names; the token count decides where the words do not."""
-    paths = run.setting("tokenizer_path", "datasets_dir", "data_path")
+    """The tokenizer family that the log names."""
     line = next((text for _, text in run.text if "tokenizer_path=" in text), "")
     named = re.search(r"tokenizer_path=(\S+)", line)
-    words = paths or (named[1] if named else "")
-    caseops = run.setting("caseops_enabled")
-    return by_words(words + " " + run.setting("datasets_dir") * bool(words), run.setting("vocab_size"), caseops)
+    words = [named[1] if named else "", run.setting("tokenizer_path"), run.setting("datasets_dir"), run.setting("data_path")]
+    return by_words(" ".join(filter(None, words)), run.setting("vocab_size"), run.setting("caseops_enabled"))
 
 
 def bytes_per_token(score: Score) -> tuple[float, float, float]:
@@ -57,13 +60,11 @@ def bytes_per_token(score: Score) -> tuple[float, float, float]:
 
 def implied_bytes(run: Run) -> list[Finding]:
     """val_loss, val_bpb and the token count together say how many bytes the score was divided by."""
-    scores = [s for s in run.finals or run.scores[-1:] if s.bpb.value > 0 and s.loss.value > 0]
+    scores = _sound(run.finals) or _sound(run.scores)[-1:]
     if not scores:
         return [Finding("not checkable", "implied bytes", "the log has no line with val_loss and val_bpb", run.file)]
-    found = [_implied(run, s) for s in scores]
-    bad = [f for f in found if f.status == "fail"]
-    main = scores.index(headline(run) or scores[-1]) if (headline(run) or scores[-1]) in scores else -1
-    return bad[-1:] or [found[main]]
+    bad = [f for s in scores if (f := _implied(run, s)).status == "fail"]
+    return bad[-1:] or [_implied(run, headline(run) or scores[-1])]
 
 
 def _implied(run: Run, score: Score) -> Finding:
@@ -72,7 +73,9 @@ def _implied(run: Run, score: Score) -> Finding:
     named = family(run)
     if not run.tokens:
         if named is None:
-            return Finding("not checkable", "implied bytes", f"{rate:.4f} bytes per token; the log gives neither tokens nor tokenizer", where)
+            return Finding(
+                "not checkable", "implied bytes", f"{rate:.4f} bytes per token; the log gives neither tokens nor tokenizer", where
+            )
         expected, text = named.bytes_per_token, f"{rate:.4f} bytes per token, {named.name} has {named.bytes_per_token:.4f}; no token count"
         if low <= expected * (1 + SAME_TEXT) and high >= expected * (1 - SAME_TEXT):
             return Finding("pass", "implied bytes", text, where)
@@ -127,7 +130,10 @@ def coverage(run: Run) -> list[Finding]:
     if named:
         share = f"{tokens:,.0f} tokens, {100 * tokens / named.targets:.1f} % of {named.name}'s {named.targets:,}"
         if all(f.status == "pass" for f in implied_bytes(run)):
-            return [*found, Finding("warning", "coverage", f"{share}, but the bytes are right: another tokenizer than the name says", where)]
+            return [
+                *found,
+                Finding("warning", "coverage", f"{share}, but the bytes are right: another tokenizer than the name says", where),
+            ]
         return [*found, Finding("fail", "coverage", share, where)]
     return [*found, Finding("not checkable", "coverage", f"{tokens:,.0f} tokens; the official count of this tokenizer is not known", where)]
 
@@ -139,7 +145,9 @@ def artifact_bytes(run: Run, shipped_code: int | None = None) -> list[Finding]:
     if run.totals:
         total = run.totals[-1]
     elif model and not code and model.value <= CAP_BYTES:
-        return [Finding("not checkable", "bytes", f"{model.value:,.0f} bytes of model; the log does not say what the code takes", run.at(model))]
+        return [
+            Finding("not checkable", "bytes", f"{model.value:,.0f} bytes of model; the log does not say what the code takes", run.at(model))
+        ]
     elif model and not code:
         total = model
     elif model and code:
@@ -253,4 +261,6 @@ def _scored_after_adaptation(run: Run) -> Finding | None:
     other = next((s for s in scores if abs(s.bpb.value - scores[0].bpb.value) > 2e-4), None)
     if other is None:
         return None
-    return Finding("fail", "C4", f"scored again after test-time training over the same text: {other.name} {other.bpb.value}", run.at(other.line))
+    return Finding(
+        "fail", "C4", f"scored again after test-time training over the same text: {other.name} {other.bpb.value}", run.at(other.line)
+    )
