@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def read_claims(path: Path, name: str) -> Claims:
     claims = Claims(name)
     text = read_text(path).lstrip("\ufeff").lstrip()
     try:
-        value, end = json.JSONDecoder(parse_float=Decimal, parse_constant=str).raw_decode(text)
+        value, end = json.JSONDecoder(parse_float=_decimal, parse_constant=str).raw_decode(text)
     except (ValueError, RecursionError) as error:
         claims.problems.append(f"not JSON: {error}")
         return claims
@@ -100,6 +100,13 @@ def read_claims(path: Path, name: str) -> Claims:
     if value.get("val_bpb", value.get("mean_val_bpb", 0)) is None:
         claims.problems.append("val_bpb is null")
     return claims
+
+
+def _decimal(text: str) -> Decimal | str:
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # an exponent beyond all bounds
+        return text
 
 
 def _number(fields: dict[str, Any], names: tuple[str, ...]) -> Claim | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from golf_jax.config import GolfError
 
 NUMBER = r"[-+]?\d[\d,_]{0,20}(?:\.\d{0,20})?(?:[eE][-+]?\d{1,2})?"
-_SCORE = re.compile(rf"^(.*?)\bval_loss\s*[:=]\s*({NUMBER})\b.*?\bval_bpb\s*[:=]\s*({NUMBER})(?![\w.])(.*)$")
+_SCORE = re.compile(rf"^([^'\"{{}}]*?)\bval_loss\s*[:=]\s*({NUMBER})\b.*?\bval_bpb\s*[:=]\s*({NUMBER})(?![\w.])(.*)$")
 _TRAINING = re.compile(r"^(?:step[: ]\s*)?(\d+)/\d+\b")
 _STEP_LOSS = re.compile(rf"^(?:step[: ]\s*)?(\d+)(?:/\d+)?\s.*?\b(?:train_)?loss\s*[:= ]\s*({NUMBER})")
 _SECONDS = re.compile(rf"\b(?:eval_time|time)\s*[:=]\s*({NUMBER})\s*(ms|s)\b")
@@ -140,6 +140,8 @@ def digest(text: str) -> str:
 def parse_log(text: str, file: str) -> list[Run]:
     """The runs of a log, in order; none if there is no event of training or scoring in it."""
     lines = [(i, _STAMP.sub("", line.replace("\0", "").rstrip())) for i, line in enumerate(re.split(r"\r\n|\n|\r", text), 1)]
+    if lines[-1][1] and (match := _SCORE.match(lines[-1][1].strip())) and _digit(match[2]) != _digit(match[3]):
+        lines.pop()  # the file ends within a number
     output, sources = _set_source_aside(lines)
     runs = []
     for part in _split(output):
