@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from golf_jax.proof.claims import Claim, Claims
 from golf_jax.proof.finding import Finding
 from golf_jax.proof.logs import Run
-from golf_jax.proof.rules import headline
+from golf_jax.proof.rules import headline, implied_bytes
 from golf_jax.proof.statistics import LEVEL, MARGIN_NATS, paired_test, t_test
 
 IMMATERIAL = 5e-6  # bits per byte or nats per token
@@ -77,6 +77,7 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
         for name, score in {s.name: s for s in run.finals}.items():
             number = score.bpb if what == "bpb" else score.loss
             by_name.setdefault(name, []).append((number.value, number.half, run.at(number)))
+    by_name = dict(sorted(by_name.items(), key=lambda item: max(half for _, half, _ in item[1])))  # the most precise print first
     for name, entries in by_name.items():
         mean, half = statistics.fmean(v for v, _, _ in entries), max(h for _, h, _ in entries)
         if len(entries) == len(runs) and _equal(claim, mean, half):
@@ -123,7 +124,8 @@ def _bytes(claim: Claim, runs: Sequence[Run], file: str, shipped: int | None, la
     mean = statistics.fmean(values)
     where = next((w for w, v in totals.items() if v == claim.value), "")
     if where or abs(mean - claim.value) <= 1:
-        return [Finding("pass", "claims", f"{said} is {'the log’s total' if where else 'the mean of the totals'}", where or file)]
+        total = "the log's total" if where else "the mean of the logs' totals"
+        return [Finding("pass", "claims", f"{said} is {total}", where or file)]
     models = [r.models[-1].value for r in runs if r.models]
     if claim.value in models or (models and abs(claim.value - statistics.fmean(models)) <= 1):
         text = f"{said} is the model without its code; the log's total is {max(values):,.0f}"
@@ -160,6 +162,10 @@ def check_significance(runs: Sequence[Run], baseline: Sequence[Run], name: str) 
         return [Finding("not checkable", "significance", text)]
     rate = statistics.fmean(h.loss.value / h.bpb.value for _, h in ours)
     same = all(abs(h.loss.value / h.bpb.value / rate - 1) < 2e-3 for _, h in theirs)
+    wrong = [r.file for r, _ in (*ours, *theirs) if any(f.status == "fail" for f in implied_bytes(r))]
+    if wrong and not same:
+        text = f"{wrong[0]} counts its bytes wrongly, and nats of different tokenizers compare by bytes only: no test against {name}"
+        return [Finding("not checkable", "significance", text)]
     nats = [h.loss.value for _, h in ours]
     base = [h.loss.value if same else h.bpb.value * rate for _, h in theirs]
     test = t_test(nats, base)

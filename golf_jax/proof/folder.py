@@ -218,8 +218,9 @@ def check_seeds(s: Submission) -> list[Finding]:
 
 
 def _same_course(a: Run, b: Run) -> bool:
-    shared = dict(a.steps).keys() & dict(b.steps).keys()
-    return len(shared) >= 8 and a.seed != b.seed and all(dict(a.steps)[k] == dict(b.steps)[k] for k in shared)
+    ours, theirs = dict(a.steps), dict(b.steps)
+    shared = ours.keys() & theirs.keys()
+    return len(shared) >= 8 and a.seed != b.seed and all(ours[step] == theirs[step] for step in shared)
 
 
 def check_settings(runs: list[Run]) -> list[Finding]:

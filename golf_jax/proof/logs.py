@@ -13,6 +13,7 @@ from pathlib import Path
 
 from golf_jax.config import GolfError
 
+LONGEST = 2_000  # characters of a line that are looked at; programs print no longer lines of results
 NUMBER = r"[-+]?\d[\d,_]{0,20}(?:\.\d{0,20})?(?:[eE][-+]?\d{1,2})?"
 _SCORE = re.compile(rf"^([^'\"{{}}]*?)\bval_loss\s*[:=]\s*({NUMBER})\b.*?\bval_bpb\s*[:=]\s*({NUMBER})(?![\w.])(.*)$")
 _TRAINING = re.compile(r"^(?:step[: ]\s*)?(\d+)/\d+\b")
@@ -140,7 +141,7 @@ def digest(text: str) -> str:
 def parse_log(text: str, file: str) -> list[Run]:
     """The runs of a log, in order; none if there is no event of training or scoring in it."""
     lines = [(i, _STAMP.sub("", line.replace("\0", "").rstrip())) for i, line in enumerate(re.split(r"\r\n|\n|\r", text), 1)]
-    if lines[-1][1] and (match := _SCORE.match(lines[-1][1].strip())) and _digit(match[2]) != _digit(match[3]):
+    if lines[-1][1] and (match := _SCORE.match(lines[-1][1].strip()[:LONGEST])) and _digit(match[2]) != _digit(match[3]):
         lines.pop()  # the file ends within a number
     output, sources = _set_source_aside(lines)
     runs = []
@@ -171,11 +172,11 @@ def _set_source_aside(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str
             output += block
             continue
         first = next(i for i, (_, line) in enumerate(block) if i == code[0] or line.startswith(('"""', "#", "from ", "'''")))
-        events = (i for i, (_, line) in enumerate(block) if i > code[-1] and (_TRAINING.match(line) or _SCORE.match(line)))
+        events = (i for i, (_, line) in enumerate(block) if i > code[-1] and (_TRAINING.match(line) or _SCORE.match(line[:LONGEST])))
         stop = next(events, len(block))
         output += block[:first] + block[stop:]
         sources.append("\n".join(line for _, line in block[first:stop]))
-    return output, sources
+    return [(number, line[:LONGEST]) for number, line in output], sources
 
 
 def _split(lines: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:

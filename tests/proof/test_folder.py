@@ -150,8 +150,11 @@ def test_significance(tmp_path):
     base, better = runs("base", 1.8900, 1.8911, 1.8895), runs("better", 1.8800, 1.8809, 1.8796)
     assert [f.status for f in check_significance(better, base, "base")] == ["pass", "pass"]  # unpaired and paired
     assert {f.status for f in check_significance(runs("bit", 1.8870, 1.8881, 1.8866), base, "base")} == {"fail"}
-    other = runs("other", 2.8900, 2.8915, 2.8893, count=BYTES * 2.89 / 1.89)  # the same bits per byte with another tokenizer
+    named = {"tokens": 47_851_520, "settings": "  caseops_enabled: True"}  # another tokenizer
+    other = runs("other", 2.4500, 2.4512, 2.4494, count=BYTES, **named)
     assert "carried over by bits per byte" in check_significance(better, other, "other")[0].text
+    miscounted = runs("miscounted", 2.4500, 2.4512, 2.4494, count=1.1 * BYTES, **named)
+    assert check_significance(better, miscounted, "other")[0].status == "not checkable"
     assert check_significance(better[:1], base, "base")[0].status == "not checkable"
 
 

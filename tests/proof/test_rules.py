@@ -95,6 +95,7 @@ def test_methods_that_were_ruled_out(rule, line):
     [
         "  ttt_epochs: 3\n  slot_enabled: False\n  ppm_enabled: False\n  ngram_cache: 0",
         "slot_lr:0.0 ppm_order:5",
+        "evaluation: order=12 two_pass=False stride=64",
         "ttt_sliding:start chunks=1893 chunk_tokens=32768 ttt_epochs=3",
         "ngram_tilt:hints total=47851520 gated=628130 token_gate=628130 within_gate=0 word_gate=0 agree2plus=0",
         "gptq:calibrated 68 layers in 3.8s",
