@@ -182,5 +182,5 @@ def check_significance(runs: Sequence[Run], baseline: Sequence[Run], name: str) 
     ]
     if paired := paired_test(pairs[0], pairs[1]):
         text = f"paired by seed: {paired.gain:+.5f} nats per token, p = {paired.p:.3g}"
-        found.append(Finding("pass" if paired.p < LEVEL else "fail", "significance", text))
+        found.append(Finding("pass" if paired.p < LEVEL else "warning", "significance", text))  # the rule is about the first test
     return found

@@ -110,6 +110,8 @@ def check_submission(s: Submission) -> list[Finding]:
     found += check_seeds(s)
     if s.claims.file:
         found += check_claims(s.claims, select(s.runs, s.claims), found, s.shipped_code)
+    elif s.path.is_dir():
+        found.append(Finding("warning", "claims", "no submission.json", str(s.path)))
     if not any(f.rule in ("C1", "C2", "C3", "C4") for f in found) and s.runs:
         text = "no line of the logs speaks against them; only running the program can show that they hold"
         found.append(Finding("not checkable", "C1-C4", text))
