@@ -12,7 +12,7 @@ from golf_jax import cli
 from golf_jax.config import GolfError
 from golf_jax.proof.compare import check_significance, select
 from golf_jax.proof.finding import Finding, table
-from golf_jax.proof.folder import check_submission, is_submission, read_submission
+from golf_jax.proof.folder import check_shared_logs, check_submission, is_submission, read_submission
 from golf_jax.proof.logs import Run
 from golf_jax.proof.own import check_own, check_together, is_run, read_run
 
@@ -63,7 +63,9 @@ def check(paths: Sequence[Path], baseline: Sequence[Path], rerun: bool = True) -
     """Findings by path; run directories are compared with the baseline together, every other path by itself."""
     name, base = ", ".join(map(str, baseline)), [run for path in baseline for run in runs_of(path)]
     own = [path for path in paths if is_run(path)]
-    report = {str(path): check_own(path, rerun) if path in own else check_submission(read_submission(path)) for path in paths}
+    foreign = [read_submission(path) for path in paths if path not in own]
+    report = {str(path): check_own(path, rerun) for path in own}
+    report |= {str(s.path): check_submission(s) + check_shared_logs(s, foreign) for s in foreign}
     groups = [(str(path), [path]) for path in paths if path not in own]
     if own:
         together = str(own[0]) if len(own) == 1 else f"{len(own)} run directories together"

@@ -7,6 +7,7 @@ import lzma
 import re
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -27,11 +28,12 @@ OWN_SETTINGS = {"seed", "run_id", "logfile", "rank", "local_rank", "is_main_proc
 
 @dataclass
 class Submission:
-    """What one path holds. copies: logs that are left out of `runs` because another file is the same, and that file."""
+    """What one path holds. digests: of every log's text, by file; copies: logs left out of `runs`, and the file they repeat."""
 
     path: Path
     runs: list[Run]
     claims: Claims
+    digests: dict[str, str]
     copies: dict[str, str]
     script: str
     sidecars: dict[str, int]
@@ -62,19 +64,21 @@ def read_submission(path: Path) -> Submission:
     """Reads a log file or a folder. Raises GolfError if there is nothing in it to check."""
     files = _logs(path) if path.is_dir() else [path]
     runs: list[Run] = []
-    digests, copies = {}, {}
+    digests: dict[str, str] = {}
+    copies: dict[str, str] = {}
     for file in sorted(files, key=lambda p: not _seed_in_name(p.name)):  # of a log and its copy, the one with the seed counts
         name = str(file.relative_to(path)) if path.is_dir() else file.name
         text = read_text(file)
         parsed = parse_log(text, name)
-        if parsed and (original := next((n for n, d in digests.items() if d == digest(text)), None)):
+        own = digest(text)
+        if parsed and (original := next((n for n, d in digests.items() if d == own), None)):
             copies[name] = original
             continue
         for run in parsed:
             if run.seed is None and len(parsed) == 1 and (seed := _seed_in_name(file.name)):
                 run.settings["seed"] = (seed, run.first_line)
         if parsed:
-            digests[name] = digest(text)
+            digests[name] = own
         runs += parsed
     claims, script, script_bytes = Claims(), "", None
     if path.is_dir():
@@ -87,7 +91,7 @@ def read_submission(path: Path) -> Submission:
     program = unwrap(script)
     others = [p for p in path.glob("*") if p.suffix in (".py", ".c", ".cpp", ".cu") and p.name != "train_gpt.py"] if path.is_dir() else []
     sidecars = {p.name: p.stat().st_size for p in sorted(others) if re.search(rf"\b{re.escape(p.stem)}\b", program)}
-    return Submission(path, runs, claims, copies, script, sidecars, script_bytes)
+    return Submission(path, runs, claims, digests, copies, script, sidecars, script_bytes)
 
 
 def _seed_in_name(name: str) -> str:
@@ -116,6 +120,16 @@ def check_submission(s: Submission) -> list[Finding]:
         text = "no line of the logs speaks against them; only running the program can show that they hold"
         found.append(Finding("not checkable", "C1-C4", text))
     return fold(found)
+
+
+def check_shared_logs(s: Submission, others: Sequence[Submission]) -> list[Finding]:
+    """Logs that another submission ships as its own: of the two claims, at most one has a run behind it."""
+    found = []
+    for other in others:
+        for name, own in s.digests.items():
+            if other is not s and (theirs := next((n for n, d in other.digests.items() if d == own), None)):
+                found.append(Finding("warning", "seeds", f"the same log is in {other.path}: {theirs}", name))
+    return found
 
 
 def check_code(s: Submission) -> list[Finding]:

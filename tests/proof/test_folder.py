@@ -11,7 +11,7 @@ from made_logs import BYTES, SCRIPT, records_folder
 
 from golf_jax.config import GolfError
 from golf_jax.proof.compare import check_significance
-from golf_jax.proof.folder import check_submission, read_submission, unwrap
+from golf_jax.proof.folder import check_shared_logs, check_submission, read_submission, unwrap
 
 
 def check(path):
@@ -83,6 +83,13 @@ def test_copied_logs(tmp_path):
     assert any("same losses at every step" in t for t in texts(path, "seeds", "fail"))
 
 
+def test_a_log_that_two_submissions_ship(tmp_path):
+    one, two = records_folder(tmp_path / "one"), records_folder(tmp_path / "two", losses={42: 1.89, 7: 1.88, 8: 1.88})
+    first, second = read_submission(one), read_submission(two)
+    (finding,) = check_shared_logs(first, [first, second])
+    assert finding.status == "warning" and finding.source == "train_seed42.log" and "two: train_seed42.log" in finding.text
+
+
 def test_settings_that_differ(tmp_path):
     path = records_folder(tmp_path / "f")
     file = path / "train_seed42.log"
@@ -149,7 +156,7 @@ def test_significance(tmp_path):
 
     base, better = runs("base", 1.8900, 1.8911, 1.8895), runs("better", 1.8800, 1.8809, 1.8796)
     assert [f.status for f in check_significance(better, base, "base")] == ["pass", "pass"]  # unpaired and paired
-    assert {f.status for f in check_significance(runs("bit", 1.8870, 1.8881, 1.8866), base, "base")} == {"fail"}
+    assert check_significance(runs("bit", 1.8870, 1.8881, 1.8866), base, "base")[0].status == "fail"
     named = {"tokens": 47_851_520, "settings": "  caseops_enabled: True"}  # another tokenizer
     other = runs("other", 2.4500, 2.4512, 2.4494, count=BYTES, **named)
     assert "carried over by bits per byte" in check_significance(better, other, "other")[0].text
