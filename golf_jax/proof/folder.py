@@ -229,7 +229,8 @@ def check_seeds(s: Submission) -> list[Finding]:
         if have >= 3:
             found.append(Finding("pass", "seeds", f"{have} runs, seeds {', '.join(str(x) for x in seeds)}"))
         else:
-            found.append(Finding("warning", "seeds", f"{have} run{'s' * (have != 1)}; three seeds are customary"))
+            status = "warning" if s.path.is_dir() else "not checkable"
+            found.append(Finding(status, "seeds", f"{have} run{'s' * (have != 1)}; three seeds are customary"))
     return found + check_settings(finished)
 
 

@@ -37,7 +37,7 @@ _TOTALS = (
     re.compile(rf"^(?:bytes[ _]total|total[ _]bytes|submission[ _](?:size|bytes))()\s*[:=]\s*({NUMBER})(?: bytes)?\b(?! *MB)", re.I),
 )
 _TOKENS = re.compile(rf"(?:^val_tokens\s*[:=]\s*|^Validation tokens:\s*|^val_loader:.*\btokens\s*[:=]\s*|\bval_tokens:)({NUMBER})")
-_SCORED = re.compile(rf"\bnats[:=]{NUMBER} tokens[:=]({NUMBER}) bytes[:=]({NUMBER})")
+_SCORED = re.compile(rf"\bnats[:=]{NUMBER} tokens[:=]({NUMBER}) bytes[:=]{NUMBER}")  # as this project's score lines have it
 _PAIR = re.compile(r"(\w+):([\w.+-]+)")
 _PAIRS = re.compile(r"^\w+:[\w.+-]+(?: \w+:[\w.+-]+)*$")
 _SETTING = re.compile(r"^\s+(\w+): (.*)$")
@@ -81,7 +81,6 @@ class Run:
     first_line: int
     settings: dict[str, tuple[str, int]] = field(default_factory=dict)
     tokens: list[Number] = field(default_factory=list)
-    scored_bytes: list[Number] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     steps: list[tuple[int, float]] = field(default_factory=list)
     """(step, training loss) as logged: two runs with other seeds never agree on them."""
@@ -211,7 +210,6 @@ def _read_line(run: Run, number: int, line: str) -> None:
         run.tokens.append(_number(match[1], number))
     if match := _SCORED.search(stripped):
         run.tokens.append(_number(match[1], number))
-        run.scored_bytes.append(_number(match[2], number))
 
 
 def _read_settings(run: Run, number: int, line: str) -> None:

@@ -129,9 +129,14 @@ def test_validation_documents_in_training(tmp_path, text, code):
 
 def test_damaged_and_unfinished_runs(tmp_path, text, code):
     path = run_directory(tmp_path / "run", text, code)
-    (path / "result.json").write_text('{"evaluations": {}}')
-    with pytest.raises(GolfError, match=r"result.json: not the result of a run \(KeyError"):
-        check_own(path)
+    for damage, word in (
+        ('{"evaluations": {}}', "KeyError"),
+        ('{"evaluations": {"a": {"bytes": "x", "tokens": 1}}}', "TypeError"),
+        ("{", "JSON"),
+    ):
+        (path / "result.json").write_text(damage)
+        with pytest.raises(GolfError, match=f"result.json: not .*{word}"):
+            check_own(path)
     (path / "result.json").unlink()
     assert [f.status for f in check_own(path)] == ["not checkable"]
 
