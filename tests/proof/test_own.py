@@ -131,7 +131,7 @@ def test_damaged_and_unfinished_runs(tmp_path, text, code):
     path = run_directory(tmp_path / "run", text, code)
     for damage, word in (
         ('{"evaluations": {}}', "KeyError"),
-        ('{"evaluations": {"a": {"bytes": "x", "tokens": 1}}}', "TypeError"),
+        ('{"evaluations": {"a": {"bytes": "x", "tokens": 1}}}', "ValueError"),
         ("{", "JSON"),
     ):
         (path / "result.json").write_text(damage)
