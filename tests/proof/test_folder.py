@@ -107,11 +107,11 @@ def test_code_in_the_log_and_code_that_ships(tmp_path):
 
 
 def test_code_beside_the_script_counts(tmp_path):
-    path = records_folder(tmp_path / "f", model=15_990_000, script=SCRIPT + "\nimport helper")
-    (path / "helper.py").write_text("x = 1\n" * 2_000)
+    path = records_folder(tmp_path / "f", model=15_990_000, script=SCRIPT + "\nimport tables")
+    (path / "tables.py").write_text("x = 1\n" * 2_000)
     (path / "unused.py").write_text("x = 1\n" * 2_000)
     assert texts(path, "bytes", "warning") == [
-        "12,000 bytes of code beside train_gpt.py are not in the log's total: helper.py 12,000; with them it is over the cap"
+        "12,000 bytes of code beside train_gpt.py are not in the log's total: tables.py 12,000; with them it is over the cap"
     ]
 
 
