@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from golf_jax.config import ModelConfig
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.mesh import platform
-from golf_jax.model import hidden, resolve
+from golf_jax.model import head_softcap, hidden, resolve
 
 
 def changed_before_flip(scores: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray, flips: Sequence[int], vocab_size: int) -> int:
@@ -67,7 +67,7 @@ def check_model(
     @jax.jit
     def every_entry(x_D: jax.Array, table: jax.Array) -> jax.Array:
         rows = jnp.broadcast_to(x_D, (config.vocab_size, len(x_D)))
-        return softcap_cross_entropy(rows, table.astype(x_D.dtype), jnp.arange(config.vocab_size), softcap=config.softcap)
+        return softcap_cross_entropy(rows, table.astype(x_D.dtype), jnp.arange(config.vocab_size), softcap=head_softcap(config, local))
 
     worst = 0.0
     for p in rng.choice(length, min(positions, length), replace=False):
