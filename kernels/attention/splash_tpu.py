@@ -13,7 +13,8 @@ BLOCKS = (512, 256, 128)  # the largest that divides the padded sequence
 def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, first_BS=None, interpret: bool = False) -> jax.Array:
     """As `kernels.attention.xsa_attention`; bf16 or fp32, head_dim 64 or a multiple of 128.
 
-    Padding with zeros is exact: no query sees a later key. The start of a segment serves as its id. `interpret` runs the kernel as plain XLA on any platform.
+    Padding with zeros is exact: no query sees a later key. The start of a segment
+    serves as its id. `interpret` runs the kernel as plain XLA on any platform.
     """
     T, H, K = q_BTHK.shape[1:]
     if q_BTHK.dtype not in (jnp.bfloat16, jnp.float32):
