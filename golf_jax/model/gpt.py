@@ -20,6 +20,7 @@ from golf_jax.model.fake_quant import fake_quantize
 from golf_jax.model.params import Params, leaves
 
 Tap = Callable[[str, jax.Array], None]
+Sight = tuple[jax.Array, int | None] | None  # first key that each position sees [B, T], most keys; None: all of the row
 LANES = ("lane_post", "lane_resid")  # one array for all layers in the challenge's naming, used per layer
 
 
@@ -45,6 +46,7 @@ def hidden(
     tokens_BT: jax.Array,
     *,
     segments_BT: jax.Array | None = None,
+    longest: int | None = None,
     looping: bool = True,
     last: int | None = None,
     fake_quant: jax.Array | float | None = None,
@@ -53,6 +55,7 @@ def hidden(
     """Normalised final state [B, T, D] in the activation dtype.
 
     segments_BT: integers [B, T]; attention stays inside each run of equal ones. None: the row is one document.
+    longest: length of the longest segment at most (not checked), where it is known: attention costs less on a CPU.
     looping: depth recurrence on (evaluation) or not (start of training); no effect without it in the config.
     last: compute only the last N positions of the last block and of the result: [B, N, D]. Everything before is needed in full.
     fake_quant: strength of fake quantization, 0 to 1, may be traced; default is what evaluation uses (`config.fake_quant.in_eval`).
@@ -70,7 +73,7 @@ def hidden(
 
     x_BTD, values = _embed(config, params, tokens_BT, dtype, tap)
     x0_BTD, v0_BTGK, lane_BTD = x_BTD, None, None
-    first_BT = None if segments_BT is None else ops.first_visible(segments_BT)
+    sight = None if segments_BT is None else (ops.first_visible(segments_BT), longest)
     table = leaves(config).items()
     stacks = {name: ops.unstack(params[name].astype(dtype)) for name, leaf in table if leaf.per_layer or name in LANES}
     rope = ops.rope_tables(
@@ -89,7 +92,7 @@ def hidden(
         block = {name: stack[i] for name, stack in stacks.items()}
         only = last if step == len(encoder + decoder) - 1 else None
         x_BTD, lane_BTD, v_BTGK = _block(
-            config, i, block, x_BTD, lane_BTD, x0_BTD, v0_BTGK, values.get(i), rope, first_BT, only, _prefixed(tap, step, i)
+            config, i, block, x_BTD, lane_BTD, x0_BTD, v0_BTGK, values.get(i), rope, sight, only, _prefixed(tap, step, i)
         )
         v0_BTGK = v_BTGK if v0_BTGK is None else v0_BTGK
         _tap_lanes(tap, step, "out", x_BTD, lane_BTD)
@@ -172,7 +175,7 @@ def _block(
     v0_BTGK: jax.Array | None,
     value_embed: jax.Array | None,
     rope: tuple[jax.Array, jax.Array],
-    first_BT: jax.Array | None,
+    sight: Sight,
     last: int | None,
     tap: Tap,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
@@ -184,7 +187,7 @@ def _block(
     u_BTD = w["resid_mix"][0] * x_BTD + w["resid_mix"][1] * x0_BTD
     z_BTD = ops.rms_norm(u_BTD) * jnp.asarray(scale, x_BTD.dtype)
     tap("attn_in", z_BTD)
-    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap, first_BT)
+    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap, sight)
     tap("attn_out", a_BTD)
     if last is not None:
         x_BTD, u_BTD, z_BTD = (x[:, -last:] for x in (x_BTD, u_BTD, z_BTD))
@@ -215,12 +218,11 @@ def attention(
     rope: tuple[jax.Array, jax.Array],
     last: int | None,
     tap: Tap,
-    first_BT: jax.Array | None = None,
+    sight: Sight = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of layer i with its own weights w on the normalised input: output [B, T, D] and its unmixed value [B, T, G, K].
 
-    v0: value of layer 0 (None in it); value_embed [B, T, G K]; last: only the last N queries; first: the first key that each position
-    sees (None: 0).
+    v0: value of layer 0 (None in it); value_embed [B, T, G K]; last: only the last N queries.
     """
     c = config
     b, t = z_BTD.shape[:2]
@@ -252,8 +254,9 @@ def attention(
     tap("v", v_BTGK)
     xsa = i >= c.num_layers - c.xsa_last_n
     backend = c.attention if last is None else "xla"  # rectangular attention exists in the reference only
+    first_BT, longest = sight or (None, None)
     first_BS = None if first_BT is None else first_BT[:, t - s :]
-    y_BSHK = xsa_attention(q_BSHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS, backend=backend)
+    y_BSHK = xsa_attention(q_BSHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS, longest=longest, backend=backend)
     tap("y", y_BSHK)
     if c.head_gate == "linear":
         gate_BSH = maps["gate"] + w["gate_bias"]
@@ -293,6 +296,7 @@ def nll(
     targets_BT: jax.Array,
     *,
     segments_BT: jax.Array | None = None,
+    longest: int | None = None,
     looping: bool = True,
     last: int | None = None,
     fake_quant: jax.Array | float | None = None,
@@ -302,7 +306,9 @@ def nll(
 
     targets_BT has one entry per returned position: pass the last N targets when `last` is N. training: see `head_softcap`.
     """
-    x_BTD = hidden(config, params, tokens_BT, segments_BT=segments_BT, looping=looping, last=last, fake_quant=fake_quant)
+    x_BTD = hidden(
+        config, params, tokens_BT, segments_BT=segments_BT, longest=longest, looping=looping, last=last, fake_quant=fake_quant
+    )
     softcap = head_softcap(config, params, training)
     flat = softcap_cross_entropy(x_BTD.reshape(-1, config.width), params["tok_emb"], targets_BT.reshape(-1), softcap=softcap)
     return flat.reshape(targets_BT.shape)

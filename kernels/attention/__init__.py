@@ -21,18 +21,26 @@ _MARKERS = {"pallas": ("mosaic_gpu", "tpu_custom_call"), "cudnn": ("__cudnn$fmha
 
 
 def xsa_attention(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xsa: bool, first_BS: jax.Array | None = None, backend: str = "xla"
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    *,
+    xsa: bool,
+    first_BS: jax.Array | None = None,
+    longest: int | None = None,
+    backend: str = "xla",
 ) -> jax.Array:
     """Causal attention with scale 1/sqrt(K), softmax in fp32; with `xsa` the part along the own value is removed.
 
     q [B,T,H,K], k and v [B,T,G,K] of one dtype, H a multiple of G (query head h reads kv head h // (H//G)); returns
     q's shape and dtype. With the `xla` backend q may hold only the last S <= T positions. Differentiable (reverse).
-    first (int32 [B,S]): the first key that each query sees, which is the start of the segment that it lies in.
+    first (int32 [B,S]): the first key that each query sees, which is the start of the segment that it lies in. longest: no segment
+    is longer (not checked); lets `xla` be linear in T, where the kernels find out for themselves.
     Raises ValueError for shapes, dtypes or platforms that the backend does not have.
     """
     _check(q_BTHK, k_BTGK, v_BTGK, first_BS, backend)
     if backend == "xla":
-        o = causal_attention(q_BTHK, k_BTGK, v_BTGK, first_BS)
+        o = causal_attention(q_BTHK, k_BTGK, v_BTGK, first_BS, longest)
         last_v = v_BTGK[:, v_BTGK.shape[1] - q_BTHK.shape[1] :]
         return exclude_self_value(o, last_v) if xsa else o.astype(q_BTHK.dtype)
     if backend == "cudnn":

@@ -17,6 +17,7 @@ from golf_jax.kernels.attention.xsa import exclude_self_value
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
 IMPLEMENTATIONS = {
     "xla": functools.partial(xsa_attention, backend="xla"),
+    "xla in blocks": functools.partial(xsa_attention, backend="xla", longest=161),
     "mosaic": functools.partial(mosaic_gpu.xsa_attention, interpret=True),
     "splash": functools.partial(splash_tpu.xsa_attention, interpret=True),
 }
@@ -112,6 +113,7 @@ def test_forward_and_gradients_match_float64(implementation, shape, dtype, xsa):
 BORDERS = (5, 6, 40, 128, 129, 290)
 DOCUMENTS = [
     ("xla", (2, 70, 4, 2, 16), "float32", True),
+    ("xla in blocks", (2, 402, 4, 2, 16), "float32", True),  # the last block is shorter
     ("splash", (2, 130, 4, 2, 64), "float32", True),
     pytest.param("mosaic", (1, 256, 2, 1, 64), "bfloat16", True, marks=needs_interpreter),
     pytest.param("mosaic", (2, 600, 2, 1, 64), "bfloat16", True, marks=[needs_interpreter, pytest.mark.slow]),  # padded, blocks skipped
