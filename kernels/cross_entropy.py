@@ -21,9 +21,9 @@ MAX_SOFTCAP = 80.0  # exp(80) * vocabulary still fits in fp32
 Softcap = float | tuple[jax.Array, jax.Array]
 
 
-def softcap_logits(x_ND: jax.Array, table_VD: jax.Array, *, softcap: Softcap) -> jax.Array:
-    """softcap * tanh(x @ table.T / softcap) in fp32 [N,V]; the table is cast to x's dtype, products add up in fp32."""
-    return _cap(_matmul("nd,vd->nv", x_ND, table_VD.astype(x_ND.dtype)), softcap)
+def softcap_logits(x_XD: jax.Array, table_VD: jax.Array, *, softcap: Softcap) -> jax.Array:
+    """softcap * tanh(x @ table.T / softcap) in fp32 [...,V]; the table is cast to x's dtype, products add up in fp32."""
+    return _cap(_matmul("...d,vd->...v", x_XD, table_VD.astype(x_XD.dtype)), softcap)
 
 
 def _side(raw: jax.Array, softcap: Softcap) -> jax.Array | float:

@@ -137,7 +137,10 @@ class ModelConfig:
             all(0 <= i < c.num_layers for i in c.value_embed_layers),
             f"model.value_embed_layers {c.value_embed_layers} must lie in 0..{c.num_layers - 1}",
         )
-        check(c.gate_window in range(1, c.width + 1), f"model.gate_window {c.gate_window} must lie in 1..{c.width} (model.width)")
+        check(
+            not (c.input_smear_gate or c.head_gate == "narrow") or 1 <= c.gate_window <= c.width,
+            f"model.gate_window {c.gate_window} must lie in 1..{c.width} (model.width)",
+        )
         check(c.boundary_token < c.vocab_size, f"model.boundary_token {c.boundary_token} must be below {c.vocab_size}")
         check(c.parallel_from < c.num_layers, f"model.parallel_from {c.parallel_from} must be below {c.num_layers}")
         first = max(c.num_layers // 2, c.loop_end + 1)  # of the decoder layers that run once

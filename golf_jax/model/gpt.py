@@ -129,7 +129,7 @@ def _tap_lanes(tap: Tap, step: int, where: str, x_BTD: jax.Array, lane_BTD: jax.
 
 def _embed(config: ModelConfig, params: Params, tokens_BT: jax.Array, dtype: jnp.dtype, tap: Tap) -> tuple[jax.Array, dict]:
     """Input state after hash embeddings, norm and smear, and the value embedding of each layer that has one."""
-    start_BT = ops.starts(tokens_BT, config.boundary_token)
+    start_BT = None if config.boundary_token < 0 else ops.starts(tokens_BT, config.boundary_token)
     x_BTD = params["tok_emb"].astype(dtype)[tokens_BT]
     tap("tok_emb", x_BTD)
     if config.bigram_buckets:
@@ -346,8 +346,7 @@ def logits(
     tokens_BT, params = check_tokens(config, tokens_BT), check_params(config, params)
     config = _for_default_platform(config, segments_BT is not None)
     x_BTD = hidden(config, params, tokens_BT, segments_BT=segments_BT, looping=looping, tap=tap)
-    flat_NV = softcap_logits(x_BTD.reshape(-1, config.width), params["tok_emb"], softcap=head_softcap(config, params, training))
-    return flat_NV.reshape(*tokens_BT.shape, -1)
+    return softcap_logits(x_BTD, params["tok_emb"], softcap=head_softcap(config, params, training))
 
 
 class GPT(nn.Module):

@@ -30,7 +30,7 @@ def linears(x: jax.Array, *ws_IO: jax.Array) -> list[jax.Array]:
     return jnp.split(linear(x, jnp.concatenate(ws_IO, -1)), ends[:-1], -1)
 
 
-def starts(tokens_BT: jax.Array, boundary_token: int = -1) -> jax.Array:
+def starts(tokens_BT: jax.Array, boundary_token: int) -> jax.Array:
     """Where nothing precedes a token: at the start of a row, and at `boundary_token` (-1: none). bool [B, T]."""
     return (tokens_BT == boundary_token) | (jnp.arange(tokens_BT.shape[1]) == 0)
 
@@ -42,17 +42,19 @@ def first_visible(segments_BT: jax.Array) -> jax.Array:
     return jax.lax.cummax(jnp.where(begins, position, 0), axis=1)
 
 
-def previous(x_BT: jax.Array, start_BT: jax.Array) -> jax.Array:
-    """The value one position earlier in the row, zero where `start_BT` says so. Works on [B, T] and [B, T, D]."""
+def previous(x_BT: jax.Array, start_BT: jax.Array | None) -> jax.Array:
+    """The value one position earlier in the row, zero at its start and at `start_BT`. Works on [B, T] and [B, T, D]."""
     pad = [(0, 0), (1, 0)] + [(0, 0)] * (x_BT.ndim - 2)
-    start = start_BT.reshape(*start_BT.shape, *[1] * (x_BT.ndim - 2))
-    return jnp.where(start, jnp.zeros((), x_BT.dtype), jnp.pad(x_BT, pad)[:, : x_BT.shape[1]])
+    shifted = jnp.pad(x_BT, pad)[:, : x_BT.shape[1]]
+    if start_BT is None:
+        return shifted
+    return jnp.where(start_BT.reshape(*start_BT.shape, *[1] * (x_BT.ndim - 2)), jnp.zeros((), x_BT.dtype), shifted)
 
 
 def bigram_ids(tokens_BT: jax.Array, buckets: int, start_BT: jax.Array | None = None) -> jax.Array:
     """Hash bucket of each (token, previous token); a start (default: of the row) takes the reserved last bucket. int32 [B, T]."""
     t = tokens_BT.astype(jnp.int32)
-    start_BT = starts(t) if start_BT is None else start_BT
+    start_BT = starts(t, -1) if start_BT is None else start_BT
     ids = ((HASH_PRIMES[0] * t) ^ (HASH_PRIMES[1] * previous(t, start_BT))) % (buckets - 1)
     return jnp.where(start_BT, buckets - 1, ids)
 
@@ -64,7 +66,7 @@ def trigram_ids(tokens_BT: jax.Array, buckets: int, bigram_at_1: bool, start_BT:
     too (PR 562).
     """
     t = tokens_BT.astype(jnp.int32)
-    start_BT = starts(t) if start_BT is None else start_BT
+    start_BT = starts(t, -1) if start_BT is None else start_BT
     one = previous(t, start_BT)
     ids = ((HASH_PRIMES[0] * t) ^ (HASH_PRIMES[1] * one) ^ (HASH_PRIMES[2] * previous(one, start_BT))) % (buckets - 1)
     if not bigram_at_1:  # else the missing predecessor is token 0, which contributes 0 to the XOR: exactly the bigram hash
@@ -72,13 +74,13 @@ def trigram_ids(tokens_BT: jax.Array, buckets: int, bigram_at_1: bool, start_BT:
     return jnp.where(start_BT, buckets - 1, ids)
 
 
-def smear(x_BTD: jax.Array, gate_D: jax.Array, start_BT: jax.Array) -> jax.Array:
+def smear(x_BTD: jax.Array, gate_D: jax.Array, start_BT: jax.Array | None) -> jax.Array:
     """SmearGate: (1 - g) x_t + g x_{t-1}, g = sigmoid(gate); a start mixes with zero. Mixes un-smeared neighbours."""
     g_D = jax.nn.sigmoid(gate_D.astype(x_BTD.dtype))
     return (1 - g_D) * x_BTD + g_D * previous(x_BTD, start_BT)
 
 
-def input_smear(x_BTD: jax.Array, w_W1: jax.Array, strength_1: jax.Array, start_BT: jax.Array) -> jax.Array:
+def input_smear(x_BTD: jax.Array, w_W1: jax.Array, strength_1: jax.Array, start_BT: jax.Array | None) -> jax.Array:
     """x_t + lambda * sigmoid(x_t[:W] . w) * x_{t-1}; a start stays as it is. Mixes un-smeared neighbours (PR 2135)."""
     gate_BT1 = jax.nn.sigmoid(linear(x_BTD[..., : w_W1.shape[0]], w_W1.astype(x_BTD.dtype)))
     return x_BTD + strength_1.astype(x_BTD.dtype) * gate_BT1 * previous(x_BTD, start_BT)

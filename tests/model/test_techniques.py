@@ -284,7 +284,7 @@ def test_documents_need_a_backend_that_has_their_mask():
         (dict(two_lanes_from=0), "two_lanes_from 0 must be -1 or in 1..2"),
         (dict(two_lanes_from=1, loop_start=0, loop_end=1, loop_repeats=1), "in 2..2"),
         (dict(two_lanes_from=2, parallel_from=2), "parallel_from and model.two_lanes_from"),
-        (dict(gate_window=17), "gate_window 17 must lie in 1..16"),
+        (dict(head_gate="narrow", gate_window=17), "gate_window 17 must lie in 1..16"),
         (dict(boundary_token=40), "boundary_token 40 must be below 40"),
     ],
 )
