@@ -127,6 +127,7 @@ def _tap_lanes(tap: Tap, step: int, where: str, x_BTD: jax.Array, lane_BTD: jax.
     tap(f"{step}/lane1_{where}", lane_BTD)
 
 
+@jax.named_scope("embed")
 def _embed(config: ModelConfig, params: Params, tokens_BT: jax.Array, dtype: jnp.dtype, tap: Tap) -> tuple[jax.Array, dict]:
     """Input state after hash embeddings, norm and smear, and the value embedding of each layer that has one."""
     start_BT = None if config.boundary_token < 0 else ops.starts(tokens_BT, config.boundary_token)
@@ -166,6 +167,7 @@ def _project(params: Params, name: str, x: jax.Array, tap: Tap) -> jax.Array:
     return x
 
 
+@jax.named_scope("skip")
 def _skip(config: ModelConfig, params: Params, j: int, x: jax.Array, skip: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """U-Net skip into decoder step j. `gated`: the gate weights the running stream, 1 - gate the scaled skip (PR 2005)."""
     scaled = params["skip_weights"][j].astype(dtype) * skip
@@ -218,6 +220,7 @@ def _block(
     return x_BTD, lane_BTD, v_BTGK
 
 
+@jax.named_scope("attention")
 def attention(
     config: ModelConfig,
     i: int,
@@ -291,6 +294,7 @@ def _input_maps(w: Params, z_BTD: jax.Array, last: int | None) -> Params:
     return {name: ops.linear(z_BTD if name in ("k", "v") else z_BTD[:, -last:], w[name]) for name in names}
 
 
+@jax.named_scope("mlp")
 def _mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap) -> jax.Array:
     """(leaky_relu(z W_up))^2 W_down."""
     u_BTF = ops.linear(z_BTD, w["up"])
@@ -320,7 +324,10 @@ def nll(
     config = _for_default_platform(config, segments_BT is not None)
     x_BTD = hidden(config, params, tokens_BT, segments_BT=segments_BT, longest=longest, looping=looping, last=last, fake_quant=fake_quant)
     softcap = head_softcap(config, params, training)
-    flat = softcap_cross_entropy(x_BTD.reshape(-1, config.width), jnp.asarray(params["tok_emb"]), targets_BT.reshape(-1), softcap=softcap)
+    with jax.named_scope("head"):
+        flat = softcap_cross_entropy(
+            x_BTD.reshape(-1, config.width), jnp.asarray(params["tok_emb"]), targets_BT.reshape(-1), softcap=softcap
+        )
     return flat.reshape(targets_BT.shape)
 
 
