@@ -69,7 +69,7 @@ def recipe() -> Recipe:
             rules=(
                 QuantRule("attn_scale|mlp_scale|resid_mix|q_gain|skip_weight|bigram", "float32", max_numel=65_536),
                 QuantRule("", "float16", max_numel=65_536),
-                QuantRule("tok_emb|blocks.10.attn.c_k.weight", "float16"),
+                QuantRule("tok_emb", "float16"),  # and the last key matrix: model.fake_quant.late_k_layers
                 QuantRule(".mlp.", "int5_row"),
                 QuantRule("bigram.embed", "int8_percentile"),
                 QuantRule("", "int6_row"),

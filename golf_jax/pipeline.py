@@ -37,7 +37,7 @@ from golf_jax.opening import load
 from golf_jax.plan import check_devices, check_plan, check_text
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log
-from golf_jax.quant import quantize, without_hessians
+from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
@@ -170,7 +170,8 @@ def _validator(plan: Plan) -> Any:
 
 def _estimate(recipe: Recipe, params: dict[str, Any], run: RunDir, code_bytes: int) -> None:
     """Says what the artifact would weigh now, while that can still be cured."""
-    quantized = quantize(to_tensors(recipe.model, params), without_hessians(recipe.quant))
+    rules = without_hessians(rules_for(recipe.model, recipe.quant))
+    quantized = quantize(to_tensors(recipe.model, params), rules)
     total = code_bytes + estimate_bytes(quantized, recipe.quant.compressor)
     over = " OVER THE CAP: the steps of quantization will be made coarser" if total > CAP_BYTES else ""
     run.log(f"estimated artifact {total:,} bytes with code, headroom {CAP_BYTES - total:,}{over}")

@@ -2,6 +2,7 @@
 
 import os
 
+from golf_jax.artifact.model import check_packing
 from golf_jax.config import GolfError, Recipe
 from golf_jax.data import find_shards, open_shard
 from golf_jax.data.text import Text
@@ -21,6 +22,7 @@ def check_plan(recipe: Recipe) -> None:
             if role not in ROLES:
                 raise GolfError(f"optim.groups: no parameter has the role {role!r}; roles are {', '.join(ROLES)}")
     route(recipe.optim, {name: leaf.role for name, leaf in table.items()})
+    check_packing(recipe)
 
 
 def check_devices(recipe: Recipe, devices: int) -> None:

@@ -22,7 +22,7 @@ class FakeQuantConfig:
     min_numel: int = 0
     """Only matrices with more elements than this (PR 372: 65,536)."""
     late_k_layers: int = 0
-    """The key matrices of the last N layers stay exempt (PR 372: 1)."""
+    """The key matrices of the last N layers stay exempt, and are stored as float16 (PR 372: 1)."""
     in_eval: bool = False
     """Also in evaluation (PR 372); otherwise only in training forwards."""
 

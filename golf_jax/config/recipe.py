@@ -1,5 +1,6 @@
 """Everything else a run needs, and the recipe that holds it all."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,9 +140,10 @@ class QuantRule:
     """First match wins: tensors whose name contains `pattern` and have more than `min_numel` elements get `scheme`."""
 
     pattern: str
-    """Substring of the tensor name (`blocks.3.attn.c_q.weight`); empty matches all. `|` separates alternatives."""
+    """Substring of the tensor name (`blocks.3.attn.c_q.weight`); empty matches all. `|` separates alternatives, `blocks.-1.` is the
+    last layer, whatever their number."""
     scheme: str
-    """Name of a scheme of golf_jax.quant.schemes (int6_row, int5_row, int8_percentile, gptq, float16, ...)."""
+    """Name of a scheme of golf_jax.quant.schemes (int6_row, int5_row, int8_percentile, gptq_int6, float16, ...)."""
     min_numel: int = 0
     max_numel: int = 0
     """Only tensors with at most this many elements; 0: no limit."""
@@ -149,7 +151,9 @@ class QuantRule:
     """Multiplies the scheme's rounding step: above 1 coarser and smaller, 1 exactly as the PR. `quant.fit_to_cap` solves for it."""
 
     def __post_init__(self):
-        check(self.step > 0, f"quant.rules: step must be positive, got {self.step} (pattern {self.pattern!r})")
+        check(0 < self.step < math.inf, f"quant.rules: step must be positive, got {self.step} (pattern {self.pattern!r})")
+        for name in ("min_numel", "max_numel"):
+            check(getattr(self, name) >= 0, f"quant.rules: {name} must be >= 0, got {getattr(self, name)} (pattern {self.pattern!r})")
 
 
 @dataclass(frozen=True)
@@ -166,13 +170,17 @@ class QuantConfig:
     """Only 2-D tensors with more elements than this are pruned."""
     gptq_batches: int = 0
     """Calibration batches for the Hessians of GPTQ schemes (PR 2005: 64)."""
-    compressor: Literal["zstd", "lzma", "brotli", "rans"] = "zstd"
-    """`rans` is this project's own coder for integer codes, 1 to 2 % smaller (docs/artifact.md); scales and floats by brotli."""
+    compressor: str = "zstd"
+    """zstd, lzma, brotli or rans (golf_jax.artifact.compressors).
+
+    `rans` is this project's own coder for integer codes, 1 to 2 % smaller (docs/artifact.md); scales and floats by brotli."""
     level: int = 22
     """zstd 1..22, lzma 0..9, brotli and rans 0..11."""
 
     def __post_init__(self):
         check(0 <= self.prune_fraction < 1, f"quant.prune_fraction must be in 0..1, got {self.prune_fraction}")
+        for name in ("prune_min_numel", "gptq_batches"):
+            check(getattr(self, name) >= 0, f"quant.{name} must be >= 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -309,5 +317,3 @@ class Recipe:
             not r.optim.clip_per_rank or r.micro_rows in (0, r.data.rows_per_rank),
             "optim.clip_per_rank clips one rank's whole gradient: leave micro_rows 0",
         )
-        uses_gptq = any(rule.scheme.startswith("gptq") for rule in r.quant.rules)
-        check(uses_gptq == (r.quant.gptq_batches > 0), "quant.gptq_batches and a gptq scheme in quant.rules go together")

@@ -14,8 +14,9 @@ import numpy as np
 
 from golf_jax.config import GolfError
 from golf_jax.data.manifest import NAME, file_entry, read_manifest, write_manifest
-from golf_jax.data.shards import load_val_tokens, write_atomic, write_shard
+from golf_jax.data.shards import load_val_tokens, write_shard
 from golf_jax.data.tokenizer import Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
+from golf_jax.files import write_atomic
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
 LONG_DOCUMENT = 8192  # characters; a longer text file is cut at blank lines, so that one book can be split too

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from golf_jax.config import GolfError
 from golf_jax.data.manifest import file_entry, sha256_file, text_bytes, write_manifest
-from golf_jax.data.shards import load_val_tokens, open_shard, write_atomic
+from golf_jax.data.shards import load_val_tokens, open_shard
 from golf_jax.data.tokenizer import Tokenizer, byte_tables
+from golf_jax.files import write_atomic
 
 REPO = "willdepueoai/parameter-golf"
 PREFIX = "datasets"

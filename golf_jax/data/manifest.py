@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.data.shards import write_atomic
 from golf_jax.data.tokenizer import ByteTables, count_bytes
+from golf_jax.files import write_atomic
 
 FORMAT = "golf_jax.data/1"
 NAME = "manifest.json"

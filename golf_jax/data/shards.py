@@ -1,13 +1,12 @@
 """Token shards in the challenge's format: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens."""
 
 import glob
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from golf_jax.config import GolfError
+from golf_jax.files import write_atomic
 
 MAGIC = 20240520
 VERSION = 1
@@ -67,28 +66,6 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> Path:
     header = np.zeros(HEADER_WORDS, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
     return write_atomic(path, header.tobytes(), np.ascontiguousarray(tokens, dtype=TOKEN).data)
-
-
-def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
-    """Writes `chunks` to `path` so that readers see the old file or the whole new one, also when the disk fills up."""
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-    return path
 
 
 def check_token_range(tokens: np.ndarray, vocab_size: int, where: object) -> None:
