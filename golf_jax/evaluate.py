@@ -15,7 +15,7 @@ from golf_jax import cli
 from golf_jax.artifact.model import load_model
 from golf_jax.config import EvalConfig, GolfError, ModelConfig, load_recipe
 from golf_jax.data import load_val_tokens
-from golf_jax.data.corpus import CACHE, build_embedded
+from golf_jax.data.corpus import build_embedded
 from golf_jax.data.tokenizer import Tokenizer, byte_tables, check_tables
 from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
 from golf_jax.evaluation.legality import check_model
@@ -24,7 +24,7 @@ from golf_jax.evaluation.ttt import evaluate_ttt
 from golf_jax.interop import from_torch
 from golf_jax.interop.packed import read_checkpoint, read_packed
 from golf_jax.mesh import make_mesh
-from golf_jax.processes import initialize_distributed, split_cpu
+from golf_jax.processes import cache_directory, initialize_distributed, split_cpu
 
 SAMPLE = 1 << 18  # tokens whose byte count is proved against the decoded text
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
@@ -123,7 +123,7 @@ def from_pytorch(path: str, recipe: str, config_path: str) -> Subject:
 def open_text(subject: Subject, val: str, tokenizer_path: str) -> tuple[np.ndarray, Tokenizer]:
     """Validation tokens and tokenizer. Raises GolfError if they are not those the model was trained with."""
     if not val and not tokenizer_path and subject.embedded:
-        directory = Path(build_embedded(CACHE, subject.config.vocab_size)["directory"])
+        directory = Path(build_embedded(cache_directory(), subject.config.vocab_size)["directory"])
         val, tokenizer_path = str(directory / "val_*.bin"), str(directory / "tokenizer.model")
     if not val or not tokenizer_path:
         raise GolfError("give the validation shards and their tokenizer: --val 'GLOB' --tokenizer MODEL")

@@ -21,7 +21,7 @@ from golf_jax.artifact.ledger import estimate_bytes
 from golf_jax.artifact.model import Loaded, Packed, load_model, pack_model
 from golf_jax.config import CAP_BYTES, GolfError, Recipe, recipe_names, to_dict
 from golf_jax.data import load_val_tokens, make_loader
-from golf_jax.data.corpus import CACHE, build_embedded
+from golf_jax.data.corpus import build_embedded
 from golf_jax.data.loader import Loader
 from golf_jax.data.prefetch import local_rows
 from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables, check_tables, split_documents
@@ -31,7 +31,7 @@ from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.ttt import evaluate_ttt
 from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import count, resolve, to_tensors
-from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, split_cpu
+from golf_jax.processes import cache_directory, from_main, initialize_distributed, keep_compiled_programs, split_cpu
 from golf_jax.quant import quantize, without_hessians
 from golf_jax.training.checkpoints import Checkpoints, check_same_recipe
 from golf_jax.training.loop import Trained, train
@@ -75,7 +75,7 @@ def prepare_text(recipe: Recipe) -> Text:
     data, vocab = recipe.data, recipe.model.vocab_size
     train_glob, val_glob, model = data.train, data.val, data.tokenizer
     if data.train == "embedded":
-        directory = Path(build_embedded(CACHE, vocab)["directory"])
+        directory = Path(build_embedded(cache_directory(), vocab)["directory"])
         train_glob, val_glob, model = (str(directory / n) for n in ("train_*.bin", "val_*.bin", "tokenizer.model"))
     if not Path(model).is_file():
         raise GolfError(f"{model}: no such tokenizer; give --data.tokenizer, or fetch the export: python -m golf_jax.data download --help")
@@ -267,7 +267,7 @@ def train_and_score(recipe: Recipe, text: Text, loader: Loader, mesh: Mesh, run:
 
 def main(argv: list[str]) -> int:
     recipe, options = cli.parse(argv, Options(), DESCRIPTION)
-    keep_compiled_programs(CACHE / "xla")
+    keep_compiled_programs(cache_directory() / "xla")
     initialize_distributed()
     d = recipe.data
     split_cpu(options.devices, (options.emulate_devices or d.ranks) if recipe.optim.clip_per_rank else d.ranks * d.rows_per_rank)

@@ -117,7 +117,7 @@ def test_known_denominator_bugs_are_errors(trained, bug):
         wrong = np.where([trained.processor.is_byte(i) for i in range(size)], 3, tables.base_bytes)
         tables = dataclasses.replace(tables, base_bytes=wrong)
     elif bug == "space twice":  # issue 1719
-        tables = dataclasses.replace(tables, base_bytes=tables.base_bytes + tables.has_leading_space)
+        tables = dataclasses.replace(tables, base_bytes=tables.base_bytes + [piece.startswith("\u2581") for piece in trained.pieces])
     else:
         base = tables.base_bytes.copy()
         base[trained.processor.eos_id()] = 4
