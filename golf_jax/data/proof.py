@@ -40,8 +40,9 @@ def prove_text(
     """Proves that shards [tokens] and `val_tokens` [tokens] are text of `tokenizer`, and that its bytes are counted exactly.
 
     Reads validation from its start and training at spread places, each for `seconds` at most. `bos_id`: the token that separates
-    documents (default: the tokenizer's BOS). `overlap`: look for validation text in training, too. GolfError when documents have no start, when tokens are another tokenizer's or no text,
-    when markers of a text transform count as text, when unknown characters are lost, when validation text is trained on.
+    documents (default: the tokenizer's BOS). `overlap`: look for validation text in training, too. GolfError when documents have no
+    start, when tokens are another tokenizer's or no text, when markers of a text transform count as text, when unknown characters are
+    lost, when validation text is trained on.
     """
     bos = tokenizer.bos_id if bos_id is None else bos_id
     refuse_markers(tokenizer)

@@ -183,7 +183,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     """Trains a BPE model that keeps text byte for byte and returns its bytes; deterministic.
 
     As the challenge's own models: byte fallback, split digits, no dummy prefix, 0 pad, 1 bos, 2 eos, 3 unk. Unlike them: no
-    normalization, all white space kept, line ends and indentation may be pieces (a U+2581 in the text alone becomes a space). GolfError when the text is too little for
+    normalization, all white space kept, line ends and indentation may be pieces (a U+2581 in the text alone becomes a space).
+    GolfError when the text is too little for
     `vocab_size` pieces.
     """
     parts = (text[start : start + TRAINER_CHARACTERS] for text in texts for start in range(0, len(text), TRAINER_CHARACTERS))

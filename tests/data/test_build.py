@@ -119,7 +119,7 @@ def test_bad_inputs_are_named(tmp_path, name, content, message):
 def test_a_failed_build_leaves_nothing_and_an_old_one_is_kept(tmp_path, jsonl, built):
     with pytest.raises(GolfError, match="exists already"):
         build([jsonl], built)
-    (tmp_path / "one.txt").write_text("word " * 2000)
+    (tmp_path / "one.txt").write_text("word " * 1000)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(GolfError, match="leave none for"):
         build([tmp_path / "one.txt"], tmp_path / "new", tokenizer=built / "tokenizer.model", log=lambda line: None)
