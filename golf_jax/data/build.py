@@ -105,7 +105,7 @@ def build_documents(
         shutil.rmtree(temporary, ignore_errors=True)
     text = manifest["text"]
     log(
-        "text: {documents:,} documents, {bytes:,} bytes; left out: {repeated:,} repeated, {blank:,} blank ({left_out_bytes:,} bytes)".format(
+        "text: {documents:,} documents, {bytes:,} bytes; left out: {repeated:,} repeated, {blank:,} blank, {left_out_bytes:,} bytes".format(
             **text
         )
     )

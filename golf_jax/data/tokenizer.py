@@ -37,7 +37,7 @@ class Tokenizer:
         try:
             self.processor.LoadFromSerializedProto(self.model)
             self.pieces = [self.processor.id_to_piece(token) for token in range(self.processor.vocab_size())]
-            self.spec = sentencepiece_model_pb2.ModelProto.FromString(self.model)
+            self.spec = sentencepiece_model_pb2.ModelProto.FromString(self.model)  # pyright: ignore[reportAttributeAccessIssue]
         except (RuntimeError, TypeError, ValueError, IndexError, DecodeError) as error:
             raise GolfError(f"tokenizer {self.name}: not a SentencePiece model") from error
         if not self.model or self.processor.vocab_size() > 2**16:
@@ -102,7 +102,8 @@ def byte_tables(processor: sentencepiece.SentencePieceProcessor) -> ByteTables:
     every further one stands for a space of 1 byte, the rest counts its UTF-8 bytes. Where decoding keeps the space that a document
     starts with (neither a dummy prefix nor extra white space is taken off), no leading space depends on the token before.
     """
-    spec = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto()).normalizer_spec
+    proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+    spec = proto.FromString(processor.serialized_model_proto()).normalizer_spec
     strips = spec.add_dummy_prefix or spec.remove_extra_whitespaces
     size = processor.vocab_size()
     tables = ByteTables(np.zeros(size, np.int16), np.zeros(size, bool), np.zeros(size, bool))
