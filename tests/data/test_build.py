@@ -16,7 +16,7 @@ from golf_jax.data import build as build_module
 from golf_jax.data import corpus
 from golf_jax.data.build import build, is_validation
 from golf_jax.data.documents import find_files, read_documents
-from golf_jax.data.manifest import read_manifest, sha256_file
+from golf_jax.data.manifest import damage, read_manifest, sha256_file
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard, write_shard
 from golf_jax.data.tokenizer import Tokenizer, split_documents
 from golf_jax.data.verify import documents_of, verify_directory
@@ -239,3 +239,21 @@ def test_embedded_corpus_hash_follows_what_it_is_made_of(monkeypatch):
     assert corpus.content_hash(512) == before != corpus.content_hash(1024)
     monkeypatch.setattr(corpus, "_topics", lambda: {"one": "text"})
     assert corpus.content_hash(512) != before
+
+
+@pytest.mark.parametrize("name", ["val_000000.bin", "tokenizer.model", "extra.bin"])
+def test_a_damaged_embedded_corpus_is_made_anew(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(corpus, "documents", lambda: TEXTS)
+    manifest = corpus.build_embedded(tmp_path, 300)
+    path = Path(manifest["directory"]) / name
+    path.write_bytes(path.read_bytes()[:-1] + b"\7" if path.exists() else b"")
+    assert corpus.build_embedded(tmp_path, 300) == manifest
+    assert damage(Path(manifest["directory"])) == ""
+
+
+def test_a_manifest_names_nothing_outside_its_directory(built):
+    manifest = json.loads((built / "manifest.json").read_text())
+    for change in ({"tokenizer": {**manifest["tokenizer"], "file": "../tokenizer.model"}}, {"train": None}, {"val": {}}):
+        (built / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(GolfError, match=r"manifest\.json: "):
+            verify_directory(built)
