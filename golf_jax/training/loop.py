@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from golf_jax.config import GolfError, Recipe
-from golf_jax.data.loader import Loader
+from golf_jax.data.loader import Batch, Loader
 from golf_jax.data.prefetch import Prefetcher
 from golf_jax.kernels.attention import assert_backend
 from golf_jax.mesh import put_replicated, rows
@@ -23,9 +23,10 @@ from golf_jax.training.checkpoints import Found
 from golf_jax.training.clock import TrainingClock
 from golf_jax.training.keep import Keeper
 from golf_jax.training.leak import leaked_state
+from golf_jax.training.phases import Phase, phase_at, phases
 from golf_jax.training.rundir import RunDir
-from golf_jax.training.state import TrainState, init_state
-from golf_jax.training.step import StepInputs, StepMetrics, make_step
+from golf_jax.training.state import TrainState, graph, init_state
+from golf_jax.training.step import StepInputs, StepMetrics, compile_step, step_inputs
 
 Validate = Callable[[dict[str, jax.Array], bool, bool], Any]
 
@@ -44,37 +45,24 @@ class Trained:
     compile_seconds: dict[str, float]
 
 
-def step_inputs(recipe: Recipe, clock: Clock) -> tuple[StepInputs, bool]:
-    """Host values of the traced scalars of the step that starts at `clock`, and whether depth recurrence is on."""
-    factor = schedules.lr_factor(recipe.schedule, recipe.budget, clock)
-    scalars: Any = (
-        np.float32(factor),
-        np.float32(schedules.muon_momentum(recipe.optim, clock.step)),
-        np.float32(recipe.optim.clip_norm or math.inf),
-        np.float32(schedules.fake_quant_strength(recipe.schedule, factor)),
-        np.bool_(schedules.swa_collects(recipe.schedule, factor, clock.step + 1)),
-    )
-    return StepInputs(*scalars), schedules.looping(recipe.schedule, recipe.budget, clock)
-
-
-def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -> tuple[dict[bool, Any], dict[str, float]]:
-    """The compiled step of every phase of the run, keyed by `looping`, and the seconds each took.
+def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -> tuple[dict[Phase, Any], dict[str, float]]:
+    """The compiled step of every phase of the run, and the seconds each took.
 
     Each has run once, on a copy of the state: what a first call sets up (kernels, communicators) is not left to the clock.
     """
-    flags = [False, True] if recipe.model.loop_repeats and recipe.schedule.loop_from > 0 else [True]
     tokens = np.zeros((recipe.data.ranks * recipe.data.rows_per_rank, recipe.data.seq_len), np.int32)
-    batch = jax.make_array_from_callback(tokens.shape, rows(mesh), lambda index: tokens[index])
-    inputs = put_replicated(mesh, step_inputs(recipe, Clock(0, 0.0))[0])
+    zeros = jax.make_array_from_callback(tokens.shape, rows(mesh), lambda index: tokens[index])
+    inputs = put_replicated(mesh, step_inputs(recipe, Clock(0, 0.0)))
     compiled, seconds = {}, {}
-    for looping in flags:
+    for phase in phases(recipe):
+        run.log(f"compiling {phase.name}")
         begin = time.perf_counter()
-        name = "train_looping" if looping and len(flags) > 1 else "train"
-        compiled[looping] = make_step(recipe, mesh, state, looping=looping).lower(state, batch, batch, inputs).compile()
-        assert_backend(compiled[looping].as_text(), recipe.model.attention)
-        seconds[name] = time.perf_counter() - begin
-        jax.block_until_ready(compiled[looping](jax.tree.map(jnp.copy, state), batch, batch, inputs))
-        run.log(f"compiled {name} in {seconds[name]:.1f} s, first run {time.perf_counter() - begin - seconds[name]:.1f} s")
+        step = compiled[phase] = compile_step(graph(recipe), mesh, phase)
+        assert_backend(step.as_text(), recipe.model.attention)
+        seconds[phase.name] = time.perf_counter() - begin
+        jax.block_until_ready(step(jax.tree.map(jnp.copy, state), Batch(zeros, zeros), inputs))
+        first = time.perf_counter() - begin - seconds[phase.name]
+        run.log(f"compiled {phase.name} in {seconds[phase.name]:.1f} s, first run {first:.1f} s")
     return compiled, seconds
 
 
@@ -103,13 +91,14 @@ def train(
         run.truncate_metrics(step)
         keeper.starts_at(step, clock.local_seconds)
         run.log(f"resumed at step {step}, {clock.local_seconds:.1f} s of training")
-    phases, compile_seconds = compile_phases(recipe, mesh, state, run)
+    steps, compile_seconds = compile_phases(recipe, mesh, state, run)
     if recipe.schedule.leak_warmup_steps and not step:
-        state = leaked_state(recipe, mesh, state, loader, phases[True])
-    for looping in phases if validate and recipe.eval.every else ():
+        state = leaked_state(recipe, mesh, state, loader, list(steps.values())[-1])
+    flags = dict.fromkeys(phase.looping for phase in steps)
+    for looping in flags if validate and recipe.eval.every else ():
         begin = time.perf_counter()
         validate(state.params, looping, True)  # pyright: ignore[reportOptionalCall]
-        name = "validation_looping" if looping and len(phases) > 1 else "validation"
+        name = "validation_looping" if looping and len(flags) > 1 else "validation"
         compile_seconds[name] = time.perf_counter() - begin
         run.log(f"compiled {name} in {compile_seconds[name]:.1f} s")
     watch = _Watch(recipe, run)
@@ -124,11 +113,11 @@ def train(
             if validate and recipe.eval.every and step % recipe.eval.every == 0:
                 jax.block_until_ready(state.params)
                 with clock.paused(), jax.transfer_guard("allow"):
-                    looping = step_inputs(recipe, Clock(max(step - 1, 0), seconds))[1]
+                    looping = phase_at(recipe, Clock(max(step - 1, 0), seconds)).looping
                     watch.validation(step, seconds, validate(state.params, looping, False))
-            inputs, looping = step_inputs(recipe, Clock(step, seconds))
-            x, y = next(batches)
-            state, metrics = phases[looping](state, x, y, put_replicated(mesh, inputs))
+            now = Clock(step, seconds)
+            inputs = step_inputs(recipe, now)
+            state, metrics = steps[phase_at(recipe, now)](state, next(batches), put_replicated(mesh, inputs))
             if pending:
                 watch.step(*pending, clock)
             pending = (step, inputs, metrics)
@@ -183,7 +172,8 @@ class _Watch:
                 f"step {step + 1}: the training loss is {self.loss}; lower the learning rates in a new run, or from the last good "
                 f"checkpoint on: --resume {self.run.path} --accept optim.groups.0.lr --optim.groups.0.lr N"
             )
-        factor, momentum = float(inputs.lr_factor), float(inputs.momentum)
+        factor = float(inputs.lr_factor)
+        momentum = next((schedules.muon_momentum(g, step) for g in self.recipe.optim.groups if g.kind == "muon"), None)
         self.run.metrics("train", step=step, loss=self.loss, lr_factor=factor, momentum=momentum, grad_norm=norm, seconds=round(seconds, 4))
         done = step + 1
         self._first = self._first or (done, seconds)
