@@ -94,11 +94,10 @@ def make_optimizer(
     """
     groups = route(config, roles)
     owned = {g.name: [n for n in params if groups[n] == g] for g in config.groups if g.kind in RULES}
-    owned = {name: leaves for name, leaves in owned.items() if leaves}
     rules = {
         g.name: RULES[g.kind][0](g, {n: params[n] for n in owned[g.name]}, numerics, shards, axis_name)
         for g in config.groups
-        if g.name in owned
+        if g.kind in RULES
     }
     shared = [name for name, rule in rules.items() if rule.spec == ROWS]
 
