@@ -82,7 +82,7 @@ mine = local_rows(mesh, 16)
 loader = StreamLoader([np.arange(5000, dtype=np.uint16)], ranks=8, rows=2, seq_len=16, row_slice=mine)
 with Prefetcher(loader, mesh) as ahead:
     next(ahead)
-    x, y = next(ahead)
+    x, y, _ = next(ahead)
     whole = [{str(s.index): np.asarray(s.data).tolist() for s in a.addressable_shards} for a in (x, y)]
     print(json.dumps([x.shape, [mine.start, mine.stop], ahead.state()["batches"], whole]))
 """
@@ -104,7 +104,7 @@ def test_two_processes_place_their_halves_of_the_same_batch():
     batch = reference.next_batch()
     for number, (shape, rows, batches, halves) in enumerate(reports):
         assert (shape, rows, batches) == ([16, 16], [8 * number, 8 * number + 8], 2)
-        for half, expected in zip(halves, batch, strict=True):
+        for half, expected in zip(halves, batch[:2], strict=True):
             assert sorted(half.values()) == [expected[row : row + 2].tolist() for row in range(rows[0], rows[1], 2)]
 
 
