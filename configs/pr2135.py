@@ -31,6 +31,14 @@ from golf_jax.config import (
     SlidingConfig,
 )
 
+POLAR_EXPRESS = (  # (a, b, c) of the five steps; docs/recipes/pr2135_model_training.md, section 5.3
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
 
 def recipe() -> Recipe:
     return Recipe(
@@ -68,15 +76,21 @@ def recipe() -> Recipe:
         ),
         optim=OptimConfig(
             groups=(
-                GroupConfig("matrix", ("matrix", "proj", "gate"), "muon", lr=0.028, weight_decay=0.095),
-                GroupConfig("token", ("token", "table", "trigram"), "adamw", lr=0.03, weight_decay=0.085),
-                GroupConfig("vector", ("vector",), "adamw", lr=0.02, weight_decay=0.02),
+                GroupConfig(
+                    "matrix",
+                    ("matrix", "proj", "gate"),
+                    "muon",
+                    lr=0.028,
+                    weight_decay=0.095,
+                    momentum=0.97,
+                    newton_schulz_coefficients=POLAR_EXPRESS,
+                    row_normalize=True,
+                    bf16_momentum=True,
+                ),
+                GroupConfig("token", ("token", "table", "trigram"), "adamw", lr=0.03, weight_decay=0.085, betas=(0.9, 0.99)),
+                GroupConfig("vector", ("vector",), "adamw", lr=0.02, weight_decay=0.02, betas=(0.9, 0.99)),
                 GroupConfig("softcap", ("softcap",), "frozen"),
             ),
-            betas=(0.9, 0.99),
-            momentum=0.97,
-            row_normalize=True,
-            bf16_momentum=True,
             clip_per_rank=True,
         ),
         budget=BudgetConfig(seconds=599.5),

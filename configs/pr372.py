@@ -53,13 +53,19 @@ def recipe() -> Recipe:
         ),
         optim=OptimConfig(
             groups=(
-                GroupConfig("matrix", ("matrix", "proj", "gate"), "muon", lr=0.02, weight_decay=0.04),
+                GroupConfig(
+                    "matrix",
+                    ("matrix", "proj", "gate"),
+                    "muon",
+                    lr=0.02,
+                    weight_decay=0.04,
+                    momentum=0.95,
+                    momentum_start=0.85,
+                    momentum_warmup_steps=500,
+                ),
                 GroupConfig("token", ("token", "table", "trigram"), "adamw", lr=0.03),
                 GroupConfig("vector", ("vector",), "adamw", lr=0.02),
             ),
-            momentum=0.95,
-            momentum_start=0.85,
-            momentum_warmup_steps=500,
             decay_last=True,
             clip_norm=0.0,
         ),

@@ -44,11 +44,12 @@ def tiny(name: str, *, steps: int = 20, vocab_size: int = 64, seq_len: int = 16,
         fake_quant=replace(m.fake_quant, min_numel=min(m.fake_quant.min_numel, 256), late_k_layers=min(m.fake_quant.late_k_layers, 1)),
         dtype="float32",
     )
+    groups = tuple(replace(g, momentum_warmup_steps=10) if g.kind == "muon" else g for g in r.optim.groups)
     return replace(
         r,
         model=model,
         data=DataConfig(train="none", val="none", tokenizer="none", order=r.data.order, seq_len=seq_len, rows_per_rank=rows_per_rank),
-        optim=replace(r.optim, momentum_warmup_steps=10),
+        optim=replace(r.optim, groups=groups),
         budget=replace(r.budget, steps=steps),
         schedule=replace(
             s,
