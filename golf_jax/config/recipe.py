@@ -90,12 +90,19 @@ class GroupConfig:
         check(given in (1, steps), f"{where}.newton_schulz_coefficients: give one triple, or one for each of {steps} steps, not {given}")
 
 
-_MUON = ("momentum", "momentum_start", "momentum_warmup_steps", "newton_schulz_steps", "newton_schulz_coefficients", "row_normalize")
-_READ_BY: dict[str, tuple[str, ...]] = (
-    dict.fromkeys(("lr", "weight_decay"), ("muon", "adamw"))
-    | dict.fromkeys(("betas", "eps"), ("adamw",))
-    | dict.fromkeys((*_MUON, "bf16_momentum"), ("muon",))
-)
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "lr": ("muon", "adamw"),
+    "weight_decay": ("muon", "adamw"),
+    "betas": ("adamw",),
+    "eps": ("adamw",),
+    "momentum": ("muon",),
+    "momentum_start": ("muon",),
+    "momentum_warmup_steps": ("muon",),
+    "newton_schulz_steps": ("muon",),
+    "newton_schulz_coefficients": ("muon",),
+    "row_normalize": ("muon",),
+    "bf16_momentum": ("muon",),
+}
 
 
 @dataclass(frozen=True)
