@@ -6,6 +6,7 @@ loads COUNT of them with 1 GiB of memory to spare and prints the outcomes as JSO
 """
 
 import collections
+import copy
 import hashlib
 import json
 import resource
@@ -107,13 +108,15 @@ def _alter(node: Any, rng: np.random.Generator, pick: Any) -> None:
         if action == 0:
             del node[key]
         elif action == 1 and isinstance(node, dict):
-            node[pick(["num_layers", "loop_repeats", "mlp_ratio", "width", "vocab_size", "bigram_dim", "rope_base"])] = pick(HOSTILE)
+            node[pick(["num_layers", "loop_repeats", "mlp_ratio", "width", "vocab_size", "bigram_dim", "rope_base"])] = copy.deepcopy(
+                pick(HOSTILE)
+            )
         elif action == 2 and isinstance(node, list):
-            node.append(node[key])
+            node.append(copy.deepcopy(node[key]))
         elif action == 3 and isinstance(node[key], int):
             node[key] = node[key] * pick([-1, 2, 10, 1000]) + pick([-1, 0, 1])
         else:
-            node[key] = pick(HOSTILE)
+            node[key] = copy.deepcopy(pick(HOSTILE))
         return
 
 
