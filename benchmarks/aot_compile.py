@@ -64,7 +64,7 @@ class Program(NamedTuple):
 
 
 def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
-    """Attention forward and backward by backend, and the head with its cross entropy, batch-sharded."""
+    """Attention forward and backward by backend, inside documents too, and the head with its cross entropy, batch-sharded."""
     batch = BATCH * mesh.size
 
     sharded = P("data")
@@ -89,6 +89,16 @@ def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
             name = f"{backend} attention{', xsa' if xsa else ''}"
             yield Program(f"{name}: forward", local(attention, *[sharded] * 3, out=sharded), (q, kv, kv), backend)
             yield Program(f"{name}: forward and backward", local(with_gradients, *[sharded] * 4, out=sharded), (q, kv, kv, q), backend)
+    for sequences, length in ((BATCH, T), (1, BATCH * T)):  # documents inside 48 rows, and packed into one
+        q, kv = (array(sequences * mesh.size, length, heads, head_dim) for heads in (H, G))
+        first = array(sequences * mesh.size, length, dtype=jnp.int32)
+
+        def inside_documents(q, k, v, first, dy):
+            y, pullback = jax.vjp(lambda q, k, v: xsa_attention(q, k, v, xsa=True, first_BS=first, backend="pallas"), q, k, v)
+            return y, *pullback(dy)
+
+        name = f"pallas attention, xsa, documents in rows of {length}: forward and backward"
+        yield Program(name, local(inside_documents, *[sharded] * 5, out=sharded), (q, kv, kv, first, q), "pallas")
     for vocab in (1024, 8192):
 
         def loss(x, table, targets):

@@ -21,8 +21,9 @@ from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.artifact.code import bundle, raw_code_bytes
 from golf_jax.artifact.ledger import estimate_bytes
 from golf_jax.artifact.model import Packed, pack_model
-from golf_jax.config import CAP_BYTES, GolfError, Recipe, differences, recipe_names, to_dict
+from golf_jax.config import CAP_BYTES, GolfError, Recipe, recipe_names, to_dict
 from golf_jax.data import make_loader
+from golf_jax.data.identity import difference
 from golf_jax.data.prefetch import local_rows
 from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import split_documents
@@ -137,6 +138,8 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
     )
     run.log(f"model_params:{count(recipe.model)} batch_tokens:{recipe.data.batch_tokens} val_tokens:{len(plan.text.val_tokens)} "
             f"val_bytes_checked:{plan.text.val_bytes}")  # fmt: skip
+    for fact in plan.text.facts:
+        run.log(f"text: {fact}")
     if not _is_packed(run):
         with contextlib.closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
             trained = train_and_keep(plan, options, run, signals, checkpoints, len(code))
@@ -186,8 +189,10 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
         found = checkpoints.restore(state_shapes(recipe, mesh), run.log)
         if found is None:
             raise GolfError(f"{run.path}: no checkpoint: nothing to go on from; start the run anew in another --run-dir")
-        for field, before, after in differences(found.meta, facts | {k: v for k, v in found.meta.items() if k not in facts}):
-            raise GolfError(f"--resume {run.path}: {field} was {before} when checkpoint {found.step} was saved and is {after} now")
+        if what := difference(found.meta["text"], plan.text.identity):
+            raise GolfError(f"--resume {run.path}: the data are not those of checkpoint {found.step}: {what}")
+        if found.meta["dtype"] != recipe.model.dtype:
+            raise GolfError(f"--resume {run.path}: was trained in {found.meta['dtype']}; give --model.dtype {found.meta['dtype']}")
         done = run.record.get("train")
         if done and done["steps"] == found.step:
             run.log(f"checkpoint {found.step}: training complete, packing")
@@ -227,6 +232,7 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
         plan.asked,  # with its `auto`s: the artifact is scored on other machines, too
         trained.params,
         text.tokenizer.sha256,
+        text.identity["digest"],
         code_bytes=code_bytes,
         hessians=hessians,
         score=lambda params: validate(params).score.bpb,

@@ -76,6 +76,7 @@ def pack_model(
     recipe: Recipe,
     params: Mapping[str, Any],
     tokenizer_sha256: str,
+    text_digest: str = "",
     *,
     code_bytes: int,
     hessians: Mapping[str, np.ndarray] | None = None,
@@ -83,6 +84,7 @@ def pack_model(
 ) -> Packed:
     """Quantize and pack; steps grow by one factor if code and model would exceed the cap. `code_bytes`: what the code takes of it.
 
+    text_digest: identity of shards and tokenizer (`golf_jax.data.identity`), kept in the header.
     score: bits per byte of dequantized parameters, asked for only if the steps had to grow: the report then says what that cost.
 
     Raises GolfError if no step within reason fits.
@@ -95,6 +97,7 @@ def pack_model(
         "eval": _changed(recipe.eval),
         "seq_len": recipe.data.seq_len,
         "tokenizer_sha256": tokenizer_sha256,
+        "text": text_digest,
         "embedded": recipe.data.train == "embedded",
     }
 

@@ -18,8 +18,9 @@ class DataConfig:
     """Glob of validation shards (unused with `embedded`)."""
     tokenizer: str = ""
     """SentencePiece model file (unused with `embedded`)."""
-    order: Literal["stream", "shuffled"] = "stream"
-    """`stream`: consecutive spans per rank (PRs 372, 562, 638, 1182); `shuffled`: random sequences per rank (PR 2005)."""
+    order: Literal["stream", "shuffled", "documents"] = "stream"
+    """`stream`: consecutive spans per rank (PRs 372, 562, 638, 1182); `shuffled`: random sequences per rank (PR 2005); `documents`: one
+    packed row per rank, attention inside documents cut at `seq_len` (PR 2135)."""
     seq_len: int = 2048
     ranks: int = 8
     """Ranks whose data order is reproduced; independent of how many devices run it."""
@@ -44,7 +45,7 @@ class GroupConfig:
 
     name: str
     roles: tuple[str, ...]
-    """Roles of golf_jax.model.params: matrix, gate, proj, token, table, vector, trigram."""
+    """Roles of golf_jax.model.params: matrix, gate, proj, token, table, vector, trigram, softcap."""
     kind: Literal["muon", "adamw", "frozen"]
     lr: float = 0.0
     weight_decay: float = 0.0

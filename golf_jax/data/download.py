@@ -163,7 +163,7 @@ def _write_local_manifest(root: Path, folder: str, tokenizer_path: str, stats: d
         "documents": int((val == tokenizer.bos_id).sum()),
         "bytes": text_bytes(byte_tables(tokenizer.processor), val),
     }
-    model = os.path.relpath(root / tokenizer_path, directory)
-    identity = {"file": Path(model).as_posix(), "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+    model = write_atomic(directory / "tokenizer.model", tokenizer.model)  # a manifest names nothing outside its directory
+    identity = {"file": model.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
     write_manifest(directory, {"source": "FineWeb export", "split": "as published", "tokenizer": identity, **splits})
     return directory

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.data.shards import check_token_range, find_shards, open_shard
+from golf_jax.data.shards import Shard, check_token_range, find_shards, open_shard
 
 Batch = tuple[np.ndarray, np.ndarray]
 Shards = str | Path | Sequence[np.ndarray]
@@ -43,10 +43,11 @@ class _Rows:
         self.source: object = "training data"
         if isinstance(shards, str | Path):
             self.source = shards
-            shards = [open_shard(path) for path in find_shards(shards)]
+            self.shards: list[np.ndarray] | list[Shard] = [open_shard(path) for path in find_shards(shards)]
+        else:
+            self.shards = list(shards)
         if min(ranks, rows, seq_len) < 1:
             raise GolfError(f"data loader: ranks={ranks}, rows={rows}, seq_len={seq_len} must all be at least 1")
-        self.shards = list(shards)
         self.ranks, self.rows, self.seq_len, self.vocab_size = ranks, rows, seq_len, vocab_size
         self.global_shape = (ranks * rows, seq_len)
         start, stop, step = (row_slice or slice(None)).indices(ranks * rows)

@@ -73,7 +73,7 @@ def make_step(recipe: Recipe, mesh: Mesh, state: TrainState, *, looping: bool) -
 
     def loss_fn(params: dict, x_BT: jax.Array, y_BT: jax.Array, fake_quant: jax.Array) -> jax.Array:
         strength = fake_quant if qat else None
-        return jnp.mean(nll(recipe.model, params, x_BT, y_BT, looping=looping, fake_quant=strength))
+        return jnp.mean(nll(recipe.model, params, x_BT, y_BT, looping=looping, fake_quant=strength, training=True))
 
     def clip_one_rank(grads: dict, stale: dict, limit: jax.Array) -> tuple[dict, dict, jax.Array]:
         """PR 1182: the rank's own norm, over what it just computed and what was never cleared."""
