@@ -52,8 +52,8 @@ class Loaded:
 def check_packing(recipe: Recipe) -> None:
     """Raises GolfError unless the model can be packed by the recipe's rules and compressor, as far as that is known without weights."""
     compressor(recipe.quant.compressor, recipe.quant.level)
-    everything = replace(
-        recipe.model,
+    everything = ModelConfig(
+        num_layers=recipe.model.num_layers,
         bigram_buckets=2,
         trigram="table",
         trigram_buckets=2,
