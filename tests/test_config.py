@@ -73,7 +73,7 @@ def test_recipes_survive_json(name):
             "eval.score_first.chunk_tokens 8 is less than one sequence of 2048",
         ),
         (lambda: ScoreFirstConfig(epochs=1, stride=0), "stride of test-time training must be positive, got 0"),
-        (lambda: Recipe("x", quant=QuantConfig(gptq_batches=1)), "quant.gptq_batches and a gptq scheme in quant.rules go together"),
+        (lambda: QuantConfig(gptq_batches=-1), "quant.gptq_batches must be >= 0, got -1"),
     ],
 )
 def test_impossible_combinations_name_the_field(make, message):

@@ -52,8 +52,8 @@ class Loaded:
 def check_packing(recipe: Recipe) -> None:
     """Raises GolfError unless the model can be packed by the recipe's rules and compressor, as far as that is known without weights."""
     compressor(recipe.quant.compressor, recipe.quant.level)
-    everything = replace(
-        recipe.model,
+    everything = ModelConfig(
+        num_layers=recipe.model.num_layers,
         bigram_buckets=2,
         trigram="table",
         trigram_buckets=2,
@@ -155,7 +155,7 @@ def _check_header(loaded: Loaded, entries: list[Entry]) -> None:
     check(bool(re.fullmatch("[0-9a-f]{64}", loaded.tokenizer_sha256)), "header.tokenizer_sha256 is no SHA-256")
     loaded.eval.check_length(loaded.seq_len)
     needed, found = _shapes(c), {e.name: e.shape for e in entries}
-    for name in [*needed, *found]:
+    for name in [*found, *needed]:
         check(name in needed, f"the tensors do not fit the model configuration: unknown {name}")
         check(name in found, f"the tensors do not fit the model configuration: missing {name}")
         check(found[name] == needed[name], f"tensor {name} has shape {found[name]}, the model configuration needs {needed[name]}")

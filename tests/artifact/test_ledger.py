@@ -64,6 +64,16 @@ def test_viewer_shows_header_streams_and_code(tmp_path, capsys):
         assert text in out
 
 
+def test_viewer_takes_a_run_directory_and_counts_its_code(tmp_path, capsys):
+    data, code = pack({}, model(), "zstd", 3), bundle("golf_jax.artifact")
+    (tmp_path / "artifact.golf").write_bytes(data)
+    (tmp_path / "code.pyz").write_bytes(code)
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{CAP_BYTES - len(data) - len(code):,}" in out
+    assert max(map(len, ledger(data, len(code)).table().splitlines())) <= 80
+
+
 def test_viewer_refuses_bad_files_in_one_line(tmp_path):
     (tmp_path / "bad.golf").write_bytes(pack({}, model(), "zstd", 3)[:-1])
     for name in ("bad.golf", "none.golf"):
