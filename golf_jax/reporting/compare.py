@@ -133,6 +133,16 @@ def seeds_needed(gain: float, spread: float, level: float) -> int | None:
     return None
 
 
+def conclusion(rows: Sequence[Row]) -> str:
+    """One sentence: the settings that are better than the reference beyond the noise, or that there are none."""
+    better = sorted((r for r in rows if r.verdict.startswith("better")), key=lambda r: r.mean)
+    if len(rows) < 2:
+        return "One setting: nothing to compare."
+    if not better:
+        return f"No setting is better than {rows[0].label} beyond the noise."
+    return f"Better than {rows[0].label} beyond the noise: " + "; ".join(f"{r.label} by {r.gain:.5f} nats per token" for r in better) + "."
+
+
 HEADINGS = ("settings", "seeds", "nats/token", "std", "bits/byte", "gain in nats", "p", "verdict")
 
 

@@ -33,7 +33,7 @@ def draw(records: Sequence[Record], errors: Mapping[str, Sequence[TensorError]],
         "chunks": ("Test-time training, chunk by chunk", figures.chunks(again)),
     }
     for name, of_run in errors.items():
-        title = "Quantization error by tensor" + (f": {name}" if many else "")
+        title = "Quantization error of integer-coded tensors" + (f": {name}" if many else "")
         drawn[f"quantization-{name.strip('./').replace('/', '-')}" if many else "quantization"] = (title, figures.quantization(of_run))
     return {name: (title, figure) for name, (title, figure) in drawn.items() if figure}
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.figure import Figure
 
 from golf_jax.config import CAP_BYTES
 from golf_jax.optim.schedules import Clock, fake_quant_strength, looping, swa_collects
+from golf_jax.quant.schemes import FLOATS
 from golf_jax.reporting.measure import Measured, TensorError
 from golf_jax.reporting.record import Record
 
@@ -23,7 +25,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 LINES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP"
 TEXT = "#767779"  # legible on white and on black, so also in an exported file; `svg` replaces it by the page's own colour
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.size": 10,
     "svg.fonttype": "none",  # text stays text: read aloud, searched, in the page's font
     "svg.hashsalt": "golf_jax",  # the same run, the same bytes
@@ -39,7 +41,7 @@ SETTINGS = {
     "grid.alpha": 0.2,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "axes.prop_cycle": matplotlib.rcsetup.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
 }
 Draw = Callable[[Any], None]
 
@@ -52,7 +54,7 @@ def _figure(draw: Draw, x: str, y: str, height: float = 3.2) -> Figure:
         draw(axes)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        if axes.get_legend_handles_labels()[0]:
+        if len(axes.get_legend_handles_labels()[0]) > 1:
             figure.legend(loc="outside upper left", ncols=1)
         return figure
 
@@ -77,7 +79,7 @@ def training_loss(records: Sequence[Record], x: str, label: str) -> Figure | Non
         for i, r in shown:
             at, loss = [row[x] for row in r.steps], [row["loss"] for row in r.steps]
             axes.plot(at, loss, color=style(i)["color"], alpha=0.25, linewidth=0.8)
-            axes.plot(at, smoothed(loss, max(len(loss) // 50, 1)), label=r.name, **style(i))
+            axes.plot(at, smoothed(loss, max(len(loss) // 20, 1)), label=r.name, **style(i))
         low, high = np.quantile([row["loss"] for _, r in shown for row in r.steps], [0, 0.98])
         axes.set_ylim(low - 0.03 * (high - low), high + 0.05 * (high - low) + 1e-9)
 
@@ -138,7 +140,7 @@ def phases(records: Sequence[Record]) -> Figure | None:
     return _figure(draw, "step", "", 1.2 + 0.28 * len(bars)) if bars else None
 
 
-def _bars(names: Sequence[str], series: Sequence[tuple[int, str, Sequence[float]]], x: str, *, legend: bool, log: bool = False) -> Figure:
+def _bars(names: Sequence[str], series: Sequence[tuple[int, str, Sequence[float]]], x: str, *, legend: bool) -> Figure:
     """Horizontal bars: for every name one bar per series (colour index, label, values)."""
     thick = 0.8 / len(series)
 
@@ -150,8 +152,7 @@ def _bars(names: Sequence[str], series: Sequence[tuple[int, str, Sequence[float]
         axes.tick_params(axis="y", labelsize=8)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(False, axis="y")
-        if log:
-            axes.set_xscale("log")
+        axes.locator_params(axis="x", nbins=5)
 
     return _figure(draw, x, "", 1.2 + len(names) * max(0.2, 0.09 * len(series)))
 
@@ -171,7 +172,8 @@ def byte_budget(records: Sequence[Record]) -> Figure | None:
 
 
 def quantization(errors: Sequence[TensorError]) -> Figure:
-    return _bars([e.name for e in errors], [(0, "", [e.relative for e in errors])], "relative RMS error", legend=False)
+    coded = [e for e in errors if e.kind not in FLOATS]
+    return _bars([e.name for e in coded], [(0, "", [e.relative for e in coded])], "relative RMS error", legend=False)
 
 
 def positions(measured: Sequence[tuple[int, str, Measured]]) -> Figure:
