@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def grid(recipe: Recipe, seeds: Sequence[int], vary: dict[str, list[Any]]) -> li
     for values in itertools.product(*vary.values()):
         chosen = dict(zip(vary, values, strict=True))
         for seed in seeds:
-            data = deepcopy(to_dict(recipe)) | {"seed": seed}
+            data = to_dict(recipe) | {"seed": seed}
             for field, value in chosen.items():
                 _set(data, field, value)
             name = "-".join([f"{field}={value}".replace("/", "_") for field, value in chosen.items()] + [f"seed={seed}"])
@@ -69,12 +68,13 @@ def _set(data: Any, field: str, value: Any) -> None:
     try:
         for name in path:
             data = data[int(name) if isinstance(data, list) else name]
-        key = int(last) if isinstance(data, list) else last
-        if isinstance(data[key], dict | list):
-            raise GolfError(f"--vary {field}: is a section, not a value; name one of its fields")
-        data[key] = value
+        key: Any = int(last) if isinstance(data, list) else last
+        before = data[key]
     except (KeyError, IndexError, ValueError, TypeError):
         raise GolfError(f"--vary {field}: no such field of the recipe (as in config.json: optim.groups.0.lr)") from None
+    if isinstance(before, dict | list):
+        raise GolfError(f"--vary {field}: is a section, not a value; name one of its fields")
+    data[key] = value
 
 
 def run_grid(points: Sequence[Point], folder: Path, jobs: int, say: Callable[[str], None]) -> dict[str, str]:

@@ -78,7 +78,7 @@ def training_loss(records: Sequence[Record], x: str, label: str) -> Figure | Non
     def draw(axes: Any) -> None:
         for i, r in shown:
             at, loss = [row[x] for row in r.steps], [row["loss"] for row in r.steps]
-            axes.plot(at, loss, color=style(i)["color"], alpha=0.25, linewidth=0.8)
+            axes.plot(at, loss, color=style(i)["color"], alpha=0.4, linewidth=0.8)
             axes.plot(at, smoothed(loss, max(len(loss) // 20, 1)), label=r.name, **style(i))
         low, high = np.quantile([row["loss"] for _, r in shown for row in r.steps], [0, 0.98])
         axes.set_ylim(low - 0.03 * (high - low), high + 0.05 * (high - low) + 1e-9)
@@ -171,9 +171,9 @@ def byte_budget(records: Sequence[Record]) -> Figure | None:
     return _bars([*names, "header", "code", "total"], series, f"% of the cap of {CAP_BYTES:,} bytes", legend=len(shown) > 1)
 
 
-def quantization(errors: Sequence[TensorError]) -> Figure:
+def quantization(errors: Sequence[TensorError]) -> Figure | None:
     coded = [e for e in errors if e.kind not in FLOATS]
-    return _bars([e.name for e in coded], [(0, "", [e.relative for e in coded])], "relative RMS error", legend=False)
+    return _bars([e.name for e in coded], [(0, "", [e.relative for e in coded])], "relative RMS error", legend=False) if coded else None
 
 
 def positions(measured: Sequence[tuple[int, str, Measured]]) -> Figure:

@@ -13,9 +13,9 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 p { max-width: 44rem; } .quiet, figcaption { color: var(--quiet); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem; align-items: start; }
 figure { margin: 0; min-width: 0; max-width: 40rem; } figcaption { font-size: .9rem; } svg { width: 100%; height: auto; display: block; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-td.number { text-align: right; white-space: nowrap; } details { margin: .8rem 0; } summary { cursor: pointer; }
+.wide { overflow-x: auto; margin: 1rem 0; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .9rem .25rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+td.number { text-align: right; } details { margin: .8rem 0; } summary { cursor: pointer; }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
