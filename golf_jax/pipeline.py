@@ -35,7 +35,7 @@ from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import Model as Network
 from golf_jax.model import count, resolve, to_tensors
 from golf_jax.opening import load
-from golf_jax.plan import check_devices, check_plan, check_text
+from golf_jax.plan import check_data, check_devices, check_plan
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log
 from golf_jax.quant import quantize, rules_for, without_hessians
@@ -84,6 +84,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
         d = replace(d, ranks=options.emulate_devices, rows_per_rank=sequences // options.emulate_devices)
         recipe = replace(recipe, data=d)
     check_plan(recipe)
+    check_data(recipe)
     keep_compiled_programs()
     initialize_distributed()
     before = devices_of(options.resume) if options.resume else 0
@@ -92,7 +93,6 @@ def check(recipe: Recipe, options: Options) -> Plan:
     resolved = replace(recipe, model=resolve(recipe.model, platform(mesh)))
     check_devices(resolved, mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
-    check_text(recipe, text)
     return Plan(recipe, resolved, mesh, text)
 
 
