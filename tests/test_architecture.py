@@ -15,7 +15,7 @@ FLOORS = [
     {"training", "evaluation"},
     {"opening", "plan"},
     {"pipeline"},
-    {"interop", "proof", "reporting"},
+    {"interop", "proof", "reporting", "sweeping"},
     {"cli"},
     {"train", "evaluate", "reproduce", "check", "report", "generate", "submit", "sweep", "__main__"},
 ]
