@@ -11,6 +11,7 @@ COMMANDS = {
     "data": "make, download or verify training data",
     "train": "train, pack and score a model",
     "evaluate": "score a packed model, a run or a PyTorch checkpoint",
+    "check": "check a run, a submission or a log against the rules of the challenge",
     "report": "show runs in one HTML page",
     "sweep": "run a recipe over seeds and settings, with statistics",
     "artifact": "what is inside an artifact, and how many bytes are left",

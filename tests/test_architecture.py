@@ -8,7 +8,7 @@ import golf_jax
 ROOT = Path(golf_jax.__file__).parents[1]
 FLOORS = [
     {"config", "supervise", "interrupt", "kernels"},
-    {"configs", "processes", "progress", "mesh", "files"},
+    {"configs", "processes", "progress", "mesh", "files", "cli"},
     {"model", "optim", "quant"},
     {"data"},
     {"artifact"},
@@ -16,7 +16,6 @@ FLOORS = [
     {"opening", "plan"},
     {"pipeline"},
     {"interop", "proof", "reporting", "sweeping"},
-    {"cli"},
     {"train", "evaluate", "reproduce", "check", "report", "generate", "submit", "sweep", "__main__"},
 ]
 
