@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from golf_jax.artifact.container import read_bytes
-from golf_jax.artifact.ledger import Ledger, ledger
+from golf_jax.artifact.ledger import ByteLedger, ledger
 from golf_jax.config import GolfError, Recipe, from_dict
 from golf_jax.training.rundir import read_json
 
@@ -27,7 +27,7 @@ class Record:
     """Validations during training: step, seconds, val_loss (nats per token), val_bpb."""
     stages: dict[str, Any] = field(default_factory=dict)
     """stages.json: what each finished stage says (train, pack, evaluations)."""
-    ledger: Ledger | None = None
+    ledger: ByteLedger | None = None
     """Bytes of the artifact, its code included; None before there is one."""
 
     @property
