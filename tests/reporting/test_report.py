@@ -84,7 +84,7 @@ def test_several_runs_and_what_they_do_not_hold(folder, capsys):
     out = folder / "all.html"
     report.main([str(folder), "--out", str(out)])
     html, said = out.read_text(), capsys.readouterr().out
-    assert "What differs" in html and "<td>seed</td>" in html
+    assert "What differs" in html and '<th scope="col">seed</th>' in html
     for sentence in (
         "c is not finished: 2 steps so far",
         "c has no artifact yet",
