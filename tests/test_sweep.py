@@ -5,11 +5,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny_recipes import build_text, environment, on_text, recipe_file, tiny
+from tiny_recipes import build_text, environment, on_text, tiny
 
 from golf_jax import sweep
-from golf_jax.config import GolfError, load_recipe
-from golf_jax.sweeping import grid, parse_vary
+from golf_jax.config import GolfError, load_recipe, to_dict
+from golf_jax.sweeping import grid, parse_vary, run_grid
 
 
 def test_grid():
@@ -38,29 +38,58 @@ def test_what_cannot_be_varied(vary, word):
         grid(load_recipe("quickstart"), [1], parse_vary([vary]))
 
 
-def test_sweep_goes_on_and_tells_what_failed(tmp_path, programs, monkeypatch, capsys):
-    """Two settings run side by side and a third that cannot; the second call runs nothing again."""
+def made_up(point, directory, devices, environment):
+    """What a run leaves that a sweep reads; the setting that cannot train ends with a complaint."""
+    if point.recipe.optim.clip_norm < 0:
+        return "error: clip_norm"
+    directory.mkdir()
+    loss = 3.0 + 0.1 * point.recipe.seed - 0.01 * point.recipe.optim.clip_norm * (1 + 0.01 * point.recipe.seed)
+    e = {"val_loss": loss, "val_bpb": loss / 2, "legal": True}
+    stages = {"train": {"steps": 2, "seconds": 1.5}, "pack": {"total_bytes": 9, "code_bytes": 1}, "evaluations": {"standard": e}}
+    for name, content in (("config", to_dict(point.recipe)), ("stages", stages), ("result", {})):
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return ""
+
+
+def test_table_and_going_on(tmp_path, monkeypatch, capsys):
+    """Two settings with two seeds; the second call asks for a third setting, which fails, and runs nothing again."""
+    asked = []
+    monkeypatch.setattr("golf_jax.sweeping._run_point", lambda point, *more: asked.append(point.name) or made_up(point, *more))
+    folder = tmp_path / "sweep"
+    arguments = ["quickstart", "--seeds", "1,2,3", "--vary", "optim.clip_norm=0.3,1", "--sweep-dir", str(folder), "--jobs", "2"]
+    assert sweep.main(arguments) == 0
+    first, names = capsys.readouterr().out, [f"optim.clip_norm={c}-seed={s}" for c in ("0.3", "1") for s in (1, 2, 3)]
+    assert sorted(asked) == names and "0 of them finished before" in first
+    rows = list(csv.DictReader((folder / "runs.csv").open()))
+    assert [(r["run"], r["settings"], r["seed"], r["steps"]) for r in rows] == [
+        (name, f"optim.clip_norm={c}", s, "2") for name, c, s in zip(names, ["0.3"] * 3 + ["1.0"] * 3, "123123", strict=True)
+    ]
+    assert float(rows[0]["val_bpb"]) == pytest.approx((3.1 - 0.00303) / 2)
+    for text in (first, (folder / "sweep.md").read_text()):
+        assert "Better than optim.clip_norm=0.3 beyond the noise: optim.clip_norm=1.0 by 0.00714 nats per token." in text
+    arguments[arguments.index("optim.clip_norm=0.3,1")] = "optim.clip_norm=0.3,1,-1"
+    asked.clear()
+    assert sweep.main(arguments) == 1
+    again = capsys.readouterr().out
+    assert sorted(asked) == [f"optim.clip_norm=-1-seed={s}" for s in (1, 2, 3)]
+    assert "6 of them finished before" in again and "optim.clip_norm=-1-seed=2: error: clip_norm" in again
+    with pytest.raises(GolfError, match="holds another run .*num_layers"):
+        sweep.main([*arguments, "--model.num-layers", "2"])
+
+
+@pytest.mark.slow
+def test_processes_side_by_side(tmp_path, programs, monkeypatch):
+    """Real runs, one of them interrupted before: it goes on, and a run that cannot start says why."""
     for name, value in environment(programs, devices=1).items():
         monkeypatch.setenv(name, value)
     recipe = on_text(tiny("baseline", steps=2, vocab_size=300), build_text(tmp_path / "text"))
-    file = recipe_file(replace(recipe, eval=replace(recipe.eval, sliding=replace(recipe.eval.sliding, stride=0))), tmp_path / "r.py")
-    folder = tmp_path / "sweep"
-    arguments = [str(file), "--seeds", "5", "--vary", "optim.clip_norm=0.3,1", "--sweep-dir", str(folder), "--jobs", "2"]
-    assert sweep.main(arguments) == 0
-    first = capsys.readouterr().out
-    assert "0 of them finished before" in first and "No setting is better than optim.clip_norm=0.3 beyond the noise." in first
-    rows = list(csv.DictReader((folder / "runs.csv").open()))
-    assert [(r["settings"], r["seed"], r["steps"]) for r in rows] == [(f"optim.clip_norm={c}", "5", "2") for c in ("0.3", "1.0")]
-    result = json.loads((folder / "optim.clip_norm=0.3-seed=5/result.json").read_text())
-    assert float(rows[0]["val_bpb"]) == result["evaluations"]["standard"]["val_bpb"]
-    assert "not testable" in (folder / "sweep.md").read_text()
-    log = (folder / "optim.clip_norm=0.3-seed=5/log.txt").read_text()
-
-    arguments[arguments.index("optim.clip_norm=0.3,1")] = "optim.clip_norm=0.3,1,-1"
-    monkeypatch.setattr("golf_jax.sweeping._run_point", lambda point, *_: f"error: {point.recipe.optim.clip_norm}")
-    assert sweep.main(arguments) == 1
-    again = capsys.readouterr().out
-    assert "2 of them finished before" in again and "optim.clip_norm=-1-seed=5: error: -1.0" in again
-    assert (folder / "optim.clip_norm=0.3-seed=5/log.txt").read_text() == log
-    with pytest.raises(GolfError, match="holds another run .*num_heads"):
-        sweep.main([*arguments, "--model.num-heads", "2"])
+    points, said = grid(recipe, [5, 6], {}), []
+    assert run_grid(points, tmp_path, 2, said.append) == {}
+    result = tmp_path / "seed=5/result.json"
+    before = json.loads(result.read_text())
+    result.unlink()
+    assert run_grid(points, tmp_path, 2, said.append) == {} and json.loads(result.read_text()) == before
+    assert said[3].startswith("2 runs") and said[4:] == ["  seed=5: done"]
+    lost = replace(recipe, data=replace(recipe.data, train=str(tmp_path / "no_*.bin")))
+    problems = run_grid(grid(lost, [7], {}), tmp_path, 1, said.append)
+    assert list(problems) == ["seed=7"] and problems["seed=7"].startswith("error: ")

@@ -93,14 +93,15 @@ def comparison(records: Sequence[Record]) -> Section | None:
     if len(records) < 2:
         return None
     method, found = compare.common_method(records), compare.groups(records)
-    settings = [[name, *map(str, values)] for name, values in compare.differing(records)]
-    tables = [Table(("setting", *(r.name for r in records)), settings)] if settings else []
+    settings = compare.differing(records)
+    of_runs = [[r.name, *(str(values[i]) for _, values in settings)] for i, r in enumerate(records)]
+    tables = [Table(("run", *(field for field, _ in settings)), of_runs)] if settings else []
     notes = [] if settings else ["All runs have the same settings."]
     rows = compare.compare(found, method) if method else []
     if rows:
         tables.append(Table(compare.HEADINGS, [compare.cells(row) for row in rows]))
         notes.append(
-            f"Scores by the {method} evaluation. Gains are against the first settings, over runs with the same seed; p is that of a paired "
+            f"Scores by the {method} evaluation. Gains are against {rows[0].label}, over runs with the same seed; p is that of a paired "
             f"t-test, two-sided. Beyond the noise means p < {LEVEL / max(len(rows) - 1, 1):.2g}"
             + (f", {LEVEL} over {len(rows) - 1} comparisons." if len(rows) > 2 else ".")
         )

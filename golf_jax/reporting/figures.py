@@ -54,7 +54,8 @@ def _figure(draw: Draw, x: str, y: str, height: float = 3.2) -> Figure:
         draw(axes)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        if len(axes.get_legend_handles_labels()[0]) > 1:
+        if (entries := len(axes.get_legend_handles_labels()[0])) > 1:
+            figure.set_figheight(height + 0.2 * entries)
             figure.legend(loc="outside upper left", ncols=1)
         return figure
 
@@ -108,31 +109,38 @@ def schedule(records: Sequence[Record], key: str, label: str) -> Figure | None:
     return _figure(draw, "step", label) if shown else None
 
 
-def phases_of(record: Record) -> dict[str, list[int]]:
-    """Phase -> the steps in which it was on, of the phases that a run has."""
+def phases_of(record: Record) -> dict[str, list[tuple[int, int]]]:
+    """Phase -> spans (first step, number of steps) in which it was on, of the phases that a run has."""
     s, b, model = record.recipe.schedule, record.recipe.budget, record.recipe.model
-    on: dict[str, list[int]] = {}
+    spans: dict[str, list[tuple[int, int]]] = {}
     for row in record.steps:
         step, factor = row["step"], row["lr_factor"]
-        now = {
+        on = {
             "warmdown": factor < 1,
             "depth recurrence": bool(model.loop_repeats) and looping(s, b, Clock(step, row["seconds"])),
             "fake quantization": bool(fake_quant_strength(s, factor)),
             "weight averaging": swa_collects(s, factor, step + 1),
         }
-        for name, is_on in now.items():
-            if is_on:
-                on.setdefault(name, []).append(step)
-    return on
+        for name in (name for name, is_on in on.items() if is_on):
+            of_phase = spans.setdefault(name, [])
+            if of_phase and sum(of_phase[-1]) == step:
+                of_phase[-1] = (of_phase[-1][0], of_phase[-1][1] + 1)
+            else:
+                of_phase.append((step, 1))
+    return spans
 
 
 def phases(records: Sequence[Record]) -> Figure | None:
-    bars = [(i, f"{name}: {r.name}" if len(records) > 1 else name, on) for i, r in enumerate(records) for name, on in phases_of(r).items()]
+    """One bar per phase and run; runs that all have the same phases share them."""
+    found = [(i, r.name, phases_of(r)) for i, r in enumerate(records) if r.steps]
+    if all(on == found[0][2] for _, _, on in found):
+        found = found[:1]
+    bars = [(i, f"{phase}: {name}" if len(found) > 1 else phase, spans) for i, name, on in found for phase, spans in on.items()]
     bars.sort(key=lambda bar: bar[1])
 
     def draw(axes: Any) -> None:
-        for y, (i, _, on) in enumerate(bars):
-            axes.broken_barh([(step, 1) for step in on], (y - 0.3, 0.6), color=COLOURS[i % len(COLOURS)])
+        for y, (i, _, spans) in enumerate(bars):
+            axes.broken_barh(spans, (y - 0.3, 0.6), color=COLOURS[i % len(COLOURS)])
         axes.set_yticks(range(len(bars)), [name for _, name, _ in bars])
         axes.set_xlim(0, max(r.steps[-1]["step"] + 1 for r in records if r.steps))
         axes.invert_yaxis()

@@ -66,7 +66,7 @@ class Section:
 def page(title: str, sections: Sequence[Section]) -> str:
     """The whole file."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\
-<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,"><title>{escape(title)}</title>'
+<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{escape(title)}</title>'
     body = "\n".join(section.html() for section in sections)
     body = f"<body><h1>{escape(title)}</h1>\n{body}\n</body>"
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n{body}</html>\n'
