@@ -16,7 +16,7 @@ from cycler import cycler
 from matplotlib.figure import Figure
 
 from golf_jax.config import CAP_BYTES
-from golf_jax.optim.schedules import Clock, fake_quant_strength, looping, swa_collects
+from golf_jax.optim.schedules import Clock, fake_quant_strength, fraction, swa_collects
 from golf_jax.quant.schemes import FLOATS
 from golf_jax.reporting.measure import Measured, TensorError
 from golf_jax.reporting.record import Record
@@ -117,7 +117,7 @@ def phases_of(record: Record) -> dict[str, list[tuple[int, int]]]:
         step, factor = row["step"], row["lr_factor"]
         on = {
             "warmdown": factor < 1,
-            "depth recurrence": bool(model.loop_repeats) and looping(s, b, Clock(step, row["seconds"])),
+            "depth recurrence": bool(model.loop_repeats) and fraction(b, Clock(step, row["seconds"])) >= s.loop_from,
             "fake quantization": bool(fake_quant_strength(s, factor)),
             "weight averaging": swa_collects(s, factor, step + 1),
         }
