@@ -119,7 +119,7 @@ def _check_same(point: Point, directory: Path) -> None:
 
 def _run_point(point: Point, directory: Path, devices: int, environment: dict[str, str]) -> str:
     """Runs it in a process of its own; returns its last line of complaint, or nothing."""
-    file = directory.with_suffix(directory.suffix + ".json")
+    file = directory.with_name(f"{directory.name}.json")
     file.write_text(json.dumps(to_dict(point.recipe), indent=1) + "\n")
     command = [sys.executable, "-m", "golf_jax.sweeping", str(file), str(directory), str(devices)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment)

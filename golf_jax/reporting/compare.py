@@ -13,11 +13,12 @@ from golf_jax.proof.statistics import LEVEL, paired_test
 from golf_jax.reporting.record import Record
 
 MOST_SEEDS = 1000
+MOST_FIELDS = 3  # in the label of a group
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs whose settings are the same but for the seed. label: what differs from the first group."""
+    """Runs whose settings are the same but for the seed. label: their values of what differs, or the first run where that is much."""
 
     label: str
     runs: tuple[Record, ...]
@@ -66,6 +67,8 @@ def groups(records: Sequence[Record]) -> list[Group]:
             same.append(record)
     varied = {name for g in found for name, _, _ in _settings(found[0][0], g[0])}
     labels = [", ".join(f"{name}={_at(g[0].config, name)}" for name in sorted(varied)) or g[0].recipe.name for g in found]
+    if len(varied) > MOST_FIELDS:
+        labels = [f"as {g[0].name}" for g in found]
     return [Group(label, tuple(g)) for label, g in zip(labels, found, strict=True)]
 
 

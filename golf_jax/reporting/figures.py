@@ -228,7 +228,7 @@ def svg(figure: Figure, title: str) -> str:
 
 def export(figure: Figure, path: Path) -> list[Path]:
     """`path`.svg and `path`.png (on white, 200 dots per inch)."""
-    files = [path.with_suffix(".svg"), path.with_suffix(".png")]
+    files = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png")]  # a name may have dots
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(files[0], metadata={"Date": None})
         figure.savefig(files[1], dpi=200, facecolor="white")

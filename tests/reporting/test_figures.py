@@ -30,3 +30,12 @@ def test_phases_are_those_of_the_schedule():
 def test_smoothing_starts_unbiased():
     assert np.allclose(figures.smoothed([2.0] * 5, 4), 2.0)
     assert figures.smoothed([0.0, 1.0], 2)[-1] == pytest.approx(1 / 1.5)
+
+
+def test_exported_names_keep_their_dots(tmp_path):
+    run = Record(Path(), "run", load_recipe("quickstart"), {}, [{"step": s, "loss": 1.0 + s} for s in range(3)])
+    figure = figures.training_loss([run], "step", "step")
+    assert figure
+    for name in ("lr=0.1", "lr=0.2"):
+        figures.export(figure, tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lr=0.1.png", "lr=0.1.svg", "lr=0.2.png", "lr=0.2.svg"]
