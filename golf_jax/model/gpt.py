@@ -7,6 +7,7 @@ of `golf_jax.reproduce` read them there instead of through a second forward pass
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,11 +18,13 @@ from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import default_backend, supported_backends, xsa_attention
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.model import layers as ops
+from golf_jax.model.cache import Cache
 from golf_jax.model.fake_quant import fake_quantize
 from golf_jax.model.inputs import check_params, check_tokens
 from golf_jax.model.params import Params, init_params, leaves
 
 Tap = Callable[[str, jax.Array], None]
+Attend = Callable[..., jax.Array]  # (q, k, v, xsa=) -> y: `xsa_attention`, or a cache's
 
 
 def resolve(config: ModelConfig, platform: str) -> ModelConfig:
@@ -47,6 +50,7 @@ def hidden(
     looping: bool = True,
     last: int | None = None,
     fake_quant: jax.Array | float | None = None,
+    cache: Cache | None = None,
     tap: Tap | None = None,
 ) -> jax.Array:
     """Normalised final state [B, T, D] in the activation dtype.
@@ -54,6 +58,7 @@ def hidden(
     config: without `auto`. looping: depth recurrence on (evaluation) or not (start of training); no effect without it in the config.
     last: compute only the last N positions of the last block and of the result: [B, N, D]. Everything before is needed in full.
     fake_quant: strength of fake quantization, 0 to 1, may be traced; default is what evaluation uses (`config.fake_quant.in_eval`).
+    cache: go on with a row: tokens are `cache.window` of it, the result is that of its new positions, whose keys and values it takes in.
     Raises GolfError for tokens that are not integers [B, T] within the vocabulary, and for leaves that are not those of the model.
     """
     if "auto" in (config.dtype, config.attention):
@@ -65,15 +70,17 @@ def hidden(
         params = fake_quantize(config, params, fake_quant)
     dtype = jnp.dtype(config.dtype)
     tap = tap or (lambda name, x: None)
-    seq_len = tokens_BT.shape[1]
+    seq_len = tokens_BT.shape[1] if cache is None else cache.row_len
     last = None if last is None or last >= seq_len else last
 
     x_BTD, values = _embed(config, params, tokens_BT, dtype, tap)
-    x0_BTD, v0_BTGK = x_BTD, None
     stacks = {name: ops.unstack(params[name].astype(dtype)) for name, leaf in leaves(config).items() if leaf.per_layer}
     rope = ops.rope_tables(
         seq_len, config.rope_dims or config.head_dim, config.rope_base, config.rope_train_len, config.rope_bf16_frequencies
     )
+    if cache is not None:
+        (x_BTD, values), rope = cache.new((x_BTD, values)), cache.turns(rope)
+    x0_BTD, v0_BTGK = x_BTD, None
 
     encoder, decoder = config.layer_order(looping)
     skips: list[jax.Array] = []
@@ -84,7 +91,8 @@ def hidden(
         tap(f"{step}/in", x_BTD)
         block = {name: stack[i] for name, stack in stacks.items()}
         only = last if step == len(encoder + decoder) - 1 else None
-        x_BTD, v_BTGK = _block(config, i, block, x_BTD, x0_BTD, v0_BTGK, values.get(i), rope, only, _prefixed(tap, step, i))
+        attend = None if cache is None else partial(cache.attend, step)
+        x_BTD, v_BTGK = _block(config, i, block, x_BTD, x0_BTD, v0_BTGK, values.get(i), rope, only, _prefixed(tap, step, i), attend)
         v0_BTGK = v_BTGK if v0_BTGK is None else v0_BTGK
         tap(f"{step}/out", x_BTD)
         if j < 0:
@@ -153,13 +161,14 @@ def _block(
     rope: tuple[jax.Array, jax.Array],
     last: int | None,
     tap: Tap,
+    attend: Attend | None,
 ) -> tuple[jax.Array, jax.Array]:
     """One transformer block with the weights of physical layer i. Returns its output and its own, unmixed value."""
     scale = (i + 1) ** -0.5 if config.layer_scale else 1.0
     x_BTD = w["resid_mix"][0] * x_BTD + w["resid_mix"][1] * x0_BTD
     z_BTD = ops.rms_norm(x_BTD) * jnp.asarray(scale, x_BTD.dtype)
     tap("attn_in", z_BTD)
-    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap)
+    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap, attend)
     tap("attn_out", a_BTD)
     if last is not None:
         x_BTD, z_BTD = x_BTD[:, -last:], z_BTD[:, -last:]
@@ -183,10 +192,11 @@ def attention(
     rope: tuple[jax.Array, jax.Array],
     last: int | None,
     tap: Tap,
+    attend: Attend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of layer i with its own weights w on the normalised input: output [B, T, D] and its unmixed value [B, T, G, K].
 
-    v0: value of layer 0 (None in it); value_embed [B, T, G K]; last: only the last N queries.
+    v0: value of layer 0 (None in it); value_embed [B, T, G K]; last: only the last N queries; attend: instead of `xsa_attention`.
     """
     c = config
     b, t = z_BTD.shape[:2]
@@ -218,7 +228,7 @@ def attention(
     tap("v", v_BTGK)
     xsa = i >= c.num_layers - c.xsa_last_n
     backend = c.attention if last is None else "xla"  # rectangular attention exists in the reference only
-    y_BSHK = xsa_attention(q_BSHK, k_BTGK, v_BTGK, xsa=xsa, backend=backend)
+    y_BSHK = (attend or partial(xsa_attention, backend=backend))(q_BSHK, k_BTGK, v_BTGK, xsa=xsa)
     tap("y", y_BSHK)
     if c.head_gate == "linear":
         gate_BSH = maps["gate"] + w["gate_bias"]
@@ -269,12 +279,20 @@ def nll(
     return flat.reshape(targets_BT.shape)
 
 
-def logits(config: ModelConfig, params: Params, tokens_BT: jax.Array, *, looping: bool = True, tap: Tap | None = None) -> jax.Array:
+def logits(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    looping: bool = True,
+    cache: Cache | None = None,
+    tap: Tap | None = None,
+) -> jax.Array:
     """Soft-capped next-token logits as evaluation computes them (PR 372: with fake quantization), float32 [B, T, V].
 
     The one function of this file that takes an unresolved `config`: `auto` becomes what the default platform gets.
     """
-    x_BTD = hidden(resolve(config, jax.default_backend()), params, tokens_BT, looping=looping, tap=tap)
+    x_BTD = hidden(resolve(config, jax.default_backend()), params, tokens_BT, looping=looping, cache=cache, tap=tap)
     z_BTV = jnp.einsum("btd,vd->btv", x_BTD, jnp.asarray(params["tok_emb"]).astype(x_BTD.dtype), preferred_element_type=jnp.float32)
     return config.softcap * jnp.tanh(z_BTV / config.softcap)
 
