@@ -11,6 +11,9 @@ COMMANDS = {
     "data": "make, download or verify training data",
     "train": "train, pack and score a model",
     "evaluate": "score a packed model, a run or a PyTorch checkpoint",
+    "check": "check a run, a submission or a log against the rules of the challenge",
+    "submit": "the submission folder of a run, or of the same run with several seeds",
+    "generate": "let a packed model write text",
     "artifact": "what is inside an artifact, and how many bytes are left",
     "reproduce": "compare with the reference tensors of a record",
 }
