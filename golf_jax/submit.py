@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     report = check([run.path for run in runs], [], not options.no_rerun)
     print("\n".join(table(path, findings) for path, findings in report.items()))
     if found := obstacles([f for findings in report.values() for f in findings], record):
-        listed = "; ".join(dict.fromkeys(f"{f.rule}: {f.text}" for f in found))
+        listed = "; ".join(f"{rule}: {text}" for rule, text in {f.rule: f.text for f in found}.items())
         raise GolfError(f"no record: {listed}. Mend it, or submit with --non-record")
     date = datetime.date.today().isoformat()
     name = re.sub(r"\W+", "_", options.about.name or runs[0].recipe.name).strip("_")

@@ -63,7 +63,8 @@ class Finished:
         return {
             "val_loss": e["val_loss"],
             "val_bpb": e["val_bpb"],
-            "artifact_bytes": r["artifact_bytes"],
+            "artifact_bytes": r["total_bytes"],  # with code, as the records have it
+            "model_bytes": r["artifact_bytes"],
             "steps": r["steps"],
             "step_avg_ms": 1000 * r["train_seconds"] / max(r["steps"], 1),
             "train_time_s": r["train_seconds"],
@@ -125,31 +126,32 @@ def claims(runs: Sequence[Finished], findings: Sequence[Finding], about: Author,
     }
 
 
-def readme(facts: dict[str, Any], report: str) -> str:
-    """README.md: results, how to run it, and the checks as they came out."""
+def readme(facts: dict[str, Any], report: str, embedded: bool) -> str:
+    """README.md: results, how to run it, and the checks as they came out. embedded: the text is the one that every Python carries."""
     lines = ["| seed | val_bpb | val_loss | steps | training | evaluation | artifact |", "|---|---|---|---|---|---|---|"]
     for seed, r in facts["seed_results"].items():
         score, times = f"{r['val_bpb']:.8f} | {r['val_loss']:.8f} | {r['steps']:,}", f"{r['train_time_s']:.1f} s | {r['eval_time_s']:.1f} s"
         lines.append(f"| {seed} | {score} | {times} | {r['artifact_bytes']:,} bytes |")
     lines.append(f"| mean | {facts['val_bpb']:.8f} +- {facts['val_bpb_std']:.8f} | {facts['val_loss']:.8f} | | | | |")
     seed = facts["seeds"][0]
-    flags = "--data.train 'DATA/*_train_*.bin' --data.val 'DATA/*_val_*.bin' --data.tokenizer tokenizer.model"
+    flags = "" if embedded else " --data.train 'DATA/*_train_*.bin' --data.val 'DATA/*_val_*.bin'"
+    where = "" if embedded else ", with the challenge's shards in DATA"
     return f"""# {facts["name"]}
 
 {facts["blurb"]}
 
 {chr(10).join(lines)}
 
-{facts["evaluation"]} evaluation on {facts["hardware"]}, JAX {facts["jax_version"]}. At most {facts["bytes_total"]:,} bytes of {CAP_BYTES:,}
-with code ({facts["bytes_code"]:,}).
+Score: {facts["evaluation"]}. On {facts["hardware"]}, JAX {facts["jax_version"]}. Artifacts are counted with the code
+({facts["bytes_code"]:,} bytes): at most {facts["bytes_total"]:,} of {CAP_BYTES:,} bytes.
 
 ## Run it
-In this folder, with the challenge's shards in DATA (a recipe on the embedded corpus needs no --data flags):
+In this folder{where}:
 
 ```
 pip install -r requirements.txt
-python train_gpt.py recipe.json --seed {seed} {flags}
-python train_gpt.py recipe.json --score artifact_seed{seed}.golf {flags}
+python train_gpt.py recipe.json --seed {seed}{flags}
+python train_gpt.py recipe.json --score artifact_seed{seed}.golf{flags}
 ```
 
 train_gpt.py is the program that ran, byte for byte, as a Python zip application; its first lines say how to read the sources.
@@ -187,7 +189,9 @@ def write_submission(
         "tokenizer.model": (runs[0].path / "tokenizer.model").read_bytes(),
         "requirements.txt": requirements(runs[0].environment["packages"], runs[0].environment["devices"]).encode(),
         "submission.json": (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode(),
-        "README.md": readme(facts, "\n".join(table(Path(path).name, findings) for path, findings in report.items())).encode(),
+        "README.md": readme(
+            facts, "\n".join(table(Path(path).name, findings) for path, findings in report.items()), data.train == "embedded"
+        ).encode(),
     }
     for run in runs:
         files[f"train_seed{run.recipe.seed}.log"] = (run.path / "log.txt").read_bytes()
