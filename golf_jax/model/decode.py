@@ -111,9 +111,9 @@ class Decoder:
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Tokens that follow the prompt, without an end. A full row goes on as a new one that begins with its second half."""
-        tokens = [int(t) for t in check_tokens(self.config, [list(prompt)])[0]]
-        if not tokens:
+        if not len(prompt):
             raise GolfError("the prompt is empty: begin with the document start, as Model.encode does")
+        tokens = [int(t) for t in check_tokens(self.config, [list(prompt)])[0]]
         top_k = sampling.top_k or self.config.vocab_size
         settings = (jnp.float32(sampling.temperature), jnp.int32(top_k), jnp.float32(sampling.top_p))
         key = jax.random.key(sampling.seed)
