@@ -17,8 +17,7 @@ from golf_jax.processes import keep_compiled_programs
 DESCRIPTION = """Let a packed model write.
 
   python -m golf_jax.generate runs/quickstart --prompt 'The history of'
-  python -m golf_jax.generate artifact.golf --tokenizer tokenizer.model --temperature 0   always the likeliest token
-  python -m golf_jax.generate runs/quickstart                                                   prompts from the terminal
+  python -m golf_jax.generate artifact.golf --tokenizer tokenizer.model      prompts from the terminal
 
 The text ends with the document or after --max-tokens; the speed is told on stderr."""
 
