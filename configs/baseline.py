@@ -37,13 +37,12 @@ def recipe() -> Recipe:
         ),
         optim=OptimConfig(
             groups=(
-                GroupConfig("matrix", ("matrix", "proj", "gate"), "muon", lr=0.04),
+                GroupConfig(
+                    "matrix", ("matrix", "proj", "gate"), "muon", lr=0.04, momentum=0.95, momentum_start=0.85, momentum_warmup_steps=500
+                ),
                 GroupConfig("token", ("token", "table", "trigram"), "adamw", lr=0.05),
                 GroupConfig("vector", ("vector",), "adamw", lr=0.04),
             ),
-            momentum=0.95,
-            momentum_start=0.85,
-            momentum_warmup_steps=500,
             clip_norm=0.0,
         ),
         budget=BudgetConfig(seconds=600.0),

@@ -66,12 +66,11 @@ def recipe() -> Recipe:
         ),
         optim=OptimConfig(
             groups=(
-                GroupConfig("matrix", ("matrix",), "muon", lr=0.025, weight_decay=0.04),
+                GroupConfig("matrix", ("matrix",), "muon", lr=0.025, weight_decay=0.04, bf16_momentum=True),
                 GroupConfig("token", ("token", "table"), "adamw", lr=0.035, weight_decay=0.04),
                 GroupConfig("vector", ("vector", "proj", "gate"), "adamw", lr=0.025, weight_decay=0.04),
                 GroupConfig("trigram", ("trigram",), "frozen"),
             ),
-            bf16_momentum=True,
             clip_per_rank=True,
         ),
         budget=BudgetConfig(seconds=600.0),

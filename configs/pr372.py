@@ -53,13 +53,19 @@ def recipe() -> Recipe:
         ),
         optim=OptimConfig(
             groups=(
-                GroupConfig("matrix", ("matrix", "proj", "gate"), "muon", lr=0.02, weight_decay=0.04),
+                GroupConfig(
+                    "matrix",
+                    ("matrix", "proj", "gate"),
+                    "muon",
+                    lr=0.02,
+                    weight_decay=0.04,
+                    momentum=0.95,
+                    momentum_start=0.85,
+                    momentum_warmup_steps=500,
+                ),
                 GroupConfig("token", ("token", "table", "trigram"), "adamw", lr=0.03),
                 GroupConfig("vector", ("vector",), "adamw", lr=0.02),
             ),
-            momentum=0.95,
-            momentum_start=0.85,
-            momentum_warmup_steps=500,
             decay_last=True,
             clip_norm=0.0,
         ),
@@ -69,7 +75,7 @@ def recipe() -> Recipe:
             rules=(
                 QuantRule("attn_scale|mlp_scale|resid_mix|q_gain|skip_weight|bigram", "float32", max_numel=65_536),
                 QuantRule("", "float16", max_numel=65_536),
-                QuantRule("tok_emb|blocks.10.attn.c_k.weight", "float16"),
+                QuantRule("tok_emb", "float16"),  # and the last key matrix: model.fake_quant.late_k_layers
                 QuantRule(".mlp.", "int5_row"),
                 QuantRule("bigram.embed", "int8_percentile"),
                 QuantRule("", "int6_row"),

@@ -14,6 +14,8 @@ COMMANDS = {
     "check": "check a run, a submission or a log against the rules of the challenge",
     "submit": "the submission folder of a run, or of the same run with several seeds",
     "generate": "let a packed model write text",
+    "report": "show runs in one HTML page",
+    "sweep": "run a recipe over seeds and settings, with statistics",
     "artifact": "what is inside an artifact, and how many bytes are left",
     "reproduce": "compare with the reference tensors of a record",
 }

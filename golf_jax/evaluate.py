@@ -12,10 +12,10 @@ import numpy as np
 import tyro
 
 from golf_jax import cli
-from golf_jax.artifact.container import read_bytes
 from golf_jax.config import EvalConfig, GolfError, load_recipe
 from golf_jax.data.text import Text, open_text
 from golf_jax.evaluation import score
+from golf_jax.files import read_bytes
 from golf_jax.interop import from_torch
 from golf_jax.interop.packed import read_checkpoint, read_packed
 from golf_jax.mesh import make_mesh

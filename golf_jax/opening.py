@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from golf_jax.artifact.container import read_bytes
 from golf_jax.artifact.model import load_model
 from golf_jax.config import EvalConfig, GolfError, ModelConfig
 from golf_jax.data.text import Text
 from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.evaluation import Result
 from golf_jax.evaluation import score as score_by_methods
+from golf_jax.files import read_bytes
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model as Network
 from golf_jax.model import logits, nll

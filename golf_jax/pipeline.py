@@ -22,8 +22,9 @@ from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.artifact.code import bundle, raw_code_bytes
 from golf_jax.artifact.ledger import estimate_bytes
 from golf_jax.artifact.model import Packed, pack_model
-from golf_jax.config import CAP_BYTES, GolfError, Recipe, differences, recipe_names, to_dict
+from golf_jax.config import CAP_BYTES, GolfError, Recipe, recipe_names, to_dict
 from golf_jax.data import make_loader
+from golf_jax.data.identity import difference
 from golf_jax.data.prefetch import local_rows
 from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import split_documents
@@ -35,10 +36,10 @@ from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import Model as Network
 from golf_jax.model import count, resolve, to_tensors
 from golf_jax.opening import load
-from golf_jax.plan import check_devices, check_plan, check_text
+from golf_jax.plan import check_data, check_devices, check_plan
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log
-from golf_jax.quant import quantize, without_hessians
+from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
@@ -86,6 +87,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
         d = replace(d, ranks=options.emulate_devices, rows_per_rank=sequences // options.emulate_devices)
         recipe = replace(recipe, data=d)
     check_plan(recipe)
+    check_data(recipe)
     keep_compiled_programs()
     initialize_distributed()
     before = devices_of(options.resume) if options.resume else 0
@@ -94,7 +96,6 @@ def check(recipe: Recipe, options: Options) -> Plan:
     resolved = replace(recipe, model=resolve(recipe.model, platform(mesh)))
     check_devices(resolved, mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
-    check_text(recipe, text)
     return Plan(recipe, resolved, mesh, text)
 
 
@@ -140,6 +141,8 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
     )
     run.log(f"model_params:{count(recipe.model)} batch_tokens:{recipe.data.batch_tokens} val_tokens:{len(plan.text.val_tokens)} "
             f"val_bytes_checked:{plan.text.val_bytes}")  # fmt: skip
+    for fact in plan.text.facts:
+        run.log(f"text: {fact}")
     if not _is_packed(run):
         with contextlib.closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
             trained = train_and_keep(plan, options, run, signals, checkpoints, len(code))
@@ -173,7 +176,8 @@ def _validator(plan: Plan) -> Any:
 
 def _estimate(recipe: Recipe, params: dict[str, Any], run: RunDir, code_bytes: int) -> None:
     """Says what the artifact would weigh now, while that can still be cured."""
-    quantized = quantize(to_tensors(recipe.model, params), without_hessians(recipe.quant))
+    rules = without_hessians(rules_for(recipe.model, recipe.quant))
+    quantized = quantize(to_tensors(recipe.model, params), rules)
     total = code_bytes + estimate_bytes(quantized, recipe.quant.compressor)
     over = " OVER THE CAP: the steps of quantization will be made coarser" if total > CAP_BYTES else ""
     run.log(f"estimated artifact {total:,} bytes with code, headroom {CAP_BYTES - total:,}{over}")
@@ -188,8 +192,10 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
         found = checkpoints.restore(state_shapes(recipe, mesh), run.log)
         if found is None:
             raise GolfError(f"{run.path}: no checkpoint: nothing to go on from; start the run anew in another --run-dir")
-        for field, before, after in differences(found.meta, facts | {k: v for k, v in found.meta.items() if k not in facts}):
-            raise GolfError(f"--resume {run.path}: {field} was {before} when checkpoint {found.step} was saved and is {after} now")
+        if what := difference(found.meta["text"], plan.text.identity):
+            raise GolfError(f"--resume {run.path}: the data are not those of checkpoint {found.step}: {what}")
+        if found.meta["dtype"] != recipe.model.dtype:
+            raise GolfError(f"--resume {run.path}: was trained in {found.meta['dtype']}; give --model.dtype {found.meta['dtype']}")
         done = run.record.get("train")
         if done and done["steps"] == found.step:
             run.log(f"checkpoint {found.step}: training complete, packing")
@@ -229,6 +235,7 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
         plan.asked,  # with its `auto`s: the artifact is scored on other machines, too
         trained.params,
         text.tokenizer.sha256,
+        text.identity["digest"],
         code_bytes=code_bytes,
         hessians=hessians,
         score=lambda params: validate(params).score.bpb,

@@ -2,9 +2,9 @@
 
 import os
 
+from golf_jax.artifact.model import check_packing
 from golf_jax.config import GolfError, Recipe
 from golf_jax.data import find_shards, open_shard
-from golf_jax.data.text import Text
 from golf_jax.model.params import ROLES, leaves
 from golf_jax.optim.optimizer import route
 from golf_jax.training.step import micro_rows
@@ -21,6 +21,7 @@ def check_plan(recipe: Recipe) -> None:
             if role not in ROLES:
                 raise GolfError(f"optim.groups: no parameter has the role {role!r}; roles are {', '.join(ROLES)}")
     route(recipe.optim, {name: leaf.role for name, leaf in table.items()})
+    check_packing(recipe)
 
 
 def check_devices(recipe: Recipe, devices: int) -> None:
@@ -28,16 +29,19 @@ def check_devices(recipe: Recipe, devices: int) -> None:
     micro_rows(recipe, devices)
 
 
-def check_text(recipe: Recipe, text: Text) -> None:
-    """Raises GolfError if a step takes more tokens than there are, or a file of the validation set is among the training shards."""
-    shards = find_shards(text.train)
-    there, needed = sum(len(open_shard(path)) for path in shards), recipe.data.batch_tokens
-    if there < needed:
-        raise GolfError(
-            f"data.train: a step takes {needed:,} tokens (ranks * rows_per_rank * seq_len) and {text.train} holds {there:,}: lower "
-            "--data.rows-per-rank, or give more text"
-        )
-    validation = {os.path.realpath(path) for path in find_shards(text.val)}
+def check_data(recipe: Recipe) -> None:
+    """Raises GolfError if a file of the validation set is among the training shards, or a step takes more tokens than there are."""
+    d = recipe.data
+    if d.train == "embedded":
+        return
+    validation = {os.path.realpath(path) for path in find_shards(d.val)}
+    shards = find_shards(d.train)
     for path in shards:
         if os.path.realpath(path) in validation:
-            raise GolfError(f"data.train: {path} belongs to the validation set ({text.val}); narrow the glob {text.train}")
+            raise GolfError(f"data.train: {path} belongs to the validation set ({d.val}); narrow the glob {d.train}")
+    there = sum(len(open_shard(path)) for path in shards)
+    if there < d.batch_tokens:
+        raise GolfError(
+            f"data.train: a step takes {d.batch_tokens:,} tokens (ranks * rows_per_rank * seq_len) and {d.train} holds {there:,}: lower "
+            "--data.rows-per-rank, or give more text"
+        )

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,38 @@ def agreed(number: int, due: bool) -> tuple[int, bool]:
     return int(first), second == "1"
 
 
-CACHE = Path.home() / ".cache" / "golf_jax"
+def cache_directory() -> Path:
+    """Where commands keep what they make once (the embedded corpus, compiled programs): an existing directory that can be written.
+
+    GOLF_JAX_CACHE, else XDG_CACHE_HOME/golf_jax, else ~/.cache/golf_jax; where that is not possible (read-only home, no passwd
+    entry), a private folder among the temporary files, which is said on stderr. GolfError when GOLF_JAX_CACHE cannot be written.
+    """
+    given, base = os.environ.get("GOLF_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        place = Path(given) if given else (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "golf_jax"
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):  # a read-only file system allows mkdir(exist_ok) of what is there
+            return place
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        if given:
+            raise GolfError(f"GOLF_JAX_CACHE={given}: cannot be written ({error})") from None
+        reason = error
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    place = Path(tempfile.gettempdir()) / f"golf_jax-{user}"
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+        if place.is_symlink() or place.stat().st_uid != user:
+            raise PermissionError(f"{place} belongs to someone else")
+    except OSError as error:
+        raise GolfError(f"no place for a cache ({reason}; {error}); set GOLF_JAX_CACHE to a directory") from None
+    print(f"cache: {place} ({reason}); GOLF_JAX_CACHE names a lasting one", file=sys.stderr)
+    return place
 
 
-def keep_compiled_programs(directory: Path = CACHE / "xla") -> None:
-    """A second start finds its compiled programs in `directory`, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable)."""
+def keep_compiled_programs(directory: Path | None = None) -> None:
+    """A second start finds its compiled programs in the cache, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable)."""
     if not jax.config.values["jax_compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_compilation_cache_dir", str(directory or cache_directory() / "xla"))
 
 
 def cores() -> int:

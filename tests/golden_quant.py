@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from golf_jax.config import QuantConfig, load_recipe
-from golf_jax.quant import QTensor
+from golf_jax.quant import QTensor, rules_for
 from golf_jax.quant.rounding import prune_by_magnitude
 
 RECIPES = ("pr372", "pr562", "pr638", "pr1182", "pr2005")
@@ -18,7 +18,8 @@ PORTABLE_PRUNE_NUMEL = 192
 
 def recipe_quant(pr: str, numel: int, prune_numel: int = 65_536) -> QuantConfig:
     """The recipe's QuantConfig with `numel` as the largest tensor that passes through unquantized."""
-    config = load_recipe(pr).quant
+    recipe = load_recipe(pr)
+    config = rules_for(recipe.model, recipe.quant)
     rules = tuple(replace(r, max_numel=numel) if r.max_numel else r for r in config.rules)
     return replace(config, rules=rules, prune_min_numel=prune_numel)
 

@@ -14,7 +14,6 @@ from tiny_recipes import SHIPPED, build_text, command, environment, on_text, rec
 
 from golf_jax import pipeline
 from golf_jax.config import GolfError, QuantRule, Recipe, SlidingConfig, from_dict, load_recipe, to_dict
-from golf_jax.data import text as texts
 from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.interrupt import Interrupted
 from golf_jax.pipeline import Options
@@ -56,7 +55,8 @@ def check_run(path: Path, result: dict) -> None:
 
 def test_quickstart_in_miniature(tmp_path, tmp_path_factory, monkeypatch, programs):
     """The embedded corpus: run directory, and the same score from the artifact alone in a second process."""
-    monkeypatch.setattr(texts, "CACHE", tmp_path_factory.mktemp("home") / ".cache/golf_jax")
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("GOLF_JAX_CACHE", str(cache))
     recipe = load_recipe("quickstart")
     shape = dict(vocab_size=512, num_layers=2, width=32, num_heads=4, num_kv_heads=2, rope_dims=4, bigram_buckets=64, bigram_dim=8)
     model = replace(recipe.model, **shape)
@@ -68,7 +68,7 @@ def test_quickstart_in_miniature(tmp_path, tmp_path_factory, monkeypatch, progra
     check_run(tmp_path / "run", result)
     stored = from_dict(Recipe, json.loads((tmp_path / "run/config.json").read_text()))
     assert stored == recipe
-    home = environment(programs, HOME=str(texts.CACHE.parents[1]))
+    home = environment(programs, GOLF_JAX_CACHE=str(cache))
     again = command("golf_jax.evaluate", tmp_path / "run", "--json", tmp_path / "again.json")
     done = subprocess.run(again, env=home, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -37,17 +37,19 @@ def tiny(name: str, *, steps: int = 20, vocab_size: int = 64, seq_len: int = 16,
         value_embed_layers=(0, 2) if m.value_embed_layers else (),
         value_embed_dim=12,
         parallel_from=3 if m.parallel_from >= 0 else -1,
+        two_lanes_from=3 if m.two_lanes_from >= 0 else -1,
         loop_start=1 if m.loop_repeats else -1,
         loop_end=2 if m.loop_repeats else -1,
         loop_repeats=min(m.loop_repeats, 1),
         fake_quant=replace(m.fake_quant, min_numel=min(m.fake_quant.min_numel, 256), late_k_layers=min(m.fake_quant.late_k_layers, 1)),
         dtype="float32",
     )
+    groups = tuple(replace(g, momentum_warmup_steps=10) if g.kind == "muon" else g for g in r.optim.groups)
     return replace(
         r,
         model=model,
         data=DataConfig(train="none", val="none", tokenizer="none", order=r.data.order, seq_len=seq_len, rows_per_rank=rows_per_rank),
-        optim=replace(r.optim, momentum_warmup_steps=10),
+        optim=replace(r.optim, groups=groups),
         budget=replace(r.budget, steps=steps),
         schedule=replace(
             s,

@@ -17,6 +17,16 @@ from golf_jax.quant.gptq import accumulate_hessian
 READERS = {"attn_in": ("q", "k", "v"), "o_in": ("o",), "mlp_in": ("up",), "down_in": ("down",)}
 
 
+def calibrated(config: ModelConfig) -> dict[str, str]:
+    """Names of the tensors that `collect_hessians` gives a Hessian -> the activation that they read."""
+    table = leaves(config)
+    names = {table["tok_emb"].tensor: "final_norm"}
+    for layer in range(config.num_layers):
+        for kind, readers in READERS.items():
+            names |= {table[name].tensor.format(i=layer): f"{layer}/{kind}" for name in readers}
+    return names
+
+
 def _batch_hessians(config: ModelConfig, params: dict[str, jax.Array], tokens_BT: jax.Array, real_B: jax.Array) -> dict[str, jax.Array]:
     """Sum of x x^T per tap ("3/attn_in", "final_norm") over this device's rows; rows that only pad the batch count nothing."""
     sums: dict[str, jax.Array] = {}
@@ -64,9 +74,4 @@ def collect_hessians(config: ModelConfig, params: dict[str, Any], batches: Itera
     if total is None:
         raise GolfError("calibration: no batch of tokens; quant.gptq_batches must be positive")
     host = {name: np.asarray(h) / count for name, h in total.items()}
-    table = leaves(config)
-    named = {table["tok_emb"].tensor: host["final_norm"]}
-    for layer in range(config.num_layers):
-        for kind, names in READERS.items():
-            named |= {table[name].tensor.format(i=layer): host[f"{layer}/{kind}"] for name in names}
-    return named
+    return {name: host[tap] for name, tap in calibrated(config).items()}

@@ -4,7 +4,7 @@ A recipe is a file in `configs/` with a function `recipe() -> Recipe`. Every fie
 refused here, before anything is compiled, in one line that names the field and the fix.
 """
 
-from golf_jax.config.base import CAP_BYTES, GolfError
+from golf_jax.config.base import CAP_BYTES, GolfError, escape
 from golf_jax.config.model import FakeQuantConfig, ModelConfig
 from golf_jax.config.recipe import (
     AdaptFirstConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "SlidingConfig",
     "TTTConfig",
     "differences",
+    "escape",
     "from_dict",
     "load_recipe",
     "recipe_names",

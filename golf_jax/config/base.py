@@ -7,8 +7,16 @@ from typing import Any
 CAP_BYTES = 16_000_000  # artifact cap of the challenge, decimal, code + model
 
 
+def escape(text: str) -> str:
+    """`text` with everything that could steer a terminal or break the line (control characters, lone surrogates) escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class GolfError(ValueError):
     """A mistake of the user, or bad input, told in one line that names the place, the field and the fix."""
+
+    def __str__(self) -> str:
+        return escape(super().__str__())
 
 
 def check(ok: bool, message: str) -> None:

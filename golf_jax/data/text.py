@@ -1,17 +1,20 @@
 """Tokenized text as a value: the one place where shards, tokenizer and model are fitted to each other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.data.corpus import CACHE, build_embedded
-from golf_jax.data.shards import load_val_tokens
-from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables, check_tables
+from golf_jax.data.corpus import build_embedded
+from golf_jax.data.identity import identify
+from golf_jax.data.proof import prove_text
+from golf_jax.data.shards import find_shards, load_val_tokens, open_shard
+from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables
+from golf_jax.processes import cache_directory
 
-SAMPLE = 1 << 22  # tokens whose byte count is proved against the decoded text
+SECONDS = 2.0  # for each of the proofs that can be done on samples
 
 
 @dataclass(frozen=True)
@@ -28,21 +31,21 @@ class Text:
     tables: ByteTables
     val_bytes: int
     """Bytes of validation text whose count was proved against the decoded text."""
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes it this text and no other, as JSON data."""
-        return {"tokenizer_sha256": self.tokenizer.sha256}
+    facts: tuple[str, ...] = ()
+    """What was proved, for the log."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What makes it this text and no other, as JSON data (`golf_jax.data.identity`)."""
 
 
 def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: int, *, sha256: str = "") -> Text:
     """Open shards and tokenizer and check that they fit the model and each other.
 
     train: glob of training shards, empty for scoring alone, or `embedded`: all three from the corpus that every Python carries. val: glob.
-    tokenizer: SentencePiece model. sha256: hex digest that the tokenizer must have, empty for any. Raises GolfError.
+    tokenizer: SentencePiece model. sha256: hex digest that the tokenizer must have, empty for any. What is wrong with the text is told
+    here (`golf_jax.data.proof`). Raises GolfError.
     """
     if train == "embedded":
-        directory = Path(build_embedded(CACHE, vocab_size)["directory"])
+        directory = Path(build_embedded(cache_directory(), vocab_size)["directory"])
         train, val, tokenizer = (str(directory / n) for n in ("train_*.bin", "val_*.bin", "tokenizer.model"))
     if not Path(tokenizer).is_file():
         raise GolfError(f"tokenizer {tokenizer}: no such file; the export has it: python -m golf_jax.data download --help")
@@ -56,5 +59,7 @@ def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: in
     tokens = load_val_tokens(val, vocab_size)
     if len(tokens) <= seq_len:
         raise GolfError(f"{val}: {len(tokens)} validation tokens are fewer than one window of data.seq_len {seq_len}")
-    tables = byte_tables(model.processor)
-    return Text(train, val, tokens, model, tables, check_tables(model, tokens[:SAMPLE], tables))
+    train_paths = find_shards(train) if train else []
+    proof = prove_text(model, [open_shard(path) for path in train_paths], tokens, SECONDS)
+    identity = identify(model.sha256, train_paths, find_shards(val))
+    return Text(train, val, tokens, model, byte_tables(model.processor), proof.val_bytes, tuple(proof.facts), identity)

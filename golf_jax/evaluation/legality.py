@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy
-from golf_jax.model import Model, Params, hidden
+from golf_jax.model import Model, Params, head_softcap, hidden
 
 
 def changed_before_flip(scores: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray, flips: Sequence[int], vocab_size: int) -> int:
@@ -51,16 +51,17 @@ def check_model(model: Model, tokens: np.ndarray, mesh: Mesh, seq_len: int, flip
     rows = np.tile(window, (len(at) + 1, 1))  # as it is, and with one token flipped
     rows[np.arange(1, len(rows)), at] = (window[at] + 1) % config.vocab_size
 
-    def every_entry(x_D: jax.Array, table_VD: jax.Array) -> jax.Array:
+    def every_entry(x_D: jax.Array, params: Params) -> jax.Array:
+        table_VD = params["tok_emb"].astype(x_D.dtype)
         x_VD = jnp.broadcast_to(x_D, table_VD.shape)
-        return softcap_cross_entropy(x_VD, table_VD.astype(x_D.dtype), jnp.arange(config.vocab_size), softcap=config.softcap)
+        return softcap_cross_entropy(x_VD, table_VD, jnp.arange(config.vocab_size), softcap=head_softcap(config, params))
 
     @jax.jit
     def measure(params: Params, rows: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(equal bool [flips, T], nll [places, V]). Row by row: the same operations on every row, so bits can be compared."""
         states = jax.lax.map(lambda x_T: hidden(config, params, x_T[None], looping=model.looping)[0], rows)
         equal = jnp.all(states[:1] == states[1:], -1)
-        return equal, jax.lax.map(lambda x_D: every_entry(x_D, params["tok_emb"]), states[0][places])
+        return equal, jax.lax.map(lambda x_D: every_entry(x_D, params), states[0][places])
 
     equal, nll_PV = (np.asarray(x) for x in measure(params, *jax.device_put((rows, places.astype(np.int32)), device)))
     causal = all(before[:s].all() and not before[s:].all() for before, s in zip(equal, at, strict=True))

@@ -223,19 +223,19 @@ def training_recipe(recipe: str, config: Mapping[str, Any], *, ranks: int, rows_
     shared_decay = h.get("weight_decay")  # PR 562 has one for all groups
     muon, adam = (h["muon_wd"], h["adam_wd"]) if shared_decay is None else (shared_decay, shared_decay)
     decays = {"matrix": muon, "token": h.get("embed_wd", adam), "vector": adam, "trigram": 0.0}
-    groups = tuple(replace(g, lr=lrs[g.name], weight_decay=decays[g.name]) for g in base.optim.groups)
-    optim = replace(
-        base.optim,
-        groups=groups,
-        betas=(h["beta1"], h["beta2"]),
-        eps=h["adam_eps"],
-        momentum=h["muon_momentum"],
-        momentum_start=h["muon_momentum_warmup_start"],
-        momentum_warmup_steps=h["muon_momentum_warmup_steps"],
-        newton_schulz_steps=h["muon_backend_steps"],
-        row_normalize=h.get("muon_row_normalize", False),
-        clip_norm=h["grad_clip_norm"],
-    )
+    rules = {
+        "muon": {
+            "momentum": h["muon_momentum"],
+            "momentum_start": h["muon_momentum_warmup_start"],
+            "momentum_warmup_steps": h["muon_momentum_warmup_steps"],
+            "newton_schulz_steps": h["muon_backend_steps"],
+            "row_normalize": h.get("muon_row_normalize", False),
+        },
+        "adamw": {"betas": (h["beta1"], h["beta2"]), "eps": h["adam_eps"]},
+        "frozen": {},
+    }
+    groups = tuple(replace(g, lr=lrs[g.name], weight_decay=decays[g.name], **rules[g.kind]) for g in base.optim.groups)
+    optim = replace(base.optim, groups=groups, clip_norm=h["grad_clip_norm"])
     schedule = replace(
         base.schedule,
         warmdown_steps=h["warmdown_iters"] if recipe != "pr2005" else 0,

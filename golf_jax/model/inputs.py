@@ -22,8 +22,9 @@ def check_tokens(config: ModelConfig, tokens: Any) -> jax.Array:
         raise GolfError(f"tokens must be [batch, time], got shape {tokens.shape}{fix}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise GolfError(f"tokens must be integers, got {tokens.dtype}")
-    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-        low, high = int(tokens.min()), int(tokens.max())
+    if not isinstance(tokens, jax.core.Tracer) and tokens.size and getattr(tokens, "is_fully_addressable", True):
+        values = np.asarray(tokens)  # on the host: inside a trace even the minimum of a constant would be traced
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high >= config.vocab_size:
             raise GolfError(f"token {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}")
     return jnp.asarray(tokens)

@@ -12,10 +12,11 @@ from typing import Any
 from golf_jax.artifact.code import raw_code_bytes, unbundle
 from golf_jax.artifact.container import inspect
 from golf_jax.config import CAP_BYTES, GolfError
-from golf_jax.data.corpus import CACHE, build_embedded
+from golf_jax.data.corpus import build_embedded
 from golf_jax.data.manifest import sha256_file
 from golf_jax.data.shards import find_shards
 from golf_jax.data.verify import OFFICIAL_BYTES, verify
+from golf_jax.processes import cache_directory
 from golf_jax.proof.finding import Finding, fold
 from golf_jax.proof.folder import check_settings
 from golf_jax.proof.logs import Run, parse_log, read_text
@@ -188,7 +189,7 @@ def _text(config: dict[str, Any]) -> tuple[str, str, str]:
     data = config["data"]
     if data["train"] != "embedded":
         return data["train"], data["val"], data["tokenizer"]
-    directory = Path(build_embedded(CACHE, config["model"]["vocab_size"])["directory"])
+    directory = Path(build_embedded(cache_directory(), config["model"]["vocab_size"])["directory"])
     return str(directory / "train_*.bin"), str(directory / "val_*.bin"), str(directory / "tokenizer.model")
 
 

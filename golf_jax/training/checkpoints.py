@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from golf_jax.config import GolfError, Recipe, to_dict
+from golf_jax.mesh import ROWS
 from golf_jax.training.state import TrainState
 
 KEPT = 2
@@ -125,7 +126,7 @@ class Checkpoints:
             if not isinstance(meta, dict) or meta != _sealed(meta) or meta["step"] != step:
                 raise GolfError(f"checkpoint {step}: its meta data were altered")
             folder: Any = self.directory / str(step) / "state"
-            check_same_shapes(like._asdict(), ocp.StandardCheckpointHandler().metadata(folder).tree)
+            check_same_shapes(abstract, ocp.StandardCheckpointHandler().metadata(folder).tree)
             # Not strict: what the check lets through is padding, which orbax cuts or fills with zeros.
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract, strict=False)))["state"]
             state = TrainState(**restored)
@@ -168,9 +169,12 @@ class Checkpoints:
 
 
 def check_same_shapes(like: Any, stored: Any) -> None:
-    """Raises ValueError unless both trees have leaves of the same shapes, up to the number of matrices in Muon's padded batches."""
+    """Raises ValueError unless both trees have leaves of the same shapes, up to the padding of what is split over devices.
+
+    like: shapes with shardings.
+    """
     for (path, mine), theirs in zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(stored), strict=True):
         name = jax.tree_util.keystr(path)
-        first = 1 if "'stacks'" in name else 0
+        first = 1 if mine.sharding.spec == ROWS else 0
         if mine.shape[first:] != theirs.shape[first:]:
             raise ValueError(f"{name} has the shape {theirs.shape} there and {mine.shape} here")

@@ -69,3 +69,16 @@ def test_leaves_that_cannot_be(change, message):
     params = {name: x for name, x in (PARAMS | change).items() if x is not None}
     with pytest.raises(GolfError, match=message):
         GPT(CONFIG).apply({"params": params}, TOKENS)
+
+
+def test_constant_tokens_may_be_closed_over():
+    """Inside a trace: their values are known, the operations on them are not."""
+    params = init_params(CONFIG, jax.random.key(0))
+    closed = jax.jit(lambda p: logits(CONFIG, p, TOKENS))(params)
+    np.testing.assert_array_equal(closed, jax.jit(lambda p, x: logits(CONFIG, p, x))(params, TOKENS))
+
+
+def test_the_parts_have_names_in_a_profile():
+    params = init_params(CONFIG, jax.random.key(0))
+    text = jax.jit(lambda p: nll(CONFIG, p, TOKENS, TOKENS)).lower(params).as_text(debug_info=True)
+    assert all(f"/{name}/" in text for name in ("embed", "attention", "mlp", "head"))

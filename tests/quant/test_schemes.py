@@ -17,9 +17,9 @@ from golden_quant import (
 )
 
 from golf_jax.config import GolfError, QuantConfig, QuantRule
-from golf_jax.quant import dequantize, quantize
+from golf_jax.quant import dequantize, quantize, without_hessians
 from golf_jax.quant.rounding import prune_by_magnitude, sorted_rows, torch_quantile
-from golf_jax.quant.schemes import SCHEMES, without_hessians
+from golf_jax.quant.schemes import SCHEMES
 
 NO_GPTQ = [pr for pr in RECIPES if pr != "pr2005"]
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from tiny_recipes import tiny
 
 from golf_jax.config import GolfError
-from golf_jax.mesh import make_mesh
+from golf_jax.mesh import REPLICATED, ROWS, make_mesh
 from golf_jax.model import resolve
 from golf_jax.training.checkpoints import Checkpoints, check_same_shapes, digests
 from golf_jax.training.state import TrainState, init_state, state_shapes
@@ -120,10 +121,11 @@ def test_a_state_that_is_not_finite_is_never_saved(state, tmp_path):
 
 def test_only_the_padding_of_batches_may_differ_on_resume():
     def state(matrices: int, width: int) -> dict:
-        return {"opt": {"stacks": {"8x8": np.zeros((matrices, 8, width))}}, "params": {"q": np.zeros((3, width))}}
+        lies = lambda spec, *shape: jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(make_mesh(1), spec))  # noqa: E731
+        return {"opt": {"matrix": {"8x8": lies(ROWS, matrices, 8, width)}}, "params": {"q": lies(REPLICATED, 3, width)}}
 
     check_same_shapes(state(8, 8), state(6, 8))
-    for other in (state(8, 4), state(8, 8) | {"params": {"q": np.zeros((2, 8))}}):
+    for other in (state(8, 4), state(8, 8) | {"params": {"q": state(8, 8)["opt"]["matrix"]["8x8"]}}):
         with pytest.raises(ValueError, match=r"has the shape \(.*\) there and \(.*\) here"):
             check_same_shapes(state(8, 8), other)
     with pytest.raises(ValueError, match="zip"):

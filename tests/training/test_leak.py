@@ -9,6 +9,7 @@ from golf_jax.config import DataConfig, EvalConfig, ModelConfig, SlidingConfig, 
 from golf_jax.data.loader import StreamLoader
 from golf_jax.mesh import make_mesh
 from golf_jax.training.leak import leaked_state
+from golf_jax.training.phases import phases
 from golf_jax.training.state import init_state
 from golf_jax.training.step import make_step
 
@@ -34,7 +35,7 @@ def test_only_the_stale_gradients_survive():
     loader = StreamLoader([np.arange(2000) % 32], ranks=4, rows=1, seq_len=8)
     loader.next_batch()
     position = loader.state()
-    state = leaked_state(recipe, mesh, state, loader, make_step(recipe, mesh, state, looping=True))
+    state = leaked_state(recipe, mesh, state, loader, make_step(recipe, mesh, phases(recipe)[-1]))
     assert loader.state() == position
     for part in ("params", "opt", "ema", "swa"):
         jax.tree.map(np.testing.assert_array_equal, getattr(before, part), getattr(state, part))

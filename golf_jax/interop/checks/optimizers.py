@@ -14,6 +14,7 @@ from golf_jax.evaluation.score_first import momentum_rule
 from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Measure, Reference
 from golf_jax.interop.hparams import hyperparameters
 from golf_jax.optim import StackLayout, make_optimizer, newton_schulz
+from golf_jax.optim.optimizer import group_scalars
 
 Arrays = dict[str, np.ndarray]
 
@@ -70,7 +71,7 @@ def check_muon(ctx: Context) -> list[CheckResult]:
 def _newton_schulz(ctx: Context, z: Reference) -> list[CheckResult]:
     c32, c16 = Comparison("Newton-Schulz float32", *NS32[ctx.recipe]), Comparison("Newton-Schulz bfloat16", *NS16[ctx.recipe])
     c_singular = Comparison("Newton-Schulz float32, nearly singular", 1e-4, NS32[ctx.recipe][1])
-    square_first = load_recipe(ctx.recipe).optim.bf16_momentum
+    square_first = _muon_group(load_recipe(ctx.recipe).optim).bf16_momentum
     cases = {key.split("/")[1]: None for key in z if key.startswith("ns/")}
     for case in cases:
         source = z.first(f"ns/{case}/in", f"ns/{case}/input")
@@ -106,13 +107,13 @@ def _run(ctx: Context, t: Trajectory, c: Comparison) -> None:
     """Repeat the steps with the project's optimizer and compare parameters and state after each."""
     base = load_recipe(ctx.recipe).optim
     role = "matrix" if t.kind == "muon" else "vector"
-    config = OptimConfig(
-        groups=(GroupConfig("all", (role,), "muon" if t.kind == "muon" else "adamw", t.lr[0], t.weight_decay),),
-        betas=t.betas,
-        row_normalize=base.row_normalize,
-        bf16_momentum=base.bf16_momentum and t.bf16 == "ns+momentum",
-        decay_last=base.decay_last,
-    )
+    if t.kind == "muon":
+        muon = _muon_group(base)
+        low = muon.bf16_momentum and t.bf16 == "ns+momentum"
+        group = GroupConfig("all", (role,), "muon", t.lr[0], t.weight_decay, row_normalize=muon.row_normalize, bf16_momentum=low)
+    else:
+        group = GroupConfig("all", (role,), "adamw", t.lr[0], t.weight_decay, betas=t.betas)
+    config = OptimConfig(groups=(group,), decay_last=base.decay_last)
     stored = jnp.bfloat16 if t.bf16 == "storage" else jnp.float32
     to_ours = (lambda x: jnp.asarray(np.swapaxes(x, -1, -2))) if t.kind == "muon" else jnp.asarray
     to_theirs = (lambda x: np.swapaxes(np.asarray(x, np.float32), -1, -2)) if t.kind == "muon" else (lambda x: np.asarray(x, np.float32))
@@ -122,14 +123,17 @@ def _run(ctx: Context, t: Trajectory, c: Comparison) -> None:
     state, step = opt.init(params), jax.jit(opt.update)
     for i, grads in enumerate(t.grads):
         ours = {n: to_ours(grads[n]).astype(stored) if n in grads else jnp.zeros_like(params[n]) for n in params}
-        traced = dict(lr_factor=t.lr[i] / t.lr[0], momentum=t.momentum[i] if t.momentum else 0.0, clip_norm=np.inf)
-        updates, state = step(ours, state, params, **{k: jnp.float32(v) for k, v in traced.items()})
+        scalars = group_scalars(config, 0)
+        if t.kind == "muon":
+            scalars["all"] = scalars["all"]._replace(rule=np.float32(t.momentum[i]))
+        traced = dict(lr_factor=np.float32(t.lr[i] / t.lr[0]), groups=scalars, clip_norm=np.float32(np.inf))
+        updates, state, _ = step(ours, state, params, **traced)
         # One rounding when storing, as the fused kernels and optax.apply_updates have it.
         params = {n: (p.astype(jnp.float32) + updates[n]).astype(stored) for n, p in params.items()}
         for name, want in t.after[i].items():
             c.add(f"{t.name}/{name} step {i + 1}", to_theirs(params[name]), want)
         for name, want in t.buffers.get(i, {}).items():
-            c.add(f"{t.name}/{name} momentum {i + 1}", to_theirs(_momentum(state, params, config)[name]), want)
+            c.add(f"{t.name}/{name} momentum {i + 1}", to_theirs(_momentum(state, params, group)[name]), want)
         for which, moment in zip(("mu", "nu"), t.moments.get(i, ()), strict=False):
             for name, want in moment.items():
                 c.add(f"{t.name}/{name} {which} {i + 1}", _adam(state, which)[name], want)
@@ -150,14 +154,18 @@ def _sgd_1182(ctx: Context) -> list[CheckResult]:
     return [c.result()]
 
 
-def _momentum(state: Any, params: dict, config: OptimConfig) -> dict:
+def _muon_group(optim: OptimConfig) -> GroupConfig:
+    return next(g for g in optim.groups if g.kind == "muon")
+
+
+def _momentum(state: Any, params: dict, group: GroupConfig) -> dict:
     """Muon's momentum by tensor."""
-    dtypes = {n: jnp.dtype(jnp.bfloat16 if config.bf16_momentum else p.dtype) for n, p in params.items()}
-    return StackLayout.of({n: p.shape for n, p in params.items()}, dtypes).unpack(state["stacks"])
+    dtypes = {n: jnp.dtype(jnp.bfloat16 if group.bf16_momentum else p.dtype) for n, p in params.items()}
+    return StackLayout.of({n: p.shape for n, p in params.items()}, dtypes).unpack(state["all"])
 
 
 def _adam(state: Any, which: str) -> dict:
-    return {name: np.asarray(x, np.float32) for name, x in getattr(state["rest"], which).items()}
+    return {name: np.asarray(x, np.float32) for name, x in getattr(state["all"], which).items()}
 
 
 def _by_step(z: Reference, pattern: str, names: list[str], steps: int) -> list[Arrays]:

@@ -12,11 +12,11 @@ import numpy as np
 from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.config import QuantConfig, load_recipe
 from golf_jax.interop.checks.base import CheckResult, Comparison, Context, Reference
-from golf_jax.interop.hparams import hyperparameters
+from golf_jax.interop.hparams import model_config
 from golf_jax.interop.packed import canonical_name, read_packed_codes, split_banks
 from golf_jax.mesh import make_mesh
 from golf_jax.model.params import to_tensors
-from golf_jax.quant import QTensor, dequantize, dequantize_all, quantize
+from golf_jax.quant import QTensor, dequantize, dequantize_all, quantize, rules_for
 from golf_jax.quant.gptq import gptq_codes
 from golf_jax.quant.rounding import prune_by_magnitude, sorted_rows, torch_quantile
 from golf_jax.quant.schemes import SCHEMES, sd_scale
@@ -36,10 +36,8 @@ def quant_config(ctx: Context, settings: dict[str, Any], limit: int | None = Non
         lower = {k.lower(): v for k, v in settings.items()}
         limit = next((int(lower[k]) for k in LIMITS if k in lower), None)
     rules = config.rules if limit is None else tuple(replace(r, max_numel=limit) if r.max_numel else r for r in config.rules)
-    if ctx.recipe == "pr372":  # the exempt key matrix is the last layer's, whichever that is
-        last = hyperparameters(ctx.recipe, settings)["num_layers"] - 1
-        rules = tuple(replace(r, pattern=re.sub(r"blocks\.\d+\.attn\.c_k", f"blocks.{last}.attn.c_k", r.pattern)) for r in rules)
-    return replace(config, rules=rules, prune_min_numel=int(settings.get("prune_numel", config.prune_min_numel)))
+    config = replace(config, rules=rules, prune_min_numel=int(settings.get("prune_numel", config.prune_min_numel)))
+    return rules_for(model_config(ctx.recipe, settings), config)
 
 
 def check_quant(ctx: Context) -> list[CheckResult]:

@@ -20,7 +20,7 @@ def _factors(ctx: Context, step: np.ndarray, elapsed_ms: np.ndarray, *, steps: i
 def check_schedules(ctx: Context) -> list[CheckResult]:
     """sched.npz (PRs 372, 1182), or what train.npz holds of the real schedule (PR 638): the shipped recipe's schedule."""
     c = Comparison("schedule", 1e-12, "abs")
-    optim = load_recipe(ctx.recipe).optim
+    matrices = next(g for g in load_recipe(ctx.recipe).optim.groups if g.kind == "muon")
     if ctx.has("sched"):
         z = ctx.file("sched")
         h = z.config()
@@ -31,13 +31,13 @@ def check_schedules(ctx: Context) -> list[CheckResult]:
                 c.add(f"{part}_mult", ours, z[f"{part}_mult"])
             step = z["stepbased_step"]
             c.add("stepbased_mult", _factors(ctx, step, 0 * step, steps=h["iterations"]), z["stepbased_mult"])
-            c.add("momentum", [schedules.muon_momentum(optim, int(s)) for s in z["momentum_step"]], z["momentum"])
+            c.add("momentum", [schedules.muon_momentum(matrices, int(s)) for s in z["momentum_step"]], z["momentum"])
         else:
             for key, steps in (("wallclock600", 0), ("stepbased", h["iterations"])):
                 table = z[f"{key}/step_elapsedms_scale"]
                 ours = _factors(ctx, table[:, 0], table[:, 1], steps=steps, seconds=h["max_wallclock_s"])
                 c.add(key, ours, table[:, 2])
-            c.add("momentum", [schedules.muon_momentum(optim, int(s)) for s in z["momentum/step"]], z["momentum/value"])
+            c.add("momentum", [schedules.muon_momentum(matrices, int(s)) for s in z["momentum/step"]], z["momentum/value"])
     if ctx.recipe == "pr638" and ctx.has("train"):
         z = ctx.file("train")
         for key in z:
@@ -67,7 +67,7 @@ def check_loader(ctx: Context) -> list[CheckResult]:
         if shards and "x" in z:
             steps, ranks, rows, seq_len = z["x"].shape
             loader = StreamLoader(shards, ranks, rows, seq_len)
-            x, y = (np.stack(part).reshape(z["x"].shape) for part in zip(*(loader.next_batch() for _ in range(steps)), strict=True))
+            x, y = (np.stack(part).reshape(z["x"].shape) for part in zip(*(loader.next_batch()[:2] for _ in range(steps)), strict=True))
             c.add("x", x, z["x"])
             if "y" in z:
                 c.add("y", y, z["y"])

@@ -1,0 +1,1 @@
+"""What runs left behind, shown and compared: figures, tables, one page."""

@@ -1,0 +1,200 @@
+"""What a report says: sections made of records and of what was measured again."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from golf_jax.config import CAP_BYTES
+from golf_jax.proof.statistics import LEVEL
+from golf_jax.reporting import compare, figures
+from golf_jax.reporting.measure import Measured, TensorError
+from golf_jax.reporting.page import Picture, Section, Table
+from golf_jax.reporting.record import Record
+
+ROWS = 12  # of a course that is shown as a table
+Drawn = dict[str, tuple[str, Figure]]  # name -> (title, figure)
+
+
+def draw(records: Sequence[Record], errors: Mapping[str, Sequence[TensorError]], measured: Mapping[str, Measured]) -> Drawn:
+    """Every figure that the runs have the numbers for."""
+    many = len(records) > 1
+    again = [(i, r.name, measured[r.name]) for i, r in enumerate(records) if r.name in measured]
+    drawn: dict[str, tuple[str, Figure | None]] = {
+        "loss-steps": ("Training loss over steps: every step faint, its average bold", figures.training_loss(records, "step", "step")),
+        "loss-time": ("Training loss over training time", figures.training_loss(records, "seconds", "seconds of training")),
+        "validation-steps": ("Validation over steps, before quantization", figures.validation(records, "step", "step")),
+        "validation-time": ("Validation over training time", figures.validation(records, "seconds", "seconds of training")),
+        "lr": ("Factor of all learning rates", figures.schedule(records, "lr_factor", "learning-rate factor")),
+        "momentum": ("Muon's momentum", figures.schedule(records, "momentum", "momentum")),
+        "phases": ("Phases of training", figures.phases(records)),
+        "bytes": ("Bytes of the artifact by group of tensors, against the cap", figures.byte_budget(records)),
+        "positions": ("Bits per byte by position in the row", figures.positions(again) if again else None),
+        "documents": ("Documents by their bits per byte", figures.documents(again) if again else None),
+        "chunks": ("Test-time training, chunk by chunk", figures.chunks(again)),
+    }
+    for name, of_run in errors.items():
+        title = "Quantization error of integer-coded tensors" + (f": {name}" if many else "")
+        drawn[f"quantization-{name.strip('./').replace('/', '-')}" if many else "quantization"] = (title, figures.quantization(of_run))
+    return {name: (title, figure) for name, (title, figure) in drawn.items() if figure}
+
+
+def sections(
+    records: Sequence[Record],
+    drawn: Drawn,
+    errors: Mapping[str, Sequence[TensorError]],
+    measured: Mapping[str, Measured],
+    missing: Mapping[str, Sequence[str]],
+) -> list[Section]:
+    """The report in its order. missing: title of a section -> sentences about what could not be shown in it."""
+
+    def pictures(*names: str) -> list[Picture]:
+        return [Picture(n, t, figures.svg(f, t)) for n, (t, f) in drawn.items() if n.startswith(names)]
+
+    made = [
+        results(records),
+        comparison(records),
+        training(records, pictures("loss", "validation")),
+        Section("Schedule", (), pictures("lr", "momentum", "phases")),
+        byte_budget(records, pictures("bytes")),
+        Section("Quantization", (), pictures("quantization"), [_error_table(n, e) for n, e in errors.items()]),
+        text(measured, pictures("positions", "documents")),
+        ttt(records, measured, pictures("chunks")),
+    ]
+    made = [Section(s.title, (*s.notes, *missing.get(s.title, ())), s.pictures, s.tables) for s in made if s]
+    return [s for s in made if s.notes or s.pictures or s.tables]
+
+
+def results(records: Sequence[Record]) -> Section:
+    heads = ("run", "recipe", "seed", "steps", "seconds", "score", "bits/byte", "nats/token", "bytes", "left of the cap", "remarks")
+    rows, notes = [], []
+    for r in records:
+        trained = r.stages.get("train", {})
+        first = [
+            r.name,
+            r.recipe.name,
+            str(r.recipe.seed),
+            f"{trained['steps']:,}" if trained else "",
+            f"{trained['seconds']:.1f}" if trained else "",
+        ]
+        size = [f"{r.ledger.total_bytes:,}", f"{r.ledger.headroom_bytes:,}"] if r.ledger else ["", ""]
+        scores = {"before quantization": r.stages["pack"]["pre_quantization"]} if "pack" in r.stages else {}
+        for method, e in (scores | r.evaluations).items():
+            remark = "" if e["legal"] else "ILLEGAL (C1 to C4)"
+            rows.append(
+                [*first, method, f"{e['val_bpb']:.5f}", f"{e['val_loss']:.5f}", *(size if method in r.evaluations else ["", ""]), remark]
+            )
+        if not r.evaluations:
+            notes.append(f"{r.name} is not finished: {'trained, not yet scored' if trained else f'{len(r.steps):,} steps so far'}.")
+    return Section("Results", notes, (), [Table(heads, rows)] if rows else ())
+
+
+def comparison(records: Sequence[Record]) -> Section | None:
+    """What differs between several runs, in settings and in scores."""
+    if len(records) < 2:
+        return None
+    method, found = compare.common_method(records), compare.groups(records)
+    settings = [[name, *map(str, values)] for name, values in compare.differing(records)]
+    tables = [Table(("setting", *(r.name for r in records)), settings)] if settings else []
+    notes = [] if settings else ["All runs have the same settings."]
+    rows = compare.compare(found, method) if method else []
+    if rows:
+        tables.append(Table(compare.HEADINGS, [compare.cells(row) for row in rows]))
+        notes.append(
+            f"Scores by the {method} evaluation. Gains are against the first settings, over runs with the same seed; p is that of a paired "
+            f"t-test, two-sided. Beyond the noise means p < {LEVEL / max(len(rows) - 1, 1):.2g}"
+            + (f", {LEVEL} over {len(rows) - 1} comparisons." if len(rows) > 2 else ".")
+        )
+    else:
+        notes.append("No scores to compare: no method of evaluation that every run has.")
+    return Section("What differs", notes, (), tables)
+
+
+def training(records: Sequence[Record], pictures: Sequence[Picture]) -> Section:
+    tables = []
+    for r in records:
+        if r.steps:
+            chosen = r.steps[:: max(len(r.steps) // ROWS, 1)]
+            chosen = chosen if chosen[-1] is r.steps[-1] else [*chosen, r.steps[-1]]
+            rows = [
+                [
+                    f"{w['step']:,}",
+                    f"{w['seconds']:.1f}",
+                    f"{w['loss']:.4f}",
+                    f"{w['lr_factor']:.3f}",
+                    f"{w['momentum']:.3f}",
+                    f"{w['grad_norm']:.3g}",
+                ]
+                for w in chosen
+            ]
+            tables.append(
+                Table(("step", "seconds", "loss", "lr factor", "momentum", "gradient norm"), rows, f"{r.name}: training as numbers")
+            )
+        if r.validations:
+            rows = [[f"{v['step']:,}", f"{v['seconds']:.1f}", f"{v['val_bpb']:.5f}", f"{v['val_loss']:.5f}"] for v in r.validations]
+            tables.append(Table(("step", "seconds", "bits/byte", "nats/token"), rows, f"{r.name}: validations as numbers"))
+    silent = [r.name for r in records if not r.validations]
+    notes = [f"No validation during training in {', '.join(silent)} (eval.every)."] if silent else []
+    notes += [f"{r.name}: no training step is recorded." for r in records if not r.steps]
+    return Section("Training", notes, pictures, tables)
+
+
+def byte_budget(records: Sequence[Record], pictures: Sequence[Picture]) -> Section:
+    tables = []
+    for r in records:
+        if r.ledger:
+            rows = [
+                [
+                    w.label,
+                    str(w.tensors),
+                    f"{w.items:,}",
+                    f"{w.raw_bytes:,}",
+                    f"{w.entropy_bytes:,.0f}",
+                    f"{w.stored_bytes:,}",
+                    f"{8 * w.stored_bytes / w.items:.3f}",
+                ]
+                for w in r.ledger.lines
+            ]
+            totals = {
+                "header": r.ledger.header_bytes,
+                "code": r.ledger.code_bytes,
+                "total": r.ledger.total_bytes,
+                "left of the cap": r.ledger.headroom_bytes,
+            }
+            rows += [[name, "", "", "", "", f"{count:,}", ""] for name, count in totals.items()]
+            heads = ("stream", "tensors", "values", "raw bytes", "entropy", "stored", "bits/value")
+            tables.append(Table(heads, rows, f"{r.name}: {r.ledger.total_bytes:,} of {CAP_BYTES:,} bytes"))
+    return Section("Bytes", [f"{r.name} has no artifact yet." for r in records if not r.ledger], pictures, tables)
+
+
+def _error_table(name: str, errors: Sequence[TensorError]) -> Table:
+    rows = [[e.name, e.kind, f"{e.values:,}", f"{e.relative:.5f}"] for e in errors]
+    return Table(("tensor", "kind", "values", "relative RMS error"), rows, f"{name}: quantization error as numbers")
+
+
+def text(measured: Mapping[str, Measured], pictures: Sequence[Picture]) -> Section:
+    notes, tables = [], []
+    for name, m in measured.items():
+        notes.append(
+            f"{name}: scored again through its artifact, standard evaluation of the first {m.targets:,} targets: {m.bpb:.5f} bits per byte."
+        )
+        rows = [[p.label, f"{p.tokens:,}", f"{p.bpb:.5f}"] for p in m.positions]
+        tables.append(Table(("tokens of context", "targets", "bits/byte"), rows, f"{name}: by position as numbers"))
+        hardest = sorted(m.documents, key=lambda d: -d.bpb)
+        chosen = hardest if len(hardest) <= 2 * ROWS else hardest[:ROWS] + hardest[-ROWS:]
+        rows = [[d.label, f"{d.tokens:,}", f"{d.bpb:.5f}"] for d in chosen]
+        tables.append(
+            Table(("document begins", "targets", "bits/byte"), rows, f"{name}: the hardest and the easiest of {len(hardest):,} documents")
+        )
+    return Section("Where the bits go", notes, pictures, tables)
+
+
+def ttt(records: Sequence[Record], measured: Mapping[str, Measured], pictures: Sequence[Picture]) -> Section | None:
+    """For recipes with score-first test-time training."""
+    if not any(r.recipe.eval.score_first.on for r in records):
+        return None
+    tables = []
+    for name, m in measured.items():
+        rows = [[c.label, f"{c.tokens:,}", f"{c.bpb:.5f}"] for c in m.chunks]
+        tables += [Table(("chunk", "targets", "bits/byte"), rows, f"{name}: chunks as numbers")] if rows else []
+    notes = [] if tables else ["A run keeps no score by chunk; --score-again measures it."]
+    return Section("Test-time training", notes, pictures, tables)

@@ -1,0 +1,97 @@
+"""A run directory as a report reads it, finished or not."""
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from golf_jax.artifact.container import read_bytes
+from golf_jax.artifact.ledger import Ledger, ledger
+from golf_jax.config import GolfError, Recipe, from_dict
+from golf_jax.training.rundir import read_json
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run. What it does not hold yet is empty."""
+
+    path: Path
+    name: str
+    recipe: Recipe
+    config: dict[str, Any]
+    """config.json: the recipe as it was asked for."""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of metrics.jsonl, one per training step: step, loss (nats per token), lr_factor, momentum, grad_norm, seconds."""
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    """Validations during training: step, seconds, val_loss (nats per token), val_bpb."""
+    stages: dict[str, Any] = field(default_factory=dict)
+    """stages.json: what each finished stage says (train, pack, evaluations)."""
+    ledger: Ledger | None = None
+    """Bytes of the artifact, its code included; None before there is one."""
+
+    @property
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """Method -> score of the packed model, in the order in which they were made."""
+        return self.stages.get("evaluations", {})
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def find_runs(paths: list[Path]) -> list[Path]:
+    """The run directories among `paths` and directly inside those that are none. Raises GolfError for a path without a run."""
+    found = []
+    for path in paths:
+        inside = [path] if is_run(path) else sorted(p.parent for p in path.glob("*/config.json"))
+        if not inside:
+            raise GolfError(f"{path}: no run is there (config.json is missing), nor in a folder directly inside")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def read_record(path: Path, name: str = "") -> Record:
+    """The record of one run directory. Raises GolfError naming the file that is missing, damaged or not a run's."""
+    try:
+        config = read_json(path / "config.json")
+    except FileNotFoundError:
+        raise GolfError(f"{path}: no run is there (config.json is missing)") from None
+    stages: Any = {}
+    with contextlib.suppress(FileNotFoundError):
+        stages = read_json(path / "stages.json")
+    if not isinstance(stages, dict):
+        raise GolfError(f"{path / 'stages.json'}: is not the record of a run")
+    rows = _rows(path / "metrics.jsonl")
+    bytes_of = None
+    if "pack" in stages and (path / "artifact.golf").is_file():
+        bytes_of = ledger(read_bytes(path / "artifact.golf"), stages["pack"]["code_bytes"])
+    return Record(
+        path,
+        name or path.name,
+        from_dict(Recipe, config, f"{path / 'config.json'}"),
+        config,
+        [row for row in rows if row["event"] == "train" and row.get("loss") is not None],
+        [row for row in rows if row["event"] == "validation"],
+        stages,
+        bytes_of,
+    )
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The sound rows of metrics.jsonl, also of a run that is still going on."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("event"), str):
+                    found.append(row)
+    return found
+
+
+def read_records(paths: list[Path]) -> list[Record]:
+    """The records of several runs, each under a name of its own: the folder's, with its parent's where two are the same."""
+    names = [path.resolve().name for path in paths]
+    shown = [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
+    return [read_record(path, name) for path, name in zip(paths, shown, strict=True)]

@@ -1,0 +1,145 @@
+"""A grid of runs in one folder: what its points are, and running them, several at a time, each in a process of its own.
+
+`python -m golf_jax.sweeping RECIPE.json RUN_DIR DEVICES` is such a process.
+"""
+
+import itertools
+import json
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from golf_jax import cli
+from golf_jax.config import GolfError, Recipe, differences, from_dict, to_dict
+from golf_jax.training.resume import stored_recipe
+from golf_jax.training.rundir import read_json
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of the grid. name: of its directory."""
+
+    name: str
+    recipe: Recipe
+
+
+def parse_vary(given: Sequence[str]) -> dict[str, list[Any]]:
+    """`field=a,b,...` each: field -> values, numbers and booleans as JSON has them. Raises GolfError."""
+    found: dict[str, list[Any]] = {}
+    for word in given:
+        field, mark, values = word.partition("=")
+        if not mark or not values or field in found or field == "seed":
+            raise GolfError(f"--vary {word}: give FIELD=VALUE,VALUE,... once per field (seeds: --seeds)")
+        found[field] = [_value(v) for v in values.split(",")]
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def grid(recipe: Recipe, seeds: Sequence[int], vary: dict[str, list[Any]]) -> list[Point]:
+    """Every combination of values with every seed, the first values first. Raises GolfError for fields and values that cannot be."""
+    points = []
+    for values in itertools.product(*vary.values()):
+        chosen = dict(zip(vary, values, strict=True))
+        for seed in seeds:
+            data = to_dict(recipe) | {"seed": seed}
+            for field, value in chosen.items():
+                _set(data, field, value)
+            name = "-".join([f"{field}={value}".replace("/", "_") for field, value in chosen.items()] + [f"seed={seed}"])
+            points.append(Point(name, from_dict(Recipe, data, "--vary")))
+    if len({p.name for p in points}) < len(points):
+        raise GolfError("a seed or a value is given twice")
+    return points
+
+
+def _set(data: Any, field: str, value: Any) -> None:
+    *path, last = field.split(".")
+    try:
+        for name in path:
+            data = data[int(name) if isinstance(data, list) else name]
+        key: Any = int(last) if isinstance(data, list) else last
+        before = data[key]
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise GolfError(f"--vary {field}: no such field of the recipe (as in config.json: optim.groups.0.lr)") from None
+    if isinstance(before, dict | list):
+        raise GolfError(f"--vary {field}: is a section, not a value; name one of its fields")
+    data[key] = value
+
+
+def run_grid(points: Sequence[Point], folder: Path, jobs: int, say: Callable[[str], None]) -> dict[str, str]:
+    """Run, or go on with, every point in `folder`/`point.name`, `jobs` at a time. Returns what went wrong, by point.
+
+    Of a CPU each job gets its share of the cores; of CUDA_VISIBLE_DEVICES, where that is set, its share of the GPUs. Raises GolfError if a
+    directory holds another run.
+    """
+    for point in points:
+        _check_same(point, folder / point.name)
+    devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+    if devices and len(devices) < jobs:
+        raise GolfError(f"--jobs {jobs}: CUDA_VISIBLE_DEVICES names {len(devices)} GPU(s)")
+    free: queue.Queue[int] = queue.Queue()
+    for job in range(jobs):
+        free.put(job)
+
+    def one(point: Point) -> str:
+        job = free.get()
+        try:
+            mine = {"CUDA_VISIBLE_DEVICES": ",".join(devices[job::jobs])} if devices else {}
+            return _run_point(point, folder / point.name, 0 if devices or jobs == 1 else max((os.cpu_count() or 1) // jobs, 1), mine)
+        finally:
+            free.put(job)
+
+    problems: dict[str, str] = {}
+    todo = [p for p in points if not (folder / p.name / "result.json").is_file()]
+    say(f"{len(points)} runs in {folder}, {len(points) - len(todo)} of them finished before, {jobs} at a time")
+    with ThreadPoolExecutor(jobs) as pool:
+        for point, problem in zip(todo, pool.map(one, todo), strict=True):
+            say(f"  {point.name}: {problem or 'done'}")
+            if problem:
+                problems[point.name] = problem
+    return problems
+
+
+def _check_same(point: Point, directory: Path) -> None:
+    if (directory / "config.json").is_file():
+        for field, there, here in differences(to_dict(stored_recipe(directory)), to_dict(point.recipe)):
+            raise GolfError(f"{directory}: holds another run ({field} is {there!r} there, {here!r} here); give another --sweep-dir")
+
+
+def _run_point(point: Point, directory: Path, devices: int, environment: dict[str, str]) -> str:
+    """Runs it in a process of its own; returns its last line of complaint, or nothing."""
+    file = directory.with_suffix(directory.suffix + ".json")
+    file.write_text(json.dumps(to_dict(point.recipe), indent=1) + "\n")
+    command = [sys.executable, "-m", "golf_jax.sweeping", str(file), str(directory), str(devices)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    lines = done.stderr.strip().splitlines()
+    if done.returncode == 0:
+        file.unlink()
+        return ""
+    return lines[-1] if lines else f"ended with status {done.returncode}"
+
+
+def main(argv: list[str]) -> int:
+    """One point: RECIPE.json, run directory, devices (0: all; of a run that goes on: those it had)."""
+    from golf_jax.pipeline import Options, run
+
+    file, directory, devices = argv
+    recipe = from_dict(Recipe, read_json(Path(file)))
+    here = (Path(directory) / "config.json").is_file()
+    run(recipe, Options(resume=directory) if here else Options(run_dir=directory, devices=int(devices)))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
