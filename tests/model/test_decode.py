@@ -23,18 +23,20 @@ def noisy(config):
     params = {}
     for name, leaf in leaves(config).items():
         noise = 0.3 * np.random.default_rng(sum(map(ord, name))).standard_normal(leaf.shape)
-        params[name] = (noise + (leaf.role == "vector")).astype(np.float32)
+        params[name] = (noise + {"vector": 1.0, "softcap": 30.0}.get(leaf.role, 0.0)).astype(np.float32)
     return params
 
 
-BROAD = ("pr1182", "pr2005")  # between them: hashes, smear, XSA, both value techniques; recurrence, parallel blocks, gates
-CASES = [pytest.param(name, marks=() if name in BROAD else pytest.mark.slow) for name in SHIPPED]
+BROAD = ("pr1182", "pr2135")  # between them: hashes, smear, XSA, both value techniques; recurrence, lanes, gates, boundaries
+CASES = [pytest.param(name, marks=() if name in BROAD else pytest.mark.slow) for name in (*SHIPPED, "pr2135")]
+PR2135 = dict(xsa_last_n=4, head_gate="narrow", gate_window=8, input_smear_gate=True, boundary_token=1, asym_softcap=True)
+PR2135 |= dict(parallel_from=-1, two_lanes_from=3)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_pieces_and_single_tokens_are_the_row(name):
     """A row longer than the training length of RoPE's rescaling, in pieces of 4, then token by token."""
-    config = resolve(replace(tiny(name).model, xsa_last_n=2), "cpu")
+    config = resolve(replace(tiny("pr2005").model, **PR2135) if name == "pr2135" else replace(tiny(name).model, xsa_last_n=2), "cpu")
     params, row = noisy(config), np.random.default_rng(0).integers(0, config.vocab_size, (2, 20))
     whole = jax.jit(lambda p, x: logits(config, p, x), compiler_options=QUICK)(params, row)
     program = jax.jit(lambda p, s, x, at, n: extend(config, p, s, x, at, n), static_argnums=4, compiler_options=QUICK)
