@@ -61,10 +61,10 @@ class Cache:
 
     def attend(self, step: int, q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, xsa: bool) -> jax.Array:
         """Attention of the new positions in executed layer `step` to themselves and all before; what `xsa_attention` gives for the row."""
-        k_BCGK, v_BCGK = self.store[step] = tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, new, self.at, axis=1)
-            for old, new in zip(self.store[step], (k_BSGK, v_BSGK), strict=True)
-        )
+        k_BCGK, v_BCGK = self.store[step]
+        k_BCGK = jax.lax.dynamic_update_slice_in_dim(k_BCGK, k_BSGK, self.at, axis=1)
+        v_BCGK = jax.lax.dynamic_update_slice_in_dim(v_BCGK, v_BSGK, self.at, axis=1)
+        self.store[step] = k_BCGK, v_BCGK
         visible_SC = jnp.arange(self.row_len) <= self.at + jnp.arange(self.count)[:, None]
         y_BSHK = jax.nn.dot_product_attention(q_BSHK, k_BCGK, v_BCGK, mask=visible_SC[None, None])
         return exclude_self_value(y_BSHK, v_BSGK) if xsa else y_BSHK
