@@ -10,9 +10,10 @@ from typing import Annotated
 import tyro
 
 from golf_jax import cli
-from golf_jax.check import check
 from golf_jax.config import GolfError
 from golf_jax.proof.finding import table
+from golf_jax.proof.folder import check_submission, read_submission
+from golf_jax.proof.own import check_own, check_together
 from golf_jax.proof.submission import Author, Finished, obstacles, write_submission
 
 DESCRIPTION = """Make the submission folder of finished runs: README.md, submission.json, a log and an artifact per seed, requirements.txt,
@@ -44,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
     runs, record = [Finished.read(Path(path)) for path in dict.fromkeys(options.runs)], not options.non_record
     if len({run.recipe.seed for run in runs}) < len(runs):
         raise GolfError(f"runs with the same seed: {', '.join(str(run.recipe.seed) for run in runs)}; a submission has one run per seed")
-    report = check([run.path for run in runs], [], not options.no_rerun)
+    report = {str(run.path): check_own(run.path, not options.no_rerun) for run in runs}
+    report["together"] = check_together([run.path for run in runs])
     print("\n".join(table(path, findings) for path, findings in report.items()))
     if found := obstacles([f for findings in report.values() for f in findings], record):
         listed = "; ".join(f"{rule}: {text}" for rule, text in {f.rule: f.text for f in found}.items())
@@ -54,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     track = "10min_16mb" if record else "non_record_16mb"
     folder = Path(options.out or f"records/track_{track}/{date}_{name}")
     facts = write_submission(runs, report, options.about, record, folder, date)
-    print(table(str(folder), check([folder], [])[str(folder)]))
+    print(table(str(folder), check_submission(read_submission(folder))))
     print(f"{folder}: val_bpb {facts['val_bpb']:.8f} over {len(runs)} seed(s), {facts['bytes_total']:,} bytes")
     return 0
 
