@@ -12,6 +12,8 @@ COMMANDS = {
     "train": "train, pack and score a model",
     "evaluate": "score a packed model, a run or a PyTorch checkpoint",
     "check": "check a run, a submission or a log against the rules of the challenge",
+    "submit": "the submission folder of a run, or of the same run with several seeds",
+    "generate": "let a packed model write text",
     "report": "show runs in one HTML page",
     "sweep": "run a recipe over seeds and settings, with statistics",
     "artifact": "what is inside an artifact, and how many bytes are left",

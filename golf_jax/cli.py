@@ -40,7 +40,7 @@ def parse(argv: Sequence[str], options: Any, description: str, default: str | Re
         ],
         frozen=True,
     )
-    text = f"{description}\n\n{WANTED}\n\nFirst argument: the recipe, one of {', '.join(recipe_names())}, or a .py file (here: {name})."
+    text = f"{description}\n\n{WANTED}\n\nFirst argument: the recipe, one of {', '.join(recipe_names())}, or a .py or .json file ({name})."
     prog = f"python -m golf_jax.{Path(sys.argv[0]).stem} {name}"
     parsed = tyro.cli(everything, args=argv, prog=prog, description=text, config=(tyro.conf.AvoidSubcommands,))
     return parsed.recipe, parsed.options

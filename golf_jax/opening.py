@@ -1,8 +1,10 @@
 """A model opened for use: from an artifact or a run directory, and scored."""
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from golf_jax.files import read_bytes
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model as Network
 from golf_jax.model import logits, nll
+from golf_jax.model.decode import Decoder, Sampling
 from golf_jax.model.inputs import check_tokens
 from golf_jax.progress import Log
 
@@ -58,6 +61,22 @@ class Model(Network):
 
     def _checked(self, tokens: Any) -> jax.Array:
         return check_tokens(self.config, tokens)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self, self.seq_len)
+
+    def stream(self, tokens: Sequence[int], sampling: Sampling = Sampling()) -> Iterator[int]:  # noqa: B008 - frozen
+        """Tokens that follow `tokens`, without an end."""
+        return self._decoder.stream(tokens, sampling)
+
+    def generate(self, prompt: str = "", max_tokens: int = 256, **sampling: Any) -> str:
+        """Text that follows the prompt, to the end of the document or `max_tokens`.
+
+        sampling: temperature, top_k, top_p, seed (`golf_jax.model.decode.Sampling`).
+        """
+        tokens = islice(self.stream(self.encode(prompt), Sampling(**sampling)), max_tokens)
+        return self.decode(list(takewhile(lambda token: token != self._tokenizer().bos_id, tokens)))
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, with the document start before it."""

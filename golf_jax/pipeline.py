@@ -10,6 +10,7 @@ import lzma
 import platform as host
 import time
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,6 +60,8 @@ class Options:
     """Devices to use; 0: all. Of a CPU this many are made; 0: about one per core."""
     emulate_devices: int = 0
     """Reproduce the data order of this many ranks, with the same tokens per step (the recipes' own number is 8)."""
+    score: str = ""
+    """Score this artifact on the recipe's text, and train nothing."""
     profile: int = 0
     """Write a trace of this many training steps to the run directory (jax.profiler: TensorBoard, Perfetto); 0: none."""
 
@@ -240,7 +243,10 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
     seconds = time.perf_counter() - begin
     run.log(f"quantized and packed in {seconds:.1f} s; {packed.fit}")
     run.log(packed.ledger.table())
-    run.log(f"code: {raw_code:,} bytes of source, {code_bytes:,} shipped as one compressed file")
+    run.log(f"code: {raw_code:,} bytes of source, shipped as one compressed file")
+    label = f"{recipe.quant.rules[-1].scheme}+{recipe.quant.compressor}"
+    run.log(f"Serialized model {label}: {len(packed.data)} bytes\nCode size (compressed): {code_bytes} bytes")  # as the records' logs
+    run.log(f"Total submission size {label}: {packed.ledger.total_bytes} bytes")
     run.write("artifact.golf", packed.data)
     facts = {
         "pre_quantization": before.to_dict(),
@@ -273,6 +279,20 @@ def score(plan: Plan, run: RunDir) -> dict[str, Any]:
         done = done | {result.mode: result.to_dict()}
         run.note("evaluations", done)
     return done
+
+
+def score_artifact(recipe: Recipe, options: Options) -> None:
+    """Every evaluation the recipe asks for, of the artifact `options.score` alone. Raises GolfError."""
+    keep_compiled_programs()
+    initialize_distributed()
+    split_cpu(options.devices, recipe.data.ranks * recipe.data.rows_per_rank)
+    mesh, d, model = make_mesh(options.devices), recipe.data, load(options.score)
+    train = "embedded" if d.train == "embedded" else ""
+    text = open_text(train, d.val, d.tokenizer, model.config.vocab_size, d.seq_len, sha256=model.tokenizer_sha256)
+    say = print if jax.process_index() == 0 else lambda line: None
+    say(f"{model.name}: {Path(model.name).stat().st_size:,} bytes, SHA-256 {model.sha256}")
+    for result in evaluation.score(model, text, mesh, recipe.eval, say, seq_len=d.seq_len):
+        say("\n".join(result.lines()))
 
 
 def reference_compressors(text: Text) -> dict[str, float]:

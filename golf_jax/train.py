@@ -1,7 +1,7 @@
 """python -m golf_jax.train: text -> shards -> training -> average -> quantize -> pack -> reload from the bytes -> score."""
 
 from golf_jax import cli
-from golf_jax.pipeline import Options, run
+from golf_jax.pipeline import Options, run, score_artifact
 from golf_jax.processes import several_processes
 from golf_jax.supervise import supervise
 from golf_jax.training.resume import stored_recipe
@@ -12,6 +12,7 @@ With no argument: a small model on the text every Python carries, on CPU, in min
 
   python -m golf_jax.train pr2005 --model.width 128 --budget.steps 100 --data.train 'shards/train_*.bin' ...
   python -m golf_jax.train --resume runs/pr2005-20261125-101500        go on where that run was interrupted
+  python -m golf_jax.train pr2005 --score artifact.golf ...            score an artifact, train nothing
 
 The run directory holds config, log, metrics, checkpoints, tokenizer, code, artifact and result."""
 
@@ -21,7 +22,10 @@ def main(argv: list[str]) -> int:
     recipe, options = cli.parse(argv, Options(), DESCRIPTION, stored_recipe(directory) if directory else "quickstart")
     if several_processes() and (status := supervise()) is not None:
         return status
-    run(recipe, options)
+    if options.score:
+        score_artifact(recipe, options)
+    else:
+        run(recipe, options)
     return 0
 
 

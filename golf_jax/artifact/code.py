@@ -2,7 +2,7 @@
 
 A Python zip application holding the entry module and everything of this project it imports, found by reading the import statements.
 The sources sit in one xz stream (one dictionary for all files) behind a small loader, so `python bundle.pyz ARGS` runs the entry
-module wherever the dependencies are installed.
+module wherever the dependencies are installed. Before the archive stands a line that says so, and how to read the sources.
 """
 
 import ast
@@ -20,6 +20,9 @@ from golf_jax.config import GolfError
 # Where the sources lie; the longest name that a module begins with counts.
 FOLDERS = {name: Path(import_module(name).__path__[0]) for name in ("golf_jax", "golf_jax.kernels", "golf_jax.configs")}
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_HEAD = b"""# golf_jax's sources, compressed. Run: python THIS --help. Read: python -c 'import json, lzma, zipfile
+# for p, t in json.loads(lzma.decompress(zipfile.ZipFile("THIS").read("source.xz"))).items(): print("#", p); print(t)'
+"""
 _LOADER = """import json,lzma,os,runpy,sys,tempfile
 with tempfile.TemporaryDirectory() as d:
  for p,t in json.loads(lzma.decompress(__loader__.get_data("source.xz"))).items():
@@ -64,7 +67,8 @@ def bundle(entry: str, *modules: str) -> bytes:
     raw = json.dumps(module_sources(roots), separators=(",", ":"), ensure_ascii=False).encode()
     stream = lzma.compress(raw, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, preset=9 | lzma.PRESET_EXTREME)
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as z:
+    out.write(_HEAD)
+    with zipfile.ZipFile(out, "a") as z:
         z.writestr(zipfile.ZipInfo("__main__.py", _EPOCH), _LOADER.format(entry=entry), zipfile.ZIP_DEFLATED)
         z.writestr(zipfile.ZipInfo("source.xz", _EPOCH), stream, zipfile.ZIP_STORED)
     return out.getvalue()

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import json
 import math
 import re
 import traceback
@@ -74,11 +75,15 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """The recipe of `configs/NAME.py` (shipped in the wheel) or of a Python file given by path.
+    """The recipe of `configs/NAME.py` (shipped in the wheel), of a Python file, or of a JSON file (a run's config.json).
 
     Raises GolfError naming file, line and cause, whatever the file does.
     """
     path = Path(name_or_path)
+    if path.suffix == ".json":
+        check(path.is_file(), f"{path}: no such recipe file")
+        with _told(path):
+            return from_dict(Recipe, json.loads(path.read_text(encoding="utf8")))
     if path.suffix == ".py":
         check(path.is_file(), f"{path}: no such recipe file")
         spec = importlib.util.spec_from_file_location(f"golf_recipe_{path.stem}", path)
@@ -88,7 +93,7 @@ def load_recipe(name_or_path: str) -> Recipe:
             spec.loader.exec_module(module)
     else:
         known = recipe_names()
-        check(name_or_path in known, f"no recipe {name_or_path!r}; known: {', '.join(known)} (or give a .py file)")
+        check(name_or_path in known, f"no recipe {name_or_path!r}; known: {', '.join(known)} (or give a .py or .json file)")
         module = importlib.import_module(f"golf_jax.configs.{name_or_path}")
     make = getattr(module, "recipe", None)
     check(callable(make), f"{name_or_path}: a recipe file defines a function recipe() that returns a Recipe")

@@ -7,6 +7,7 @@ of `golf_jax.reproduce` read them there instead of through a second forward pass
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,11 +18,13 @@ from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import default_backend, supported_backends, xsa_attention
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
 from golf_jax.model import layers as ops
+from golf_jax.model.cache import Cache
 from golf_jax.model.fake_quant import fake_quantize
 from golf_jax.model.inputs import check_params, check_tokens
 from golf_jax.model.params import Params, init_params, leaves
 
 Tap = Callable[[str, jax.Array], None]
+Attend = Callable[..., jax.Array]  # (q, k, v, xsa=) -> y: `xsa_attention`, or a cache's
 Sight = tuple[jax.Array, int | None] | None  # first key that each position sees [B, T], most keys; None: all of the row
 LANES = ("lane_post", "lane_resid")  # one array for all layers in the challenge's naming, used per layer
 
@@ -57,6 +60,7 @@ def hidden(
     looping: bool = True,
     last: int | None = None,
     fake_quant: jax.Array | float | None = None,
+    cache: Cache | None = None,
     tap: Tap | None = None,
 ) -> jax.Array:
     """Normalised final state [B, T, D] in the activation dtype.
@@ -67,6 +71,7 @@ def hidden(
     looping: depth recurrence on (evaluation) or not (start of training); no effect without it in the config.
     last: compute only the last N positions of the last block and of the result: [B, N, D]. Everything before is needed in full.
     fake_quant: strength of fake quantization, 0 to 1, may be traced; default is what evaluation uses (`config.fake_quant.in_eval`).
+    cache: go on with a row: tokens are `cache.window` of it, the result is that of its new positions, whose keys and values it takes in.
     Raises GolfError for tokens that are not integers [B, T] within the vocabulary, and for leaves that are not those of the model.
     """
     if "auto" in (config.dtype, config.attention):
@@ -78,17 +83,19 @@ def hidden(
         params = fake_quantize(config, params, fake_quant)
     dtype = jnp.dtype(config.dtype)
     tap = tap or (lambda name, x: None)
-    seq_len = tokens_BT.shape[1]
+    seq_len = tokens_BT.shape[1] if cache is None else cache.row_len
     last = None if last is None or last >= seq_len else last
 
     x_BTD, values = _embed(config, params, tokens_BT, dtype, tap)
-    x0_BTD, v0_BTGK, lane_BTD = x_BTD, None, None
     sight = None if segments_BT is None else (ops.first_visible(segments_BT), longest)
     table = leaves(config).items()
     stacks = {name: ops.unstack(params[name].astype(dtype)) for name, leaf in table if leaf.per_layer or name in LANES}
     rope = ops.rope_tables(
         seq_len, config.rope_dims or config.head_dim, config.rope_base, config.rope_train_len, config.rope_bf16_frequencies
     )
+    if cache is not None:
+        (x_BTD, values), rope = cache.new((x_BTD, values)), cache.turns(rope)
+    x0_BTD, v0_BTGK, lane_BTD = x_BTD, None, None
 
     encoder, decoder = config.layer_order(looping)
     skips: list[jax.Array] = []
@@ -101,8 +108,9 @@ def hidden(
         _tap_lanes(tap, step, "in", x_BTD, lane_BTD)
         block = {name: stack[i] for name, stack in stacks.items()}
         only = last if step == len(encoder + decoder) - 1 else None
+        attend = None if cache is None else partial(cache.attend, step)
         x_BTD, lane_BTD, v_BTGK = _block(
-            config, i, block, x_BTD, lane_BTD, x0_BTD, v0_BTGK, values.get(i), rope, sight, only, _prefixed(tap, step, i)
+            config, i, block, x_BTD, lane_BTD, x0_BTD, v0_BTGK, values.get(i), rope, sight, only, _prefixed(tap, step, i), attend
         )
         v0_BTGK = v_BTGK if v0_BTGK is None else v0_BTGK
         _tap_lanes(tap, step, "out", x_BTD, lane_BTD)
@@ -190,6 +198,7 @@ def _block(
     sight: Sight,
     last: int | None,
     tap: Tap,
+    attend: Attend | None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """One transformer block with the weights of physical layer i: the stream, its second lane, and the block's own, unmixed value.
 
@@ -199,7 +208,7 @@ def _block(
     u_BTD = w["resid_mix"][0] * x_BTD + w["resid_mix"][1] * x0_BTD
     z_BTD = ops.rms_norm(u_BTD) * jnp.asarray(scale, x_BTD.dtype)
     tap("attn_in", z_BTD)
-    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap, sight)
+    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap, sight, attend)
     tap("attn_out", a_BTD)
     if last is not None:
         x_BTD, u_BTD, z_BTD = (x[:, -last:] for x in (x_BTD, u_BTD, z_BTD))
@@ -232,10 +241,11 @@ def attention(
     last: int | None,
     tap: Tap,
     sight: Sight = None,
+    attend: Attend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of layer i with its own weights w on the normalised input: output [B, T, D] and its unmixed value [B, T, G, K].
 
-    v0: value of layer 0 (None in it); value_embed [B, T, G K]; last: only the last N queries.
+    v0: value of layer 0 (None in it); value_embed [B, T, G K]; last: only the last N queries; attend: instead of `xsa_attention`.
     """
     c = config
     b, t = z_BTD.shape[:2]
@@ -269,7 +279,8 @@ def attention(
     backend = c.attention if last is None else "xla"  # rectangular attention exists in the reference only
     first_BT, longest = sight or (None, None)
     first_BS = None if first_BT is None else first_BT[:, t - s :]
-    y_BSHK = xsa_attention(q_BSHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS, longest=longest, backend=backend)
+    attend = attend or partial(xsa_attention, first_BS=first_BS, longest=longest, backend=backend)
+    y_BSHK = attend(q_BSHK, k_BTGK, v_BTGK, xsa=xsa)
     tap("y", y_BSHK)
     if c.head_gate == "linear":
         gate_BSH = maps["gate"] + w["gate_bias"]
@@ -343,6 +354,7 @@ def logits(
     *,
     segments_BT: jax.Array | None = None,
     looping: bool = True,
+    cache: Cache | None = None,
     training: bool = False,
     tap: Tap | None = None,
 ) -> jax.Array:
@@ -352,7 +364,7 @@ def logits(
     """
     tokens_BT, params = check_tokens(config, tokens_BT), check_params(config, params)
     config = _for_default_platform(config, segments_BT is not None)
-    x_BTD = hidden(config, params, tokens_BT, segments_BT=segments_BT, looping=looping, tap=tap)
+    x_BTD = hidden(config, params, tokens_BT, segments_BT=segments_BT, looping=looping, cache=cache, tap=tap)
     return softcap_logits(x_BTD, params["tok_emb"], softcap=head_softcap(config, params, training))
 
 

@@ -1,0 +1,202 @@
+"""The submission folder, from what finished runs measured: README.md, submission.json, logs, requirements.txt, train_gpt.py.
+
+train_gpt.py is the runs' code.pyz, byte for byte: the code that ran, that was counted, and that Python runs as it is.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from golf_jax.config import CAP_BYTES, GolfError, Recipe, to_dict
+from golf_jax.proof.finding import Finding, table
+from golf_jax.training.resume import stored_recipe
+from golf_jax.training.rundir import read_json
+
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
+RECORD_NEEDS = ("implied bytes", "hardware")  # a warning of these says: another text, another machine
+
+
+@dataclass(frozen=True)
+class Author:
+    """What no run can say."""
+
+    author: str
+    github_id: str
+    name: str = ""
+    """Of the submission; default: that of the recipe."""
+    blurb: str = ""
+    """What is new, in a sentence or two."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run: its recipe, result.json and environment.json."""
+
+    path: Path
+    recipe: Recipe
+    result: dict[str, Any]
+    environment: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "Finished":
+        """Raises GolfError if the run in `path` has not finished."""
+        recipe = stored_recipe(path)
+        try:
+            return cls(path, recipe, read_json(path / "result.json"), read_json(path / "environment.json"))
+        except FileNotFoundError:
+            raise GolfError(f"{path}: the run has not finished; go on with it: python -m golf_jax.train --resume {path}") from None
+
+    @property
+    def method(self) -> str:
+        """The evaluation that counts: the best of the legal ones."""
+        legal = {name: e["val_bpb"] for name, e in self.result["evaluations"].items() if e["legal"] and not e["partial"]}
+        if not legal:
+            raise GolfError(f"{self.path}: no evaluation of it is legal; score it with another method: --resume {self.path} --eval...")
+        return min(legal, key=lambda name: legal[name])
+
+    def row(self, method: str) -> dict[str, Any]:
+        """The entry of `seed_results`."""
+        e, r = self.result["evaluations"][method], self.result
+        return {
+            "val_loss": e["val_loss"],
+            "val_bpb": e["val_bpb"],
+            "artifact_bytes": r["total_bytes"],  # with code, as the records have it
+            "model_bytes": r["artifact_bytes"],
+            "steps": r["steps"],
+            "step_avg_ms": 1000 * r["train_seconds"] / max(r["steps"], 1),
+            "train_time_s": r["train_seconds"],
+            "eval_time_s": e["seconds"]["score"] + e["seconds"]["train"],
+        }
+
+
+def obstacles(findings: Sequence[Finding], record: bool) -> list[Finding]:
+    """What forbids a submission to the record track; to the other, nothing does."""
+    return [f for f in findings if record and (f.status == "fail" or (f.status == "warning" and f.rule in RECORD_NEEDS))]
+
+
+def claims(runs: Sequence[Finished], findings: Sequence[Finding], about: Author, record: bool, date: str) -> dict[str, Any]:
+    """submission.json, with the fields of accepted records. Numbers are means over the runs, bytes their maximum."""
+    method, first = runs[0].method, runs[0].result
+    rows = {str(run.recipe.seed): run.row(method) for run in runs}
+
+    def mean(field: str) -> float:
+        return statistics.fmean(row[field] for row in rows.values())
+
+    def std(field: str) -> float:
+        return statistics.stdev(row[field] for row in rows.values()) if len(rows) > 1 else 0.0
+
+    def holds(*rules: str) -> bool:
+        found = [f.status for f in findings if f.rule in rules]
+        return "pass" in found and "fail" not in found and "not checkable" not in found
+
+    devices = runs[0].environment["devices"][: runs[0].environment["devices_used"]]
+    return {
+        "author": about.author,
+        "github_id": about.github_id,
+        "name": about.name or first["recipe"],
+        "blurb": about.blurb,
+        "date": date,
+        "track": "10min_16mb" if record else "non_record_16mb",
+        "val_loss": mean("val_loss"),
+        "val_bpb": mean("val_bpb"),
+        "val_loss_std": std("val_loss"),
+        "val_bpb_std": std("val_bpb"),
+        "evaluation": method,
+        "seeds": [run.recipe.seed for run in runs],
+        "seed_results": rows,
+        "bytes_total": max(run.result["total_bytes"] for run in runs),
+        "bytes_code": first["code_bytes"],
+        "artifact_bytes_mean": mean("artifact_bytes"),
+        "artifact_bytes_max": max(row["artifact_bytes"] for row in rows.values()),
+        "train_steps_mean": mean("steps"),
+        "step_avg_ms_mean": mean("step_avg_ms"),
+        "hardware": f"{len(devices)} x {devices[0]}",
+        "framework": "jax",
+        "jax_version": runs[0].environment["packages"]["jax"],
+        "compliance": {
+            "train_under_600s": holds("training clock", "Hessian clock"),
+            "eval_under_600s": holds("evaluation clock"),
+            "artifact_under_16mb": holds("bytes"),
+            "score_first_ttt": holds("C3"),
+            "three_seeds": len(rows) >= 3 and holds("seeds"),
+        },
+    }
+
+
+def readme(facts: dict[str, Any], report: str, embedded: bool) -> str:
+    """README.md: results, how to run it, and the checks as they came out. embedded: the text is the one that every Python carries."""
+    lines = ["| seed | val_bpb | val_loss | steps | training | evaluation | artifact |", "|---|---|---|---|---|---|---|"]
+    for seed, r in facts["seed_results"].items():
+        score, times = f"{r['val_bpb']:.8f} | {r['val_loss']:.8f} | {r['steps']:,}", f"{r['train_time_s']:.1f} s | {r['eval_time_s']:.1f} s"
+        lines.append(f"| {seed} | {score} | {times} | {r['artifact_bytes']:,} bytes |")
+    lines.append(f"| mean | {facts['val_bpb']:.8f} +- {facts['val_bpb_std']:.8f} | {facts['val_loss']:.8f} | | | | |")
+    seed = facts["seeds"][0]
+    flags = "" if embedded else " --data.train 'DATA/*_train_*.bin' --data.val 'DATA/*_val_*.bin'"
+    where = "" if embedded else ", with the challenge's shards in DATA"
+    return f"""# {facts["name"]}
+
+{facts["blurb"]}
+
+{chr(10).join(lines)}
+
+Score: {facts["evaluation"]}. On {facts["hardware"]}, JAX {facts["jax_version"]}. Artifacts are counted with the code
+({facts["bytes_code"]:,} bytes): at most {facts["bytes_total"]:,} of {CAP_BYTES:,} bytes.
+
+## Run it
+In this folder{where}:
+
+```
+pip install -r requirements.txt
+python train_gpt.py recipe.json --seed {seed}{flags}
+python train_gpt.py recipe.json --score artifact_seed{seed}.golf{flags}
+```
+
+train_gpt.py is the program that ran, byte for byte, as a Python zip application; its first lines say how to read the sources.
+
+## Checks
+```
+{report.rstrip()}
+```
+"""
+
+
+def requirements(packages: dict[str, str | None], devices: Sequence[str]) -> str:
+    """requirements.txt: the libraries that the run used, at its versions."""
+    pins = [f"{name}=={packages[name]}" for name in LIBRARIES if packages.get(name)]
+    extra = "[cuda13]" if any("NVIDIA" in d for d in devices) else "[tpu]" if any("TPU" in d for d in devices) else ""
+    return "\n".join(pin.replace("jax==", f"jax{extra}==") for pin in pins) + "\n"
+
+
+def write_submission(
+    runs: Sequence[Finished], report: dict[str, list[Finding]], about: Author, record: bool, folder: Path, date: str
+) -> dict[str, Any]:
+    """Write the folder; returns submission.json. Raises GolfError where the runs are not one submission."""
+    if folder.exists() and any(folder.iterdir()):
+        raise GolfError(f"{folder}: is not empty; give another --out")
+    codes = {(run.path / "code.pyz").read_bytes() for run in runs}
+    if len(codes) > 1:
+        raise GolfError("the runs did not run the same code (code.pyz differs); submit runs of one program")
+    facts = claims(runs, [f for findings in report.values() for f in findings], about, record, date)
+    data = runs[0].recipe.data
+    if data.train != "embedded":  # where the shards lay is nobody's concern, and their reader's to say
+        data = replace(data, train=Path(data.train).name, val=Path(data.val).name, tokenizer="tokenizer.model")
+    files: dict[str, bytes] = {
+        "train_gpt.py": codes.pop(),
+        "recipe.json": (json.dumps(to_dict(replace(runs[0].recipe, data=data)), indent=1) + "\n").encode(),
+        "tokenizer.model": (runs[0].path / "tokenizer.model").read_bytes(),
+        "requirements.txt": requirements(runs[0].environment["packages"], runs[0].environment["devices"]).encode(),
+        "submission.json": (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode(),
+        "README.md": readme(
+            facts, "\n".join(table(Path(path).name, findings) for path, findings in report.items()), data.train == "embedded"
+        ).encode(),
+    }
+    for run in runs:
+        files[f"train_seed{run.recipe.seed}.log"] = (run.path / "log.txt").read_bytes()
+        files[f"artifact_seed{run.recipe.seed}.golf"] = (run.path / "artifact.golf").read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return facts

@@ -1,0 +1,144 @@
+"""The submission folder: what is refused, what the files say, and that train_gpt.py needs nothing of this checkout."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_recipes import build_text, environment, on_text, tiny
+
+from golf_jax.artifact import pack
+from golf_jax.artifact.code import bundle, raw_code_bytes, unbundle
+from golf_jax.check import check
+from golf_jax.config import GolfError, load_recipe, to_dict
+from golf_jax.data.manifest import sha256_file
+from golf_jax.pipeline import Options, run
+from golf_jax.quant import QTensor
+from golf_jax.submit import main
+
+WHO = ("--author", "A. Name", "--github-id", "aname")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return build_text(tmp_path_factory.mktemp("text") / "data")
+
+
+def finished_run(path, text, seed=42, nats=3_000.0, **over):
+    """What a run leaves behind, made up."""
+    path.mkdir()
+    code, artifact = (
+        bundle("golf_jax.config"),
+        pack({}, {"w": QTensor("float32", "float32", values=np.full((4, 4), seed, "f4"))}, "zstd", 3),
+    )
+    facts = {"targets": 1_000, "covered": 1_000, "duplicates": 0, "order_violations": 0, "updates": 0, "causal": True}
+    score = {"nll_nats": nats, "tokens": 1_000, "bytes": 2_400, "val_loss": nats / 1_000, "val_bpb": nats / 2_400 / math.log(2)}
+    e = score | {"legal": True, "partial": False, "facts": facts | {"normalization_error": 1e-7, "exactly_once": True}}
+    result = {
+        "recipe": "tiny", "steps": 10, "train_seconds": 500.0, "train_and_calibration_seconds": 505.0,
+        "evaluations": {"standard": e | {"seconds": {"compile": 1.0, "score": 2.0, "train": 0.0}}},
+        "artifact_bytes": len(artifact), "code_bytes": len(code), "code_bytes_raw": raw_code_bytes(code),
+        "total_bytes": len(artifact) + len(code), "tokenizer_sha256": sha256_file(text / "tokenizer.model"),
+    } | over  # fmt: skip
+    devices = {"devices": ["cpu"] * 4, "devices_used": 2, "packages": {"jax": "0.10.2", "numpy": "2.4.6", "golf-jax": "0.1.0"}}
+    log = f"step:10/10 train_loss:3.1\nCode size (compressed): {len(code)} bytes\nTotal submission size: {result['total_bytes']} bytes\n"
+    log += f"final_standard_exact val_loss:{score['val_loss']:.8f} val_bpb:{score['val_bpb']:.8f} nats:{nats} tokens:1000 bytes:2400\n"
+    recipe = to_dict(on_text(tiny("baseline"), text)) | {"seed": seed}
+    for name, value in (("config", recipe), ("environment", devices), ("result", result)):
+        (path / f"{name}.json").write_text(json.dumps(value))
+    for name, data in (("log.txt", log.encode()), ("code.pyz", code), ("artifact.golf", artifact)):
+        (path / name).write_bytes(data)
+    (path / "tokenizer.model").write_bytes((text / "tokenizer.model").read_bytes())
+    return path
+
+
+def submit(*paths, out, flags=("--non-record", "--no-rerun")):
+    return main([*map(str, paths), *WHO, *flags, "--out", str(out)])
+
+
+def test_the_folder_says_what_the_runs_measured(tmp_path, text, capsys):
+    runs = [finished_run(tmp_path / f"run{seed}", text, seed, nats) for seed, nats in ((1, 3_000.0), (2, 3_030.0), (3, 3_060.0))]
+    out = tmp_path / "out"
+    assert submit(*runs, out=out) == 0
+    said = json.loads((out / "submission.json").read_text())
+    bpb = [nats / 2_400 / math.log(2) for nats in (3_000.0, 3_030.0, 3_060.0)]
+    assert said["seeds"] == [1, 2, 3] and said["track"] == "non_record_16mb" and said["hardware"] == "2 x cpu"
+    assert said["val_bpb"] == pytest.approx(np.mean(bpb)) and said["val_bpb_std"] == pytest.approx(np.std(bpb, ddof=1))
+    assert said["seed_results"]["2"]["val_loss"] == 3.03
+    assert said["bytes_code"] == (out / "train_gpt.py").stat().st_size
+    assert said["bytes_total"] == max((out / f"artifact_seed{s}.golf").stat().st_size for s in (1, 2, 3)) + said["bytes_code"]
+    assert said["compliance"]["train_under_600s"] and said["compliance"]["three_seeds"]
+    for path, seed in zip(runs, (1, 2, 3), strict=True):
+        assert (out / f"train_seed{seed}.log").read_bytes() == (path / "log.txt").read_bytes()
+    assert unbundle((out / "train_gpt.py").read_bytes()) == unbundle((runs[0] / "code.pyz").read_bytes())
+    assert (out / "requirements.txt").read_text() == "jax==0.10.2\nnumpy==2.4.6\n"
+    assert str(text) not in (out / "recipe.json").read_text() and load_recipe(str(out / "recipe.json")).data.tokenizer == "tokenizer.model"
+    found = check([out], [])[str(out)]  # it is another text than the challenge's, and says so
+    assert {f.rule for f in found if f.status in ("fail", "warning")} <= {"implied bytes", "coverage"}, found
+    assert sum(f.rule == "claims" and f.status == "pass" for f in found) == 12
+    assert str(said["seed_results"]["1"]["val_bpb"])[:9] in (out / "README.md").read_text()
+
+
+def test_a_run_that_fails_is_no_record(tmp_path, text):
+    bad = finished_run(tmp_path / "bad", text, total_bytes=1)
+    with pytest.raises(GolfError, match="no record: .*the files have .*--non-record"):
+        submit(bad, out=tmp_path / "out", flags=("--no-rerun",))
+    assert not (tmp_path / "out").exists()
+    assert submit(bad, out=tmp_path / "out") == 0
+    assert re.search(r"^ *fail +claims ", (tmp_path / "out/README.md").read_text(), re.M)
+    with pytest.raises(GolfError, match="is not empty"):
+        submit(bad, out=tmp_path / "out")
+
+
+def test_another_text_or_machine_is_no_record(tmp_path, text):
+    with pytest.raises(GolfError, match="not the official validation set.*the times are those of 4 x cpu"):
+        submit(finished_run(tmp_path / "run", text), out=tmp_path / "out", flags=("--no-rerun",))
+
+
+def test_runs_that_are_not_one_submission(tmp_path, text):
+    one, same, other = (finished_run(tmp_path / name, text, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    with pytest.raises(GolfError, match="same seed: 1, 1"):
+        submit(one, same, out=tmp_path / "out")
+    (other / "code.pyz").write_bytes(bundle("golf_jax.config.base"))
+    with pytest.raises(GolfError, match="did not run the same code"):
+        submit(one, other, out=tmp_path / "out")
+    (one / "result.json").unlink()
+    with pytest.raises(GolfError, match="has not finished; .*--resume"):
+        submit(one, out=tmp_path / "out")
+    with pytest.raises(GolfError, match="nothing to submit"):
+        main(list(WHO))
+
+
+ALONE = """import importlib.util, os, runpy, sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f)]
+sys.path = [p for p in sys.path if not os.path.isdir(os.path.join(p, "golf_jax"))]
+assert importlib.util.find_spec("golf_jax") is None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_train_gpt_runs_alone_and_scores_the_same(tmp_path, text, programs):
+    """In an otherwise empty folder, in a process that cannot import golf_jax: the same bytes, the same score, and it trains."""
+    recipe = on_text(tiny("baseline", vocab_size=300, seq_len=32), text)
+    result = run(recipe, Options(run_dir=str(tmp_path / "run")))
+    assert submit(tmp_path / "run", out=tmp_path / "out") == 0
+
+    def alone(*arguments: str | Path) -> str:
+        data = ("--data.train", text / "train_*.bin", "--data.val", text / "val_*.bin")
+        command = [sys.executable, "-I", "-c", ALONE, "train_gpt.py", "recipe.json", *map(str, (*arguments, *data))]
+        done = subprocess.run(command, cwd=tmp_path / "out", env=environment(programs), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = alone("--score", f"artifact_seed{recipe.seed}.golf")
+    assert f"{result['artifact_bytes']:,} bytes, SHA-256 {result['sha256']}" in said
+    for name, e in result["evaluations"].items():
+        assert re.search(rf"^{name} .*val_bpb:{e['val_bpb']:.8f} ", said, re.M), said
+    alone("--budget.steps", "2", "--schedule.warmdown-steps", "1", "--run-dir", "again")
+    assert json.loads((tmp_path / "out/again/result.json").read_text())["steps"] == 2
