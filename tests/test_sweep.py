@@ -40,7 +40,7 @@ def test_what_cannot_be_varied(vary, word):
 
 def made_up(point, directory, devices, environment):
     """What a run leaves that a sweep reads; the setting that cannot train ends with a complaint."""
-    if point.recipe.optim.clip_norm < 0:
+    if point.recipe.optim.clip_norm > 50:
         return "error: clip_norm"
     directory.mkdir()
     loss = 3.0 + 0.1 * point.recipe.seed - 0.01 * point.recipe.optim.clip_norm * (1 + 0.01 * point.recipe.seed)
@@ -67,12 +67,12 @@ def test_table_and_going_on(tmp_path, monkeypatch, capsys):
     assert float(rows[0]["val_bpb"]) == pytest.approx((3.1 - 0.00303) / 2)
     for text in (first, (folder / "sweep.md").read_text()):
         assert "Better than optim.clip_norm=0.3 beyond the noise: optim.clip_norm=1.0 by 0.00714 nats per token." in text
-    arguments[arguments.index("optim.clip_norm=0.3,1")] = "optim.clip_norm=0.3,1,-1"
+    arguments[arguments.index("optim.clip_norm=0.3,1")] = "optim.clip_norm=0.3,1,99"
     asked.clear()
     assert sweep.main(arguments) == 1
     again = capsys.readouterr().out
-    assert sorted(asked) == [f"optim.clip_norm=-1-seed={s}" for s in (1, 2, 3)]
-    assert "6 of them finished before" in again and "optim.clip_norm=-1-seed=2: error: clip_norm" in again
+    assert sorted(asked) == [f"optim.clip_norm=99-seed={s}" for s in (1, 2, 3)]
+    assert "6 of them finished before" in again and "optim.clip_norm=99-seed=2: error: clip_norm" in again
     with pytest.raises(GolfError, match="holds another run .*num_layers"):
         sweep.main([*arguments, "--model.num-layers", "2"])
 

@@ -148,7 +148,6 @@ def byte_budget(records: Sequence[Record], pictures: Sequence[Picture]) -> Secti
                     w.label,
                     str(w.tensors),
                     f"{w.items:,}",
-                    f"{w.raw_bytes:,}",
                     f"{w.entropy_bytes:,.0f}",
                     f"{w.stored_bytes:,}",
                     f"{8 * w.stored_bytes / w.items:.3f}",
@@ -161,8 +160,8 @@ def byte_budget(records: Sequence[Record], pictures: Sequence[Picture]) -> Secti
                 "total": r.ledger.total_bytes,
                 "left of the cap": r.ledger.headroom_bytes,
             }
-            rows += [[name, "", "", "", "", f"{count:,}", ""] for name, count in totals.items()]
-            heads = ("stream", "tensors", "values", "raw bytes", "entropy", "stored", "bits/value")
+            rows += [[name, "", "", "", f"{count:,}", ""] for name, count in totals.items()]
+            heads = ("stream", "tensors", "values", "entropy", "stored", "bits/value")
             tables.append(Table(heads, rows, f"{r.name}: {r.ledger.total_bytes:,} of {CAP_BYTES:,} bytes"))
     return Section("Bytes", [f"{r.name} has no artifact yet." for r in records if not r.ledger], pictures, tables)
 
