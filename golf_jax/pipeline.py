@@ -9,11 +9,13 @@ import hashlib
 import lzma
 import platform as host
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import zstandard
 from jax.sharding import Mesh
 
@@ -38,7 +40,7 @@ from golf_jax.model import count, resolve, to_tensors
 from golf_jax.opening import load
 from golf_jax.plan import check_data, check_devices, check_plan
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
-from golf_jax.progress import Log
+from golf_jax.progress import Log, Progress
 from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.keep import Keeper
@@ -226,8 +228,14 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
     hessians = None
     if recipe.quant.gptq_batches:  # over rank 0's first training batches (docs/recipes/pr2005.md, section 5.2)
         loader = _make_loader(plan, slice(0, recipe.data.rows_per_rank))
-        batches = (loader.next_batch()[0] for _ in range(recipe.quant.gptq_batches))
-        hessians = collect_hessians(recipe.model, trained.params, batches, plan.mesh)
+        progress = Progress(run.log, "Hessians: batches", recipe.quant.gptq_batches)
+
+        def batches() -> Iterator[np.ndarray]:
+            for done in range(recipe.quant.gptq_batches):
+                yield loader.next_batch().inputs
+                progress.at(done + 1)
+
+        hessians = collect_hessians(recipe.model, trained.params, batches(), plan.mesh)
     data_seconds = trained.seconds + (time.perf_counter() - begin if hessians is not None else 0.0)
     if hessians is not None:  # they read training data, so their time counts with training
         run.log(f"collected {len(hessians)} Hessians; training data read until {data_seconds:.1f} s on the clock")
@@ -239,6 +247,7 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
         code_bytes=code_bytes,
         hessians=hessians,
         score=lambda params: validate(params).score.bpb,
+        log=run.log,
     )
     seconds = time.perf_counter() - begin
     run.log(f"quantized and packed in {seconds:.1f} s; {packed.fit}")

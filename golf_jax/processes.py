@@ -1,7 +1,9 @@
 """Processes and what they share: joining a cluster, messages, a CPU as several devices, the cache of compiled programs."""
 
 import contextlib
+import hashlib
 import itertools
+import json
 import math
 import os
 import re
@@ -146,3 +148,29 @@ def split_cpu(asked: int, sequences: int) -> None:
         return
     with contextlib.suppress(RuntimeError):  # make_mesh says what is missing
         jax.config.update("jax_num_cpu_devices", max(asked, 0) or math.gcd(sequences, 8, 1 << cores().bit_length() - 1))
+
+
+class CompileTimes:
+    """How long programs took to compile on this machine, by a text that names them: what `compiling ...` can promise next time."""
+
+    def __init__(self) -> None:
+        self._file = cache_directory() / "compile_seconds.json"
+
+    def _read(self) -> dict[str, float]:
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self._file.read_text())
+            return found if isinstance(found, dict) else {}
+        return {}
+
+    def last(self, key: str) -> str:
+        """`, 17 s last time`, or nothing."""
+        seconds = self._read().get(_short(key))
+        return f", {seconds:.0f} s last time" if isinstance(seconds, int | float) else ""
+
+    def keep(self, key: str, seconds: float) -> None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs only this line
+            self._file.write_text(json.dumps(self._read() | {_short(key): round(seconds, 1)}))
+
+
+def _short(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:16]

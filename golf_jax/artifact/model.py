@@ -17,6 +17,7 @@ from golf_jax.config import CAP_BYTES, EvalConfig, ModelConfig, QuantConfig, Rec
 from golf_jax.config.base import check
 from golf_jax.files import read_bytes
 from golf_jax.model.params import from_tensors, leaves, tensor_names, to_tensors
+from golf_jax.progress import Log
 from golf_jax.quant import QTensor, check_quant, dequantize_all, rules_for
 from golf_jax.quant.fit import FitReport, fit_to_cap
 
@@ -81,6 +82,7 @@ def pack_model(
     code_bytes: int,
     hessians: Mapping[str, np.ndarray] | None = None,
     score: Callable[[dict[str, np.ndarray]], float] | None = None,
+    log: Log | None = None,
 ) -> Packed:
     """Quantize and pack; steps grow by one factor if code and model would exceed the cap. `code_bytes`: what the code takes of it.
 
@@ -109,7 +111,7 @@ def pack_model(
         return score(from_tensors(recipe.model, dequantize_all(qtensors)))
 
     rules, budget = rules_for(recipe.model, recipe.quant), CAP_BYTES - code_bytes
-    quant, data, fit = fit_to_cap(tensors, rules, budget, encode, hessians=hessians, score=bpb if score else None)
+    quant, data, fit = fit_to_cap(tensors, rules, budget, encode, hessians=hessians, score=bpb if score else None, log=log)
     return Packed(data, ledger(data, code_bytes), quant, fit)
 
 

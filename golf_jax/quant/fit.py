@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from golf_jax.config import GolfError, QuantConfig
+from golf_jax.progress import Log
 from golf_jax.quant.rules import quantize
 from golf_jax.quant.schemes import FLOATS, QTensor, dequantize
 
@@ -60,6 +61,7 @@ def fit_to_cap(
     score: Callable[[dict[str, QTensor]], float] | None = None,
     slack: float = 0.002,
     max_trials: int = 8,
+    log: Log | None = None,
 ) -> tuple[QuantConfig, bytes, FitReport]:
     """(config, encoded, report): the tensors quantized by `config` and encoded, in at most `budget_bytes`.
 
@@ -73,7 +75,7 @@ def fit_to_cap(
 
     def attempt(log_factor: float) -> _Trial:
         candidate = scale_steps(config, 2.0**log_factor)
-        quantized = quantize(tensors, candidate, hessians)
+        quantized = quantize(tensors, candidate, hessians, log)
         trial = _Trial(2.0**log_factor, candidate, quantized, encode(quantized))
         trials.append((trial.factor, len(trial.data)))
         return trial

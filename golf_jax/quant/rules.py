@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from golf_jax.config import GolfError, ModelConfig, QuantConfig, QuantRule
+from golf_jax.progress import Log, Progress
 from golf_jax.quant.rounding import prune_by_magnitude
 from golf_jax.quant.schemes import QTensor, apply_rule, check_shape, scheme_of
 
@@ -40,7 +41,10 @@ def rules_for(model: ModelConfig, config: QuantConfig) -> QuantConfig:
 
 
 def quantize(
-    tensors: Mapping[str, np.ndarray], config: QuantConfig, hessians: Mapping[str, np.ndarray] | None = None
+    tensors: Mapping[str, np.ndarray],
+    config: QuantConfig,
+    hessians: Mapping[str, np.ndarray] | None = None,
+    log: Log | None = None,
 ) -> dict[str, QTensor]:
     """All tensors pruned and quantized by the rules of `config`, in the order given.
 
@@ -49,7 +53,9 @@ def quantize(
     or scale beyond float16.
     """
     layers, result = count_layers(tensors), {}
+    progress = Progress(log, "quantized: tensors", len(tensors))
     for name, w in tensors.items():
+        progress.at(len(result))
         w = np.asarray(w)
         if w.dtype.name not in ("float32", "bfloat16"):
             raise GolfError(f"{name}: dtype {w.dtype.name} cannot be quantized, only float32 and bfloat16")

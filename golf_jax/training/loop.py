@@ -15,10 +15,11 @@ from golf_jax.config import GolfError, Recipe
 from golf_jax.data.loader import Batch, Loader
 from golf_jax.data.prefetch import Prefetcher
 from golf_jax.kernels.attention import assert_backend
-from golf_jax.mesh import put_replicated, rows
+from golf_jax.mesh import platform, put_replicated, rows
 from golf_jax.optim import schedules
 from golf_jax.optim.averaging import swa_mean
 from golf_jax.optim.schedules import Clock
+from golf_jax.processes import CompileTimes
 from golf_jax.training.checkpoints import Found
 from golf_jax.training.clock import TrainingClock
 from golf_jax.training.keep import Keeper
@@ -55,13 +56,15 @@ def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -
     tokens = np.zeros((recipe.data.ranks * recipe.data.rows_per_rank, recipe.data.seq_len), np.int32)
     zeros = jax.make_array_from_callback(tokens.shape, rows(mesh), lambda index: tokens[index])
     inputs = put_replicated(mesh, step_inputs(recipe, Clock(0, 0.0)))
-    compiled, seconds = {}, {}
+    compiled, seconds, times = {}, {}, CompileTimes()
     for phase in phases(recipe):
-        run.log(f"compiling {phase.name}")
+        key = f"{graph(recipe)} {phase} {mesh.size} {platform(mesh)}"
+        run.log(f"compiling {phase.name}{times.last(key)}")
         begin = time.perf_counter()
         step = compiled[phase] = compile_step(graph(recipe), mesh, phase)
         assert_backend(step.as_text(), recipe.model.attention)
         seconds[phase.name] = time.perf_counter() - begin
+        times.keep(key, seconds[phase.name])
         jax.block_until_ready(step(jax.tree.map(jnp.copy, state), Batch(zeros, zeros), inputs))
         first = time.perf_counter() - begin - seconds[phase.name]
         run.log(f"compiled {phase.name} in {seconds[phase.name]:.1f} s, first run {first:.1f} s")

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -86,8 +87,15 @@ class RunDir:
     def log(self, line: str) -> None:
         """One line to the terminal and to log.txt."""
         if self.main:
-            self._print(f"{self._erase()}{line}\n")
+            self._print(f"{self._erase()}{self._wrapped(line)}\n")
             self._append(self._log, line)
+
+    def _wrapped(self, line: str) -> str:
+        """Long lines broken between words where a terminal would break them anywhere; log.txt has them whole."""
+        if not self._erase():
+            return line
+        width = os.get_terminal_size().columns
+        return "\n".join(textwrap.fill(part, width, subsequent_indent="    ") if len(part) > width else part for part in line.split("\n"))
 
     def _erase(self) -> str:
         return "\r\x1b[K" if self._terminal and self._terminal.isatty() else ""
