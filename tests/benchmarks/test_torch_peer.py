@@ -43,7 +43,7 @@ def tiny(name: str) -> Recipe:
         recipe,
         model=replace(recipe.model, **small),
         data=DataConfig(seq_len=24, ranks=2, rows_per_rank=2),
-        eval=replace(recipe.eval, stride=8),
+        eval=replace(recipe.eval, sliding=SlidingConfig(stride=8)),
         numerics="fp32",
         micro_rows=2,
     )
