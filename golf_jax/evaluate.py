@@ -111,7 +111,7 @@ def from_pytorch(path: str, recipe: str, config_path: str) -> Subject:
         settings = json.loads(_read(config_path)) if config_path else {}
     except ValueError as error:
         raise GolfError(f"{config_path}: not JSON ({error})") from None
-    tensors = read_packed(recipe, data) if path.endswith(".ptz") else read_checkpoint(path)
+    tensors = read_packed(data) if path.endswith(".ptz") else read_checkpoint(path)
     config, params = from_torch(recipe, settings, tensors)
     run = load_recipe(recipe)
     config = replace(config, dtype="auto", attention="auto", rope_bf16_frequencies=run.model.rope_bf16_frequencies)

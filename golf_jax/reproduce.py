@@ -36,31 +36,29 @@ class Arguments:
 
 
 def reproduce(path: Path, only: str = "", devices: int = 1) -> tuple[str, list, dict[str, str]]:
-    """(recipe, results of every check that applies to `path`, what could not be checked here and why); prints each row as it is there."""
-    from golf_jax.interop.checks import CHECKS, Context, applicable, detect
+    """(recipe, results of every section of the set, what could not be checked here and why); prints each row as it is there."""
+    from golf_jax.interop.checks import CHECKS, Set, run
 
-    ctx = Context(detect(path), path, devices)
-    names = applicable(ctx)
     if unknown := set(filter(None, only.split(","))) - set(CHECKS):
-        raise GolfError(f"--only {', '.join(sorted(unknown))}: no such check; known: {', '.join(CHECKS)}")
-    if only:
-        names = [name for name in names if name in only.split(",")]
+        raise GolfError(f"--only {', '.join(sorted(unknown))}: no such section; known: {', '.join(CHECKS)}")
+    refs = Set(path, devices)
+    names = [name for name in CHECKS if name in refs.json["sections"] and (not only or name in only.split(","))]
     if not names:
-        raise GolfError(f"{path}: no reference file of the golden layout that a check reads (model.npz, grads.npz, train.npz, ...)")
-    print(f"{ctx.recipe}: {path}\n{'check':58} {'tensors':>7} {'max abs':>10} {'max rel':>10} {'tolerance':>18}  ok")
+        raise GolfError(f"{path}: no section to check; it has {', '.join(refs.json['sections'])}")
+    print(f"{refs.json['recipe']}: {path}\n{'check':58} {'items':>7} {'max abs':>10} {'max rel':>10} {'tolerance':>18}  ok")
     results, begin = [], time.perf_counter()
     for name in names:
-        for r in CHECKS[name].run(ctx):
+        for r in run(refs, name):
             results.append(r)
             tolerance = "equal" if r.measure == "equal" and not r.tolerance else f"{r.tolerance:.1e} {r.measure}"
             miss = "" if r.ok else f" <- {r.worst}"
             row = f"{r.name:58} {r.compared:7d} {r.max_abs:10.2e} {r.max_rel:10.2e} {tolerance:>18}"
             print(f"{row}  {'ok' if r.ok else 'MISS'}{miss}", flush=True)
-    for name, why in ctx.not_checked.items():
+    for name, why in refs.not_checked.items():
         print(f"{name:58} not checked: {why}")
-    missed = sum(not r.ok for r in results)
-    print(f"{len(results)} checks in {time.perf_counter() - begin:.0f} s, {missed or 'none'} missed")
-    return ctx.recipe, results, ctx.not_checked
+    missed, items = sum(not r.ok for r in results), sum(r.compared for r in results)
+    print(f"{len(results)} checks of {items} items in {time.perf_counter() - begin:.0f} s, {missed or 'none'} missed")
+    return refs.json["recipe"], results, refs.not_checked
 
 
 def main(argv: list[str]) -> int:
