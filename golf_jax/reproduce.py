@@ -1,10 +1,11 @@
-"""Does this implementation compute what a pull request's PyTorch script computed? Reference tensors in, a table of errors out.
+"""Does this implementation compute what a PyTorch script computed? A reference set in, a table of errors out.
 
-    python -m golf_jax.reproduce DIR [--json FILE] [--only model,train]
+    python -m golf_jax.reproduce SET [--json FILE] [--only model,train]
+    python -m golf_jax.reproduce --check-format SET
 
-DIR: reference files of one PR (model.npz, grads.npz, train.npz, ...; widths, seeds and lengths may be any), or one portable npz file.
-Every check whose file is there runs. What needs an absent extra (torch, for the PRs' pickled artifacts) is named as not checked.
-Exit status 0: all within tolerance; 1: a miss; 2: bad input, told in one line.
+SET: a directory with reference.json and npz files, or one portable npz file (docs/reference-format.md), of any recipe or recipe file,
+with any of the format's sections. The set brings its tolerances. What cannot be computed here is named as not checked.
+Exit status 0: all within tolerance; 1: a miss, or a set that does not conform; 2: bad input, told in one line.
 """
 
 import dataclasses
@@ -26,11 +27,13 @@ class Arguments:
     """See the module."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A directory of reference tensors, or one portable npz file."""
+    """A reference set: a directory, or one portable npz file."""
+    check_format: bool = False
+    """Only say whether the set conforms to the format."""
     json: Path | None = None
     """Write the results here as JSON."""
     only: str = ""
-    """Only these checks, separated by commas."""
+    """Only these sections, separated by commas."""
     devices: int = 1
     """Devices for training and evaluation: the results do not depend on it."""
 
@@ -66,6 +69,12 @@ def main(argv: list[str]) -> int:
     from golf_jax.processes import split_cpu  # jax reads JAX_PLATFORMS when it is imported: not before the line at the end has set it
 
     split_cpu(args.devices, sequences=1)
+    if args.check_format:
+        from golf_jax.interop.checks.conformity import problems
+
+        found = problems(args.path)
+        print("\n".join([f"{args.path}: {f'{len(found)} problems' if found else 'conforms'}", *(f"  {line}" for line in found)]))
+        return int(bool(found))
     recipe, results, not_checked = reproduce(args.path, args.only, args.devices)
     if args.json:
         document = {"recipe": recipe, "checks": [dataclasses.asdict(r) for r in results], "not_checked": not_checked}

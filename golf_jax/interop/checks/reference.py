@@ -215,6 +215,10 @@ class Case:
             name = self.refs.case("/".join(name.removeprefix("own/").split("/")[:2])).settings.get("params", "main")
         return name if f"params/{name}" in self.refs.items else next(w[7:] for w in self.refs.items if w.startswith("params/"))
 
+    def tensors_stored(self) -> Arrays:
+        """The stored parameters that the case is about in the end: their shapes are those of its weights."""
+        return stored_tensors(self.refs, self._params_case()) if self._has_params() else {}
+
     @cached_property
     def tensors(self) -> Arrays:
         """The weights of the case, by the challenge's names and in its orientation."""
@@ -255,12 +259,17 @@ class Case:
                 return
 
     def _tolerance(self, item: str) -> tuple[str, list[dict[str, Any]]]:
-        for given in self._given:
-            keys = [k for k in given if f"{item}/".startswith(f"{k}/")]
-            if keys:
-                key = max(keys, key=len)
-                return key, given[key] if isinstance(given[key], list) else [given[key]]
+        if found := self.tolerated(item):
+            given, key = found
+            return key, given[key] if isinstance(given[key], list) else [given[key]]
         raise GolfError(f"{self.refs.path}: {self.where}: no tolerance for {item}")
+
+    def tolerated(self, item: str) -> tuple[dict[str, Any], str] | None:
+        """The tolerances of the case, or of its section, and the longest key in them that the item begins with."""
+        for given in self._given:
+            if keys := [k for k in given if f"{item}/".startswith(f"{k}/")]:
+                return given, max(keys, key=len)
+        return None
 
     def compare(self, ours: Mapping[str, Any], start: Mapping[str, Any] | None = None) -> None:
         """Every stored item and fact that the section computes, by the format's names; the others are named as not checked.
