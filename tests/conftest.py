@@ -27,6 +27,12 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def references() -> Path:
+    """The portable reference sets that the repository carries."""
+    return GOLDEN.parent / "reference"
+
+
+@pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cache of compiled programs, for this process (`quick_compilation`) and for those that tests start."""
     return tmp_path_factory.mktemp("programs")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from evaluation.golden_models import Portable
 
 from golf_jax import evaluate
 from golf_jax.artifact.model import pack_model
@@ -15,8 +16,6 @@ from golf_jax.config import DataConfig, EvalConfig, GolfError, ModelConfig, Quan
 from golf_jax.data.shards import write_shard
 from golf_jax.data.tokenizer import Tokenizer, train_bpe
 from golf_jax.evaluation import evaluate_standard
-from golf_jax.interop.checks.base import Reference
-from golf_jax.interop.checks.evaluation import byte_tables
 from golf_jax.mesh import make_mesh
 from golf_jax.model import init_params
 
@@ -133,14 +132,14 @@ def test_a_fresh_process_in_another_folder_gives_the_same_score(folder, capsys, 
 
 def test_a_pytorch_checkpoint_is_scored(golden, tmp_path):
     torch = pytest.importorskip("torch")
-    z = Reference(golden / "pr638.npz")
-    torch.save({name: torch.from_numpy(x) for name, x in z.under("param/").items()}, tmp_path / "final_model.pt")
-    (tmp_path / "config.json").write_text(json.dumps(z.config() | {"train_seq_len": 32}))
+    case = Portable(638, golden)
+    state = {n.removeprefix("param/"): torch.from_numpy(x) for n, x in case.z.items() if n.startswith("param/")}
+    torch.save(state, tmp_path / "final_model.pt")
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(str(case.z["config"])) | {"train_seq_len": 32}))
     subject = evaluate.from_pytorch(str(tmp_path / "final_model.pt"), "pr638", str(tmp_path / "config.json"))
     assert subject.seq_len == 32 and subject.eval.windows == "tail"
-    tokens = z["eval_tokens"].astype(np.uint16)
-    result = evaluate_standard(subject.config, subject.params, tokens, byte_tables(z), seq_len=32, mesh=make_mesh(1))
-    assert result.score.nll_nats == pytest.approx(float(z["standard/nll_sum"]), rel=1e-5)
+    result = evaluate_standard(subject.config, subject.params, case.tokens, case.tables, seq_len=32, mesh=make_mesh(1))
+    assert result.score.nll_nats == pytest.approx(case.sums("standard")[0], rel=1e-5)
 
 
 def test_the_embedded_corpus_is_the_default_text_of_models_trained_on_it(folder, tmp_path, monkeypatch, capsys):

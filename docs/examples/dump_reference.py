@@ -35,7 +35,7 @@ def forward(p, tokens):
         w = {n.removeprefix(f"blocks.{i}."): t for n, t in p.items()}
         x = x if i == 0 else x + p["skip_weights"][0] * skip
         x = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
-        heads = lambda name, n, z=norm(x), w=w: (z @ w[name].T).unflatten(-1, (n, K)).transpose(1, 2)  # noqa: E731
+        heads = lambda name, n, z=norm(x), w=w: (z @ w[name].T).unflatten(-1, (n, K)).transpose(1, 2)  # noqa: E731, B008
         q, k, v = (heads(f"attn.{name}.weight", n) for name, n in (("c_q", H), ("c_k", G), ("c_v", G)))
         q, k = (turn(*norm(z).chunk(2, -1)) for z in (q, k))
         q = q * w["attn.q_gain"][:, None, None]

@@ -1,5 +1,6 @@
 """The small reference models of tests/golden, and a still smaller one for tests of structure."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -7,8 +8,7 @@ import numpy as np
 
 from golf_jax.config import ModelConfig
 from golf_jax.data.tokenizer import ByteTables
-from golf_jax.interop.checks.base import Context
-from golf_jax.interop.checks.evaluation import byte_tables
+from golf_jax.interop import from_torch
 from golf_jax.model import init_params
 
 
@@ -16,11 +16,13 @@ class Portable:
     """tests/golden/prN.npz: model, tokens and byte tables of one PR; rows of 32, stride 8."""
 
     def __init__(self, pr: int, folder: Path) -> None:
-        context = Context(f"pr{pr}", folder / f"pr{pr}.npz")
-        self.z, model = context.file("portable"), context.model("portable")
-        self.config, self.params = model.config, model.params
+        self.z = dict(np.load(folder / f"pr{pr}.npz"))
+        state = {k.removeprefix("param/"): x for k, x in self.z.items() if k.startswith("param/")}
+        self.config, self.params = from_torch(f"pr{pr}", json.loads(str(self.z["config"])), state)
         self.tokens = self.z["eval_tokens"].astype(np.uint16)
-        self.tables = byte_tables(self.z)
+        tables = {k: x for k, x in self.z.items() if k.startswith("lut")}
+        base, space, boundary = (next(x for k, x in tables.items() if p in k) for p in ("base_bytes", "leading_space", "boundary"))
+        self.tables = ByteTables(base.astype(np.int16), space.astype(bool), boundary.astype(bool))
 
     def sums(self, tag: str) -> tuple[float, int, int]:
         return float(self.z[f"{tag}/nll_sum"]), int(self.z[f"{tag}/token_count"]), int(self.z[f"{tag}/byte_count"])

@@ -43,11 +43,11 @@ def check_model(case: Case) -> None:
     ours = {"logits": out, "nll": losses, "loss": losses.mean(dtype=np.float64), "logsumexp": np.log(np.exp(wide).sum(-1))}
     encoder, decoder = config.layer_order(looping)
     ours["layer_order"] = np.array(encoder + decoder)
-    ours |= {f"acts/{name}": x for name, x in _activations(taps).items()} | _hash_ids(config, x)
+    ours |= {f"acts/{name}": x for name, x in activations(taps).items()} | hash_ids(config, x)
     case.compare(ours)
 
 
-def _activations(taps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def activations(taps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Taps by the format's names: without the layer, and with plain attention beside XSA's."""
     named = {"/".join(name.split("/")[:1] + name.split("/")[2:]) if name.count("/") == 2 else name: x for name, x in taps.items()}
     for step in [name.split("/")[0] for name in named if name.endswith("/q")]:
@@ -56,7 +56,7 @@ def _activations(taps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return named
 
 
-def _hash_ids(config: ModelConfig, tokens: np.ndarray) -> dict[str, Any]:
+def hash_ids(config: ModelConfig, tokens: np.ndarray) -> dict[str, Any]:
     found, ids = {}, jnp.asarray(tokens, jnp.int32)
     if config.bigram_buckets:
         found["ids/bigram"] = ops.bigram_ids(ids, config.bigram_buckets)
