@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from golf_jax.config import GolfError
-from golf_jax.interop import from_torch, model_config, to_torch
+from golf_jax.config import GolfError, load_recipe
+from golf_jax.interop import export_safetensors, from_torch, import_safetensors, model_config, to_torch
 from golf_jax.interop.hparams import RECIPES, hyperparameters
+from golf_jax.interop.torch_names import guess_recipe, tensor_shapes
 from golf_jax.model.params import count, to_tensors
 
 
@@ -89,3 +90,26 @@ def test_parts_that_do_not_exist_here_are_refused_by_name(recipe, settings, name
 
 def test_switched_off_parts_are_no_part():
     assert model_config("pr372", {"value_residual": 0, "mtp_num_heads": "0", "normuon": "False"}).width == 512
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_recipe_is_told_by_names_and_shapes(recipe):
+    shapes = tensor_shapes(load_recipe(recipe).model)
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    assert guess_recipe(tensors, "x.pt") == recipe
+    with pytest.raises(GolfError, match=f"nearest is {recipe}.*tok_emb.weight"):
+        guess_recipe(tensors | {"tok_emb.weight": np.zeros((3, 3), np.float32)}, "x.pt")
+
+
+def test_safetensors_round_trip_and_damage(golden, tmp_path):
+    settings, state = load(golden, "pr1182")
+    config, params = from_torch("pr1182", settings, state)
+    path = tmp_path / "model.safetensors"
+    export_safetensors(config, params, path)
+    back = import_safetensors(config, path)
+    assert set(back) == set(params) and all(np.array_equal(back[k], params[k]) for k in params)
+    data = path.read_bytes()
+    for damaged in (data[:-1], data + b"x", b"", b"\xff" * 40):
+        path.write_bytes(damaged)
+        with pytest.raises(GolfError, match="model.safetensors"):
+            import_safetensors(config, path)
