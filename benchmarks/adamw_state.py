@@ -40,7 +40,8 @@ def forms(recipe: Recipe, devices: int) -> tuple[dict, dict[str, tuple]]:
     low = jnp.bfloat16 if recipe.numerics == "as_run" else jnp.float32
     stored = {n: low if n in recipe.model.bf16_params else jnp.float32 for n in described}
     params = {n: jax.ShapeDtypeStruct(described[n].shape, stored[n]) for n, g in groups.items() if g.kind == "adamw"}
-    rule = scale_by_adam(*recipe.optim.betas, recipe.optim.eps)
+    first = next(g for g in recipe.optim.groups if g.kind == "adamw")
+    rule = scale_by_adam(*first.betas, first.eps)
 
     def apply(params, direction):
         return {n: (p.astype(jnp.float32) - 0.01 * direction[n].astype(jnp.float32)).astype(p.dtype) for n, p in params.items()}

@@ -43,12 +43,15 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golf_jax.config import load_recipe  # noqa: E402
+from golf_jax.data.loader import Batch  # noqa: E402
 from golf_jax.kernels.attention import assert_backend, xsa_attention  # noqa: E402
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy  # noqa: E402
 from golf_jax.mesh import replicated, rows  # noqa: E402
-from golf_jax.model import init_params, resolve  # noqa: E402
-from golf_jax.training.state import make_state, state_specs  # noqa: E402
-from golf_jax.training.step import StepInputs, make_step  # noqa: E402
+from golf_jax.model import resolve  # noqa: E402
+from golf_jax.optim.schedules import Clock  # noqa: E402
+from golf_jax.training.phases import phases  # noqa: E402
+from golf_jax.training.state import state_shapes  # noqa: E402
+from golf_jax.training.step import make_step, step_inputs  # noqa: E402
 
 BATCH, T, H, G, WIDTH = 48, 2048, 8, 4, 512
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -64,7 +67,7 @@ class Program(NamedTuple):
 
 
 def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
-    """Attention forward and backward by backend, and the head with its cross entropy, batch-sharded."""
+    """Attention forward and backward by backend, inside documents too, and the head with its cross entropy, batch-sharded."""
     batch = BATCH * mesh.size
 
     sharded = P("data")
@@ -89,6 +92,16 @@ def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
             name = f"{backend} attention{', xsa' if xsa else ''}"
             yield Program(f"{name}: forward", local(attention, *[sharded] * 3, out=sharded), (q, kv, kv), backend)
             yield Program(f"{name}: forward and backward", local(with_gradients, *[sharded] * 4, out=sharded), (q, kv, kv, q), backend)
+    for sequences, length in ((BATCH, T), (1, BATCH * T)):  # documents inside 48 rows, and packed into one
+        q, kv = (array(sequences * mesh.size, length, heads, head_dim) for heads in (H, G))
+        first = array(sequences * mesh.size, length, dtype=jnp.int32)
+
+        def inside_documents(q, k, v, first, dy):
+            y, pullback = jax.vjp(lambda q, k, v: xsa_attention(q, k, v, xsa=True, first_BS=first, backend="pallas"), q, k, v)
+            return y, *pullback(dy)
+
+        name = f"pallas attention, xsa, documents in rows of {length}: forward and backward"
+        yield Program(name, local(inside_documents, *[sharded] * 5, out=sharded), (q, kv, kv, first, q), "pallas")
     for vocab in (1024, 8192):
 
         def loss(x, table, targets):
@@ -105,18 +118,14 @@ def step_programs(mesh: Mesh, recipes: list[str], backends: list[str]) -> Iterat
     for name, backend in [(name, backend) for name in recipes for backend in backends]:
         recipe = load_recipe(name)
         recipe = replace(recipe, model=resolve(replace(recipe.model, attention=backend), "gpu"))
-        state = jax.eval_shape(
-            lambda recipe=recipe: make_state(recipe, init_params(recipe.model, jax.random.key(0), recipe.numerics), mesh.size)
-        )
-        shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs(state))
-        shaped = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        state = state_shapes(recipe, mesh)
         d = recipe.data
         tokens = jax.ShapeDtypeStruct((d.ranks * d.rows_per_rank, d.seq_len), jnp.int32, sharding=rows(mesh))
-        kinds = StepInputs(*[jnp.float32] * 4, jnp.bool_)
-        inputs = jax.tree.map(lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh)), kinds)
-        for looping in (False, True) if recipe.model.loop_repeats else (False,):
-            step = make_step(recipe, mesh, state, looping=looping)
-            yield Program(f"{name} step, {backend}{', looping' * looping}", step, (shaped, tokens, tokens, inputs), backend)
+        kinds = step_inputs(recipe, Clock(0, 0.0))
+        inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated(mesh)), kinds)
+        for phase in phases(recipe):
+            arguments = (state, Batch(tokens, tokens), inputs)
+            yield Program(f"{name} {phase.name}, {backend}", make_step(recipe, mesh, phase), arguments, backend)
 
 
 @contextlib.contextmanager

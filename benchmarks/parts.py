@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from golf_jax.config import ModelConfig, Recipe
+from golf_jax.config import GroupConfig, ModelConfig, Recipe
 from golf_jax.kernels.attention import xsa_attention
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.mesh import AXIS, REPLICATED
 from golf_jax.model.layers import linears
-from golf_jax.optim.averaging import ema_update
+from golf_jax.optim.averaging import EMAScalars, ema_update
+from golf_jax.optim.optimizer import group_scalars
 from golf_jax.training.state import TrainState, optimizer, state_specs
 
 
@@ -103,10 +104,14 @@ def model_parts(config: ModelConfig, rows: int, seq_len: int, micros: int, loopi
     return parts
 
 
-def newton_schulz_flops(state: TrainState, steps: int, shards: int) -> float:
-    """Of one device: X X^T, its square, and their product with X, for every matrix of the stacks."""
-    stacks = jax.tree.leaves(state.opt["stacks"])
-    return sum(steps * g * (4 * m * m * n + 2 * m**3) for g, m, n in (s.shape for s in stacks)) / shards
+def newton_schulz_flops(recipe: Recipe, state: TrainState, shards: int) -> float:
+    """Of one device: X X^T, its square, and their product with X, for every matrix and step of the Muon groups."""
+    shapes = [(group.newton_schulz_steps, x.shape) for group in muon_groups(recipe) for x in jax.tree.leaves(state.opt[group.name])]
+    return sum(steps * g * (4 * m * m * n + 2 * m**3) for steps, (g, m, n) in shapes) / shards
+
+
+def muon_groups(recipe: Recipe) -> list[GroupConfig]:
+    return [group for group in recipe.optim.groups if group.kind == "muon"]
 
 
 def optimizer_parts(recipe: Recipe, mesh: Mesh, state: TrainState) -> list[Part]:
@@ -115,10 +120,10 @@ def optimizer_parts(recipe: Recipe, mesh: Mesh, state: TrainState) -> list[Part]
     opt = optimizer(recipe, state.params, devices, AXIS if devices > 1 else None)
 
     def update(grads, state):
-        scalars = dict(lr_factor=jnp.float32(1), momentum=jnp.float32(0.95), clip_norm=jnp.float32(1))
-        updates, opt_state = opt.update(grads, state.opt, state.params, **scalars)
+        scalars = dict(lr_factor=jnp.float32(1), groups=group_scalars(recipe.optim, 0), clip_norm=jnp.float32(1))
+        updates, opt_state, _ = opt.update(grads, state.opt, state.params, **scalars)
         params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else ema_update(state.ema, params, recipe.schedule.ema_decay)  # type: ignore[arg-type]
+        ema = None if state.ema is None else ema_update(state.ema, params, EMAScalars.of(recipe.schedule.ema_decay))  # type: ignore[arg-type]
         return state._replace(params=params, opt=opt_state, ema=ema)
 
     def communicate(grads, stacks):
@@ -131,14 +136,14 @@ def optimizer_parts(recipe: Recipe, mesh: Mesh, state: TrainState) -> list[Part]
     matrices = {"q", "k", "v", "o", "up", "down"}
     grads = jax.tree.map(lambda p: 1e-3 * jnp.ones_like(p), state.params)
     state = state._replace(stale=None)
-    specs = state_specs(state)
+    specs = state_specs(recipe)
 
     def sharded(fn, in_specs, out_specs):
         return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
 
-    flops = newton_schulz_flops(state, recipe.optim.newton_schulz_steps, devices)
+    flops = newton_schulz_flops(recipe, state, devices)
     parts = [Part("Newton-Schulz + optimizer", sharded(update, (REPLICATED, specs), specs), (grads, state), 1, flops)]
     if devices > 1:
-        stacks = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), state.opt["stacks"])
+        stacks = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), [state.opt[group.name] for group in muon_groups(recipe)])
         parts.append(Part("collectives", sharded(communicate, PartitionSpec(), PartitionSpec()), (grads, stacks), 1, 0.0))
     return parts

@@ -33,11 +33,14 @@ from parts import Part, model_parts, optimizer_parts  # noqa: E402
 from golf_jax import mesh as meshes  # noqa: E402
 from golf_jax.cli import parse, run  # noqa: E402
 from golf_jax.config import GolfError, Recipe, to_dict  # noqa: E402
+from golf_jax.data.loader import Batch  # noqa: E402
 from golf_jax.model import count, leaves, resolve, to_tensors  # noqa: E402
 from golf_jax.model.params import tensor_names  # noqa: E402
+from golf_jax.optim.schedules import Clock  # noqa: E402
 from golf_jax.processes import cores, split_cpu  # noqa: E402
+from golf_jax.training.phases import phases  # noqa: E402
 from golf_jax.training.state import init_state  # noqa: E402
-from golf_jax.training.step import StepInputs, make_step, micro_rows  # noqa: E402
+from golf_jax.training.step import make_step, micro_rows, step_inputs  # noqa: E402
 
 PEAKS = {"H200": (989.0, 4800.0), "H100": (989.0, 3350.0)}  # dense bf16 TFLOP/s and GB/s of one device, vendor's figures
 LR_FACTOR, MOMENTUM = 1.0, 0.95
@@ -162,12 +165,15 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
     roles = {tensor: leaves(recipe.model)[name].role for tensor, (name, _) in tensor_names(recipe.model).items()}
     job = dict(recipe=recipe, tensors=tensors, roles=roles, device="cpu" if where == "cpu" else "cuda", looping=options.looping)
     job |= dict(x=x, y=y, lr_factor=LR_FACTOR, momentum=MOMENTUM, rows=rows * mesh.size)  # as many at a time as our devices together
-    clip = jnp.float32(recipe.optim.clip_norm or np.inf)
-    inputs = StepInputs(jnp.float32(LR_FACTOR), jnp.float32(MOMENTUM), clip, jnp.float32(0), jnp.array(False))
+    fixed = {"muon": {"momentum": MOMENTUM, "momentum_warmup_steps": 0}}
+    groups = tuple(replace(g, **fixed.get(g.kind, {})) for g in recipe.optim.groups)
+    inputs = step_inputs(replace(recipe, optim=replace(recipe.optim, groups=groups)), Clock(0, 0.0))
+    inputs = inputs._replace(lr_factor=np.float32(LR_FACTOR), fake_quant=np.float32(0), swa_collect=np.bool_(False))
     inputs = jax.device_put(inputs, meshes.replicated(mesh))
-    batch = jax.device_put((x, y), meshes.rows(mesh))
+    batch = jax.device_put(Batch(x, y), meshes.rows(mesh))
+    phase = phases(recipe)[-1 if options.looping else 0]
     start = time.perf_counter()
-    compiled = make_step(recipe, mesh, state, looping=options.looping).lower(state, *batch, inputs).compile()
+    compiled = make_step(recipe, mesh, phase).lower(state, batch, inputs).compile()
     compile_s = time.perf_counter() - start
 
     peers = {name: Peer(job | {"compile": name == "compile"}) for name in options.peer}
@@ -175,7 +181,7 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
     samples: dict[str, list] = {"jax": [], **{name: [] for name in peers}}
     losses: dict[str, list[float]] = {"jax": [], **{name: [answer["loss"]] for name, answer in firsts.items()}}
     for i in range(options.steps + 2):
-        (state, metrics), sample = timed(compiled, state, *batch, inputs)
+        (state, metrics), sample = timed(compiled, state, batch, inputs)
         losses["jax"].append(float(metrics.loss))
         answers = {"jax": sample} | {name: peer.step() for name, peer in peers.items()}
         for name, answer in answers.items():

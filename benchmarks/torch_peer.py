@@ -32,8 +32,10 @@ def check_supported(recipe: Recipe) -> None:
         "model.value_embed_layers": bool(m.value_embed_layers),
         "optim.clip_per_rank": o.clip_per_rank,
         "optim.decay_last": o.decay_last,
-        "optim.bf16_momentum": o.bf16_momentum,
+        "optim.groups (bf16_momentum)": any(g.bf16_momentum for g in o.groups),
+        "optim.groups (newton_schulz_coefficients)": any(g.newton_schulz_coefficients != (NS_COEFFICIENTS,) for g in o.groups),
         "optim.groups (frozen)": any(g.kind == "frozen" for g in o.groups),
+        "schedule.seq_lens": bool(s.seq_lens),
         "schedule.swa_every": s.swa_every > 0,
     }
     for field, wanted in absent.items():
@@ -232,8 +234,7 @@ class MuonBatch:
     """All matrices of one shape up to transposition, with their momentum [G, small, large]."""
 
     params: list[Tensor]
-    lr: float
-    weight_decay: float
+    group: GroupConfig
     momentum: Tensor
 
 
@@ -262,11 +263,18 @@ class Trainer:
         for name in named:
             by_group.setdefault(groups[roles[name]], []).append(name)
         adam = [
-            {"params": [named[n] for n in names], "lr": g.lr, "base_lr": g.lr, "weight_decay": g.weight_decay}
+            {
+                "params": [named[n] for n in names],
+                "lr": g.lr,
+                "base_lr": g.lr,
+                "weight_decay": g.weight_decay,
+                "betas": g.betas,
+                "eps": g.eps,
+            }
             for g, names in by_group.items()
             if g.kind == "adamw"
         ]
-        self.adam = torch.optim.AdamW(adam, betas=recipe.optim.betas, eps=recipe.optim.eps, fused=True)
+        self.adam = torch.optim.AdamW(adam, fused=True)
         self.muon = [b for g, names in by_group.items() if g.kind == "muon" for b in _batches([named[n] for n in names], g)]
         self.params = list(named.values())
         self.ema = [p.detach().float().clone() for p in self.params] if recipe.schedule.ema_decay else []
@@ -301,12 +309,12 @@ class Trainer:
         grads = torch.stack([_wide(p.grad) for p in batch.params])  # type: ignore[arg-type]
         batch.momentum.mul_(momentum).add_(grads)
         u = grads.add_(batch.momentum, alpha=momentum)
-        if self.recipe.optim.row_normalize:
+        if batch.group.row_normalize:
             tall = torch.tensor([p.shape[0] > p.shape[1] for p in batch.params], device=u.device)[:, None, None]
             u = u / torch.where(tall, u.norm(dim=-2, keepdim=True), u.norm(dim=-1, keepdim=True)).clamp_min(1e-7)
-        directions = self.newton_schulz(u.to(self.low), self.recipe.optim.newton_schulz_steps)
-        lr = batch.lr * lr_factor
-        torch._foreach_mul_(batch.params, 1 - lr * batch.weight_decay)
+        directions = self.newton_schulz(u.to(self.low), batch.group.newton_schulz_steps)
+        lr = batch.group.lr * lr_factor
+        torch._foreach_mul_(batch.params, 1 - lr * batch.group.weight_decay)
         for p, d in zip(batch.params, directions.unbind(), strict=True):
             rows, cols = p.shape
             p.add_(d.mT if rows > cols else d, alpha=-lr * math.sqrt(max(1.0, rows / cols)))
@@ -320,9 +328,7 @@ def _batches(params: list[Tensor], group: GroupConfig) -> list[MuonBatch]:
     shapes: dict[tuple[int, ...], list[Tensor]] = {}
     for p in params:
         shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
-    return [
-        MuonBatch(ps, group.lr, group.weight_decay, torch.zeros((len(ps), *shape), device=ps[0].device)) for shape, ps in shapes.items()
-    ]
+    return [MuonBatch(ps, group, torch.zeros((len(ps), *shape), device=ps[0].device)) for shape, ps in shapes.items()]
 
 
 def serve() -> None:

@@ -20,6 +20,7 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
+    SlidingConfig,
 )
 
 
@@ -36,13 +37,12 @@ def recipe() -> Recipe:
         ),
         optim=OptimConfig(
             groups=(
-                GroupConfig("matrix", ("matrix", "proj", "gate"), "muon", lr=0.04),
+                GroupConfig(
+                    "matrix", ("matrix", "proj", "gate"), "muon", lr=0.04, momentum=0.95, momentum_start=0.85, momentum_warmup_steps=500
+                ),
                 GroupConfig("token", ("token", "table", "trigram"), "adamw", lr=0.05),
                 GroupConfig("vector", ("vector",), "adamw", lr=0.04),
             ),
-            momentum=0.95,
-            momentum_start=0.85,
-            momentum_warmup_steps=500,
             clip_norm=0.0,
         ),
         budget=BudgetConfig(seconds=600.0),
@@ -56,5 +56,5 @@ def recipe() -> Recipe:
             compressor="zstd",
             level=22,
         ),
-        eval=EvalConfig(stride=0, every=1000),
+        eval=EvalConfig(every=1000, sliding=SlidingConfig(stride=0)),
     )

@@ -26,7 +26,8 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
-    TTTConfig,
+    ScoreFirstConfig,
+    SlidingConfig,
 )
 
 
@@ -65,12 +66,11 @@ def recipe() -> Recipe:
         ),
         optim=OptimConfig(
             groups=(
-                GroupConfig("matrix", ("matrix",), "muon", lr=0.025, weight_decay=0.04),
+                GroupConfig("matrix", ("matrix",), "muon", lr=0.025, weight_decay=0.04, bf16_momentum=True),
                 GroupConfig("token", ("token", "table"), "adamw", lr=0.035, weight_decay=0.04),
                 GroupConfig("vector", ("vector", "proj", "gate"), "adamw", lr=0.025, weight_decay=0.04),
                 GroupConfig("trigram", ("trigram",), "frozen"),
             ),
-            bf16_momentum=True,
             clip_per_rank=True,
         ),
         budget=BudgetConfig(seconds=600.0),
@@ -85,8 +85,7 @@ def recipe() -> Recipe:
             level=6,
         ),
         eval=EvalConfig(
-            stride=64,
-            windows="tail",
-            ttt=TTTConfig(kind="score_first", optimizer="sgd", lr=0.002, momentum=0.9, epochs=4, fake_quant=True),
+            sliding=SlidingConfig(stride=64, windows="tail"),
+            score_first=ScoreFirstConfig(stride=64, windows="tail_min", lr=0.002, momentum=0.9, epochs=4, fake_quant=True),
         ),
     )

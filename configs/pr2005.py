@@ -22,7 +22,8 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
-    TTTConfig,
+    ScoreFirstConfig,
+    SlidingConfig,
 )
 
 
@@ -59,11 +60,10 @@ def recipe() -> Recipe:
         ),
         optim=OptimConfig(
             groups=(
-                GroupConfig("matrix", ("matrix", "proj", "gate"), "muon", lr=0.022, weight_decay=0.095),
+                GroupConfig("matrix", ("matrix", "proj", "gate"), "muon", lr=0.022, weight_decay=0.095, row_normalize=True),
                 GroupConfig("token", ("token", "table", "trigram"), "adamw", lr=0.03, weight_decay=0.085),
                 GroupConfig("vector", ("vector",), "adamw", lr=0.02, weight_decay=0.02),
             ),
-            row_normalize=True,
         ),
         budget=BudgetConfig(seconds=588.0),
         schedule=ScheduleConfig(warmdown_frac=0.72, loop_from=0.35, ema_decay=0.9965, export="ema"),
@@ -78,10 +78,9 @@ def recipe() -> Recipe:
             level=11,
         ),
         eval=EvalConfig(
-            stride=64,
-            windows="exact",
             every=500,
-            ttt=TTTConfig(kind="score_first", optimizer="sgd", lr=0.005, momentum=0.9, epochs=3),
+            sliding=SlidingConfig(stride=64, windows="exact"),
+            score_first=ScoreFirstConfig(stride=64, windows="exact", lr=0.005, momentum=0.9, epochs=3),
         ),
         seed=42,
     )

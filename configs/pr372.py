@@ -22,6 +22,7 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
+    SlidingConfig,
 )
 
 
@@ -52,13 +53,19 @@ def recipe() -> Recipe:
         ),
         optim=OptimConfig(
             groups=(
-                GroupConfig("matrix", ("matrix", "proj", "gate"), "muon", lr=0.02, weight_decay=0.04),
+                GroupConfig(
+                    "matrix",
+                    ("matrix", "proj", "gate"),
+                    "muon",
+                    lr=0.02,
+                    weight_decay=0.04,
+                    momentum=0.95,
+                    momentum_start=0.85,
+                    momentum_warmup_steps=500,
+                ),
                 GroupConfig("token", ("token", "table", "trigram"), "adamw", lr=0.03),
                 GroupConfig("vector", ("vector",), "adamw", lr=0.02),
             ),
-            momentum=0.95,
-            momentum_start=0.85,
-            momentum_warmup_steps=500,
             decay_last=True,
             clip_norm=0.0,
         ),
@@ -68,7 +75,7 @@ def recipe() -> Recipe:
             rules=(
                 QuantRule("attn_scale|mlp_scale|resid_mix|q_gain|skip_weight|bigram", "float32", max_numel=65_536),
                 QuantRule("", "float16", max_numel=65_536),
-                QuantRule("tok_emb|blocks.10.attn.c_k.weight", "float16"),
+                QuantRule("tok_emb", "float16"),  # and the last key matrix: model.fake_quant.late_k_layers
                 QuantRule(".mlp.", "int5_row"),
                 QuantRule("bigram.embed", "int8_percentile"),
                 QuantRule("", "int6_row"),
@@ -76,5 +83,5 @@ def recipe() -> Recipe:
             compressor="zstd",
             level=22,
         ),
-        eval=EvalConfig(stride=64, windows="pr372", every=1000),
+        eval=EvalConfig(every=1000, sliding=SlidingConfig(stride=64, windows="pr372")),
     )

@@ -22,6 +22,7 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
+    SlidingConfig,
 )
 
 
@@ -70,5 +71,5 @@ def recipe() -> Recipe:
             compressor="zstd",
             level=21,
         ),
-        eval=EvalConfig(stride=64, windows="tail", every=1000),
+        eval=EvalConfig(every=1000, sliding=SlidingConfig(stride=64, windows="tail")),
     )

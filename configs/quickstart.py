@@ -17,6 +17,7 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
+    SlidingConfig,
 )
 
 
@@ -41,18 +42,24 @@ def recipe() -> Recipe:
         data=DataConfig(train="embedded", seq_len=256, ranks=8, rows_per_rank=2),
         optim=OptimConfig(
             groups=(
-                GroupConfig("matrix", ("matrix", "proj", "gate"), "muon", lr=0.03, weight_decay=0.04),
+                GroupConfig(
+                    "matrix",
+                    ("matrix", "proj", "gate"),
+                    "muon",
+                    lr=0.03,
+                    weight_decay=0.04,
+                    momentum=0.95,
+                    momentum_start=0.85,
+                    momentum_warmup_steps=100,
+                ),
                 GroupConfig("token", ("token", "table"), "adamw", lr=0.03, weight_decay=0.04),
                 GroupConfig("vector", ("vector",), "adamw", lr=0.02, weight_decay=0.04),
             ),
-            momentum=0.95,
-            momentum_start=0.85,
-            momentum_warmup_steps=100,
         ),
         budget=BudgetConfig(steps=400),
         schedule=ScheduleConfig(warmdown_frac=0.6, ema_decay=0.98, export="ema"),
         quant=QuantConfig(rules=(QuantRule("", "float16", max_numel=8192), QuantRule("", "int6_row")), compressor="zstd", level=22),
-        eval=EvalConfig(stride=64, windows="exact", batch_rows=32),
+        eval=EvalConfig(sliding=SlidingConfig(stride=64, windows="exact")),
         numerics="fp32",
         micro_rows=2,
     )

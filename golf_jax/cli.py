@@ -1,6 +1,8 @@
 """What the command lines share: recipe overrides, and errors told in one line instead of a traceback."""
 
 import dataclasses
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,17 +11,27 @@ from typing import Annotated, Any
 import tyro
 
 from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
+from golf_jax.interrupt import Interrupted
+
+WANTED = """The flags most runs want; the full list follows.
+
+  --data.train GLOB --data.val GLOB --data.tokenizer MODEL   shards and their SentencePiece model
+  --budget.steps N        stop after N steps        --budget.seconds S     stop after S seconds of training
+  --model.width D         features per token        --model.num-layers N   physical layers
+  --seed N                of parameters             --run-dir DIR          where the run is written
+  --resume DIR            go on with that run"""
 
 
-def parse(argv: Sequence[str], options: Any, description: str, default_recipe: str = "quickstart") -> tuple[Recipe, Any]:
+def parse(argv: Sequence[str], options: Any, description: str, default: str | Recipe = "quickstart") -> tuple[Recipe, Any]:
     """(recipe, options) from `[CONFIG] [--section.field value ...] [--option value ...]`.
 
     CONFIG: a shipped recipe's name or a Python file, first on the line. options: a dataclass instance whose fields become further
     flags. Raises GolfError for a recipe that contradicts itself; exits with tyro's message for an unknown flag.
     """
     argv = list(argv)
-    name = argv.pop(0) if argv and not argv[0].startswith("-") else default_recipe
-    recipe = load_recipe(name)
+    chosen = argv.pop(0) if argv and not argv[0].startswith("-") else default
+    recipe = load_recipe(chosen) if isinstance(chosen, str) else chosen
+    name = chosen if isinstance(chosen, str) else chosen.name
     everything = dataclasses.make_dataclass(
         "Arguments",
         [
@@ -28,20 +40,45 @@ def parse(argv: Sequence[str], options: Any, description: str, default_recipe: s
         ],
         frozen=True,
     )
-    text = f"{description}\n\nFirst argument: the recipe, one of {', '.join(recipe_names())}, or a .py file (here: {name})."
+    text = f"{description}\n\n{WANTED}\n\nFirst argument: the recipe, one of {', '.join(recipe_names())}, or a .py file (here: {name})."
     prog = f"python -m golf_jax.{Path(sys.argv[0]).stem} {name}"
     parsed = tyro.cli(everything, args=argv, prog=prog, description=text, config=(tyro.conf.AvoidSubcommands,))
     return parsed.recipe, parsed.options
 
 
+def value_of(argv: Sequence[str], flag: str) -> str:
+    """What `flag` is given on the line, before it is parsed; empty where it is not there."""
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+    return ""
+
+
 def run(main: Callable[[list[str]], int]) -> None:
-    """Run a command's main and exit: a GolfError becomes one line on stderr and status 2, Ctrl-C status 130."""
+    """Run a command's main and exit with its status. The one door of all commands.
+
+    A GolfError becomes one line on stderr and status 2, Ctrl-C status 130, a reader that went away (`| head`) 141, as of a shell's own
+    tools. What the terminal cannot show is written with backslash escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except GolfError as error:
-        sys.exit(_fail(f"error: {error}", 2))
+        status = _fail(f"error: {error}", 2)
+    except Interrupted as stop:
+        status = stop.status
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", 130))
+        status = _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more when it ends
+        status = 141
+    sys.exit(status)
 
 
 def _fail(message: str, status: int) -> int:

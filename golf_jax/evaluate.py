@@ -5,34 +5,31 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 import tyro
 
 from golf_jax import cli
-from golf_jax.artifact.model import load_model
-from golf_jax.config import EvalConfig, GolfError, ModelConfig, load_recipe
-from golf_jax.data import load_val_tokens
-from golf_jax.data.corpus import CACHE, build_embedded
-from golf_jax.data.tokenizer import Tokenizer, byte_tables, check_tables
-from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
-from golf_jax.evaluation.legality import check_model
-from golf_jax.evaluation.score import Result
-from golf_jax.evaluation.ttt import evaluate_ttt
-from golf_jax.interop import from_torch
-from golf_jax.interop.packed import read_checkpoint, read_packed
+from golf_jax.config import EvalConfig, GolfError, load_recipe
+from golf_jax.data.text import Text, open_text
+from golf_jax.evaluation import score
+from golf_jax.files import read_bytes
+from golf_jax.interop import open_torch
 from golf_jax.mesh import make_mesh
-from golf_jax.processes import initialize_distributed, split_cpu
+from golf_jax.opening import Model, load, opened_here
+from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
+from golf_jax.progress import Log
+from golf_jax.training.resume import stored_recipe
 
-SAMPLE = 1 << 18  # tokens whose byte count is proved against the decoded text
+WINDOWED = ("sliding", "score_first", "adapt_first")
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
 
-  python -m golf_jax.evaluate runs/quickstart/artifact.golf                        the text it was trained beside
+  python -m golf_jax.evaluate runs/quickstart-20261122-111519                      a run: its artifact, its text
   python -m golf_jax.evaluate artifact.golf --val 'shards/val_*.bin' --tokenizer tokenizer.model
   python -m golf_jax.evaluate artifact.golf --val ... --tokenizer ... --mode ttt   with test-time training
-  python -m golf_jax.evaluate --torch final_model.pt --recipe pr1182 --val ... --tokenizer ...
+  python -m golf_jax.evaluate final_model.pt --recipe pr1182 --val ... --tokenizer ...
 
 Prints the score with its nats, tokens and bytes, whether it is legal (C1 causal, C2 normalized, C3 scored before trained on, C4 each
 target once), and the time. --max-docs gives a quick look, marked PARTIAL. A wrong tokenizer is refused."""
@@ -40,101 +37,57 @@ target once), and the time. --max-docs gives a quick look, marked PARTIAL. A wro
 
 @dataclass(frozen=True)
 class Options:
-    artifact: Annotated[str, tyro.conf.Positional] = ""
-    """Packed model (artifact.golf)."""
+    model: Annotated[str, tyro.conf.Positional]
+    """Packed model (artifact.golf), a run directory, or a PyTorch file of a PR (.pt, .ptz, .safetensors)."""
     val: str = ""
-    """Glob of the validation shards; default: the embedded corpus, for artifacts that were trained on it."""
+    """Glob of the validation shards; default: those of the run, or the embedded corpus for artifacts that were trained on it."""
     tokenizer: str = ""
-    """SentencePiece model of the shards; must be the one the artifact was trained with."""
-    mode: Literal["auto", "standard", "sliding", "ttt"] = "auto"
-    """standard: rows side by side; sliding: window that moves by the stride; ttt: test-time training; auto: sliding, or standard for a
-    model whose recipe has no stride."""
+    """SentencePiece model of the shards; must be the one the model was trained with. Default: the one beside the artifact."""
+    mode: Literal["auto", "standard", "sliding", "ttt", "score_first", "adapt_first"] = "auto"
+    """standard: rows side by side; sliding: window that moves by the stride; score_first, adapt_first: test-time training; ttt: whichever
+    of the two the recipe has; auto: sliding, or standard for a model whose recipe has no stride."""
     max_docs: int = 0
     """Only the first N documents: a quick look, marked PARTIAL (0: all)."""
     max_tokens: int = 0
     """Only about the first N targets, marked PARTIAL (0: all)."""
     stride: int = 0
-    """Stride of the sliding window (0: the recipe's)."""
+    """Stride of the sliding window, also with test-time training (0: the recipe's)."""
     batch_rows: int = 0
-    """Windows per device and forward pass (0: the recipe's); lower it when memory runs out."""
+    """Windows per device and forward pass (0: the recipe's, or automatic); lower it when memory runs out."""
     devices: int = 0
     """Devices to use (0: all). Of a CPU this many are made (0: about one per core)."""
     json: str = ""
     """Write the result to this file, too."""
-    torch: str = ""
-    """Score this PyTorch checkpoint (.pt) or packed file (.ptz) of a PR instead; needs golf-jax[torch]."""
     recipe: str = ""
-    """With --torch: the PR it belongs to (pr372, pr562, pr638, pr1182, pr2005)."""
-    config: str = ""
-    """With --torch: JSON file with the PR's hyperparameters where they differ from its defaults."""
+    """With a PyTorch file: the recipe it belongs to, or a recipe file (default: told by the names and shapes of its tensors)."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is scored."""
-
-    name: str
-    sha256: str
-    config: ModelConfig
-    params: dict[str, np.ndarray]
-    eval: EvalConfig
-    seq_len: int
-    tokenizer_sha256: str = ""
-    """Empty where the file does not say (PyTorch)."""
-    embedded: bool = False
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def from_artifact(path: str) -> Subject:
-    """The model of an artifact. Raises GolfError naming the file."""
-    data = _read(path)
-    try:
-        m = load_model(data)
-    except GolfError as error:
-        raise GolfError(f"{path}: {error}") from None
-    digest = hashlib.sha256(data).hexdigest()
-    return Subject(path, digest, m.config, m.params, m.eval, m.seq_len, m.tokenizer_sha256, m.embedded)
-
-
-def from_pytorch(path: str, recipe: str, config_path: str) -> Subject:
-    """A PR's PyTorch file, computed on this platform as the PR ran: its dtypes and RoPE frequencies, its evaluation."""
+def opened(path: str, recipe: str, log: Log = print) -> Model:
+    """The model of an artifact, a run directory or a PyTorch file, which is computed and scored as its recipe says."""
+    if Path(path).suffix not in (".pt", ".pth", ".ptz", ".safetensors"):
+        if recipe:
+            raise GolfError(f"--recipe {recipe}: {path} is no PyTorch file and says its own configuration; leave --recipe out")
+        return load(path)
+    config, params, name = open_torch(path, recipe)
     if not recipe:
-        raise GolfError("--torch needs --recipe (pr372, pr562, pr638, pr1182 or pr2005)")
-    data = _read(path)
-    try:
-        settings = json.loads(_read(config_path)) if config_path else {}
-    except ValueError as error:
-        raise GolfError(f"{config_path}: not JSON ({error})") from None
-    tensors = read_packed(data) if path.endswith(".ptz") else read_checkpoint(path)
-    config, params = from_torch(recipe, settings, tensors)
-    run = load_recipe(recipe)
-    config = replace(config, dtype="auto", attention="auto", rope_bf16_frequencies=run.model.rope_bf16_frequencies)
-    lower = {k.lower(): v for k, v in settings.items()}
-    seq_len = int(lower.get("eval_seq_len") or lower.get("train_seq_len") or run.data.seq_len)
-    return Subject(path, hashlib.sha256(data).hexdigest(), config, params, run.eval, seq_len)
+        log(f"{path}: the tensors are those of recipe {name}")
+    run = load_recipe(name)
+    sha256 = hashlib.sha256(read_bytes(path)).hexdigest()
+    return opened_here(config, params, name=path, eval=run.eval, seq_len=run.data.seq_len, sha256=sha256)
 
 
-def open_text(subject: Subject, val: str, tokenizer_path: str) -> tuple[np.ndarray, Tokenizer]:
-    """Validation tokens and tokenizer. Raises GolfError if they are not those the model was trained with."""
-    if not val and not tokenizer_path and subject.embedded:
-        directory = Path(build_embedded(CACHE, subject.config.vocab_size)["directory"])
-        val, tokenizer_path = str(directory / "val_*.bin"), str(directory / "tokenizer.model")
-    if not val or not tokenizer_path:
+def text_of(model: Model, options: Options) -> Text:
+    """What the model is scored on: as the flags say, else as its run directory says, else the embedded corpus."""
+    val, tokenizer, beside = options.val, options.tokenizer, Path(model.name).with_name("config.json")
+    if not val and not model.embedded and beside.is_file():
+        val = stored_recipe(beside.parent).data.val
+    if not tokenizer and model.tokenizer and val:
+        tokenizer = model.tokenizer.name
+    if not val and not tokenizer and model.embedded:
+        return open_text("embedded", "", "", model.config.vocab_size, model.seq_len)
+    if not val or not tokenizer:
         raise GolfError("give the validation shards and their tokenizer: --val 'GLOB' --tokenizer MODEL")
-    tokenizer = Tokenizer(tokenizer_path)
-    if tokenizer.vocab_size != subject.config.vocab_size:
-        pieces = f"{tokenizer.vocab_size} pieces, {subject.name} has a vocabulary of {subject.config.vocab_size}"
-        raise GolfError(f"--tokenizer {tokenizer_path}: {pieces}; give the tokenizer it was trained with")
-    if subject.tokenizer_sha256 and tokenizer.sha256 != subject.tokenizer_sha256:
-        hashes = f"SHA-256 {tokenizer.sha256[:12]}..., {subject.name} was trained with {subject.tokenizer_sha256[:12]}..."
-        raise GolfError(f"--tokenizer {tokenizer_path}: {hashes}; give the tokenizer it was trained with")
-    return load_val_tokens(val, tokenizer.vocab_size), tokenizer
+    return open_text("", val, tokenizer, model.config.vocab_size, model.seq_len, sha256=model.tokenizer_sha256)
 
 
 def first_documents(tokens: np.ndarray, bos_id: int, documents: int) -> int:
@@ -143,49 +96,36 @@ def first_documents(tokens: np.ndarray, bos_id: int, documents: int) -> int:
     return int(starts[documents]) - 1 if documents < len(starts) else 0
 
 
-def evaluate(subject: Subject, options: Options) -> Result:
-    """Score `subject` as the options say. Prints progress on process 0."""
-    tokens, tokenizer = open_text(subject, options.val, options.tokenizer)
-    tables = byte_tables(tokenizer.processor)
-    check_tables(tokenizer, tokens[:SAMPLE], tables)
-    limits = [n for n in (options.max_tokens, options.max_docs and first_documents(tokens, tokenizer.bos_id, options.max_docs)) if n]
-    eval = subject.eval
-    eval = replace(eval, stride=options.stride or eval.stride, batch_rows=options.batch_rows or eval.batch_rows)
-    if eval.stride > subject.seq_len:
-        raise GolfError(f"--stride {eval.stride} exceeds the window of {subject.seq_len} tokens")
-    mesh = make_mesh(options.devices)
-    mode = ("sliding" if eval.stride else "standard") if options.mode == "auto" else options.mode
-    run: Any = {"standard": evaluate_standard, "sliding": evaluate_sliding, "ttt": evaluate_ttt}[mode]
-    say = print if jax.process_index() == 0 else None
-    result = run(
-        subject.config,
-        subject.params,
-        tokens,
-        tables,
-        seq_len=subject.seq_len,
-        mesh=mesh,
-        eval=eval,
-        max_targets=min(limits, default=0),
-        log=say,
-    )
-    result = result[0] if mode == "ttt" else result
-    causal, error = check_model(subject.config, subject.params, tokens, mesh, subject.seq_len)
-    return replace(result, facts=replace(result.facts, causal=causal, normalization_error=error))
+def method_of(eval: EvalConfig, mode: str) -> str:
+    """The method of evaluation that a mode stands for."""
+    if mode == "auto":
+        return "sliding" if eval.sliding.on else "standard"
+    if mode != "ttt":
+        return mode
+    trained = [name for name in ("score_first", "adapt_first") if getattr(eval, name).on]
+    if not trained:
+        raise GolfError("--mode ttt: the recipe of this model has no test-time training; use --mode sliding")
+    return trained[0]
 
 
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.evaluate", description=DESCRIPTION, args=argv)
-    if bool(options.artifact) == bool(options.torch):
-        raise GolfError("name one model: an artifact, or --torch CHECKPOINT --recipe PR")
+    keep_compiled_programs()
     initialize_distributed()
     split_cpu(options.devices, sequences=8)
-    subject = from_pytorch(options.torch, options.recipe, options.config) if options.torch else from_artifact(options.artifact)
-    result = evaluate(subject, options)
-    if jax.process_index() == 0:
-        print("\n".join(result.lines()))
-        if options.json:
-            facts = {"model": subject.name, "sha256": subject.sha256, **result.to_dict()}
-            Path(options.json).write_text(json.dumps(facts, indent=1) + "\n")
+    say = print if jax.process_index() == 0 else lambda line: None
+    model = opened(options.model, options.recipe, say)
+    text = text_of(model, options)
+    mesh, eval = make_mesh(options.devices), replace(model.eval, batch_rows=options.batch_rows or model.eval.batch_rows)
+    if options.stride:
+        eval = replace(eval, **{name: replace(getattr(eval, name), stride=options.stride) for name in WINDOWED})
+    documents = first_documents(text.val_tokens, text.tokenizer.bos_id, options.max_docs) if options.max_docs else 0
+    most = min(filter(None, (options.max_tokens, documents)), default=0)
+    result = next(score(model, text, mesh, eval, say, seq_len=model.seq_len, methods=[method_of(eval, options.mode)], max_targets=most))
+    say("\n".join(result.lines()))
+    if options.json and jax.process_index() == 0:
+        facts = {"model": model.name, "sha256": model.sha256, **result.to_dict()}
+        Path(options.json).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
     return 0
 
 

@@ -4,16 +4,28 @@ import contextlib
 import itertools
 import math
 import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from golf_jax.config import GolfError
+from golf_jax.supervise import ADVICE, LOST, LOST_STATUS
 
-SHUTDOWN_SECONDS = 30  # how long a process that ends waits for the others
+SHUTDOWN_SECONDS = 20  # how long a process that ends waits for the others
+HEARTBEAT_SECONDS = 30  # without a sign of life a process counts as dead
 MESSAGE_MILLISECONDS = 600_000
 _messages = itertools.count()
+
+
+def several_processes() -> bool:
+    """Whether the environment says that there are other processes: see `initialize_distributed`."""
+    tasks, hosts = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return bool(os.environ.get("JAX_COORDINATOR_ADDRESS")) or tasks != "1" or "," in hosts
 
 
 def initialize_distributed() -> None:
@@ -24,10 +36,10 @@ def initialize_distributed() -> None:
     Must run before the first call that touches a device. A single process is left alone. Raises GolfError for a variable that is
     missing or no number.
     """
-    if jax.distributed.is_initialized():
+    if jax.distributed.is_initialized() or not several_processes():
         return
     address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-    tasks, hosts = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    limits: dict[str, Any] = {"shutdown_timeout_seconds": SHUTDOWN_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if address and address != "auto":
         values = {name: os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
         for name, value in values.items():
@@ -36,10 +48,22 @@ def initialize_distributed() -> None:
         count, index = map(int, values.values())
         if index >= count:
             raise GolfError(f"JAX_PROCESS_ID {index} must be below JAX_NUM_PROCESSES {count}")
-        jax.distributed.initialize(address, count, index, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
-    elif address or tasks != "1" or "," in hosts:
+        jax.distributed.initialize(address, count, index, **limits)
+    else:
         os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # jax would take `auto` for a host
-        jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+        jax.distributed.initialize(**limits)
+
+
+@contextlib.contextmanager
+def others_alive() -> Iterator[None]:
+    """A collective that fails because another process is gone becomes one line and status 3, without waiting for it at the exit."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, GolfError) or jax.process_count() == 1 or not re.search("Gloo|peer|coordination|UNAVAILABLE", str(error)):
+            raise
+        print(f"error: {LOST}; {ADVICE}", file=sys.stderr, flush=True)
+        os._exit(LOST_STATUS)
 
 
 def from_main(text: str) -> str:
@@ -56,10 +80,54 @@ def from_main(text: str) -> str:
     return client.blocking_key_value_get(key, MESSAGE_MILLISECONDS)
 
 
-def keep_compiled_programs(directory: Path) -> None:
-    """A second start finds its compiled programs in `directory`, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable)."""
+def agreed(number: int, due: bool) -> tuple[int, bool]:
+    """(the signal that any process has seen or 0, what process 0 holds to be due), the same on every process."""
+    if jax.process_count() == 1:
+        return number, due
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    if number and jax.process_index():
+        client.key_value_set("golf_jax/signal", str(number), True)
+    if not number and jax.process_index() == 0:
+        with contextlib.suppress(Exception):  # nobody has set it
+            number = int(client.key_value_try_get("golf_jax/signal"))
+    first, second = from_main(f"{number} {int(due)}").split()
+    return int(first), second == "1"
+
+
+def cache_directory() -> Path:
+    """Where commands keep what they make once (the embedded corpus, compiled programs): an existing directory that can be written.
+
+    GOLF_JAX_CACHE, else XDG_CACHE_HOME/golf_jax, else ~/.cache/golf_jax; where that is not possible (read-only home, no passwd
+    entry), a private folder among the temporary files, which is said on stderr. GolfError when GOLF_JAX_CACHE cannot be written.
+    """
+    given, base = os.environ.get("GOLF_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        place = Path(given) if given else (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "golf_jax"
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):  # a read-only file system allows mkdir(exist_ok) of what is there
+            return place
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        if given:
+            raise GolfError(f"GOLF_JAX_CACHE={given}: cannot be written ({error})") from None
+        reason = error
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    place = Path(tempfile.gettempdir()) / f"golf_jax-{user}"
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+        if place.is_symlink() or place.stat().st_uid != user:
+            raise PermissionError(f"{place} belongs to someone else")
+    except OSError as error:
+        raise GolfError(f"no place for a cache ({reason}; {error}); set GOLF_JAX_CACHE to a directory") from None
+    print(f"cache: {place} ({reason}); GOLF_JAX_CACHE names a lasting one", file=sys.stderr)
+    return place
+
+
+def keep_compiled_programs(directory: Path | None = None) -> None:
+    """A second start finds its compiled programs in the cache, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable)."""
     if not jax.config.values["jax_compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_compilation_cache_dir", str(directory or cache_directory() / "xla"))
 
 
 def cores() -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from golf_jax import cli
 from golf_jax.config import GolfError
-from golf_jax.train import Options
+from golf_jax.pipeline import Options
 
 
 def parse(*argv: str):
@@ -22,8 +22,10 @@ def test_default_is_the_quickstart():
 
 
 def test_any_field_is_a_flag():
-    recipe, options = parse("pr2005", "--model.num-layers", "12", "--budget.steps", "7", "--eval.ttt.kind", "off", "--run-dir", "here")
-    assert (recipe.name, recipe.model.num_layers, recipe.budget.steps, recipe.eval.ttt.kind) == ("pr2005", 12, 7, "off")
+    recipe, options = parse(
+        "pr2005", "--model.num-layers", "12", "--budget.steps", "7", "--eval.score-first.epochs", "0", "--run-dir", "here"
+    )
+    assert (recipe.name, recipe.model.num_layers, recipe.budget.steps, recipe.eval.score_first.on) == ("pr2005", 12, 7, False)
     assert options.run_dir == "here" and recipe.model.loop_repeats == 2
 
 
@@ -49,7 +51,7 @@ def test_an_unknown_recipe_is_refused(name, message):
         (["--model.num-layers", "many"], ["--model.num-layers", "many"]),
         (["--model.attention", "magic"], ["magic", "cudnn"]),
         (["--model.width", "100"], ["model.width 100 is not divisible by model.num_heads 6"]),
-        (["--eval.stride", "999"], ["eval.stride 999 exceeds the window data.seq_len 256"]),
+        (["--eval.sliding.stride", "999"], ["eval.sliding.stride 999 exceeds the window of 256 tokens (data.seq_len)"]),
         (["--data.train", "x.bin"], ["data.val is empty: give the glob"]),
     ],
 )
@@ -86,3 +88,19 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(ZeroDivisionError):
         cli.run(main)
+
+
+RECIPE = "from golf_jax.config import ModelConfig, Recipe\n\n\ndef recipe():\n    return {}\n"
+BROKEN = [
+    ("def recipe(:\n    pass\n", r"mine.py, line 1: invalid syntax"),
+    (RECIPE.format("Recipe(name='mine', model=ModelConfig(xsa_lost=4))"), r"mine.py, line 5: ModelConfig has no field 'xsa_lost'; did you"),
+    (RECIPE.format("1 / 0"), r"mine.py, line 5: ZeroDivisionError: division by zero"),
+    ("import no_such_module\n", r"mine.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN)
+def test_a_broken_recipe_file_is_told_with_its_line(text, message, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(GolfError, match=message):
+        parse(str(tmp_path / "mine.py"))

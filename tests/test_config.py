@@ -10,6 +10,7 @@ import pytest
 
 import golf_jax
 from golf_jax.config import (
+    AdaptFirstConfig,
     BudgetConfig,
     DataConfig,
     EvalConfig,
@@ -22,7 +23,8 @@ from golf_jax.config import (
     QuantRule,
     Recipe,
     ScheduleConfig,
-    TTTConfig,
+    ScoreFirstConfig,
+    SlidingConfig,
     from_dict,
     load_recipe,
     recipe_names,
@@ -62,8 +64,16 @@ def test_recipes_survive_json(name):
         (lambda: Recipe("x", schedule=ScheduleConfig(fake_quant_below=0.1)), "model.fake_quant.matrices is 'none'"),
         (lambda: Recipe("x", micro_rows=7), "micro_rows 7 must divide or be a multiple of data.rows_per_rank 48"),
         (lambda: Recipe("x", micro_rows=24, optim=OptimConfig(clip_per_rank=True)), "leave micro_rows 0"),
-        (lambda: Recipe("x", eval=EvalConfig(stride=4096)), "eval.stride 4096 exceeds the window data.seq_len 2048"),
-        (lambda: Recipe("x", quant=QuantConfig(gptq_batches=1)), "quant.gptq_batches and a gptq scheme in quant.rules go together"),
+        (
+            lambda: Recipe("x", eval=EvalConfig(sliding=SlidingConfig(stride=4096))),
+            "eval.sliding.stride 4096 exceeds the window of 2048 tokens",
+        ),
+        (
+            lambda: Recipe("x", eval=EvalConfig(score_first=ScoreFirstConfig(epochs=1, chunk_tokens=8))),
+            "eval.score_first.chunk_tokens 8 is less than one sequence of 2048",
+        ),
+        (lambda: ScoreFirstConfig(epochs=1, stride=0), "stride of test-time training must be positive, got 0"),
+        (lambda: QuantConfig(gptq_batches=-1), "quant.gptq_batches must be >= 0, got -1"),
     ],
 )
 def test_impossible_combinations_name_the_field(make, message):
@@ -81,13 +91,19 @@ def test_impossible_combinations_name_the_field(make, message):
         (lambda d: d | {"seed": True}, "Recipe.seed: expected int, found True"),
         (lambda d: d | {"numerics": "exact"}, "Recipe.numerics: 'exact' is not one of 'as_run', 'fp32'"),
         (lambda d: d | {"model": 3}, "Recipe.model: expected an object, found int"),
-        (lambda d: d | {"optim": d["optim"] | {"betas": [0.9]}}, "Recipe.optim.betas: expected 2 values, found 1"),
-        (lambda d: d | {"optim": d["optim"] | {"eps": float("nan")}}, "Recipe.optim.eps: nan is not finite"),
+        (lambda d: group(d, betas=[0.9]), "Recipe.optim.groups[1].betas: expected 2 values, found 1"),
+        (lambda d: group(d, eps=float("nan")), "Recipe.optim.groups[1].eps: nan is not finite"),
     ],
 )
 def test_json_that_does_not_fit_names_the_place(change, message):
     with pytest.raises(GolfError, match=re.escape(message)):
         from_dict(Recipe, change(to_dict(load_recipe("quickstart"))))
+
+
+def group(recipe: dict, **changes) -> dict:
+    """Recipe data with its second group changed."""
+    first, second, *others = recipe["optim"]["groups"]
+    return recipe | {"optim": recipe["optim"] | {"groups": [first, second | changes, *others]}}
 
 
 def test_a_whole_number_will_do_for_a_float():
@@ -104,8 +120,8 @@ def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
 
 @pytest.mark.parametrize(
     "cls",
-    [ModelConfig, FakeQuantConfig, DataConfig, GroupConfig, OptimConfig, BudgetConfig, ScheduleConfig, QuantRule, QuantConfig, TTTConfig]
-    + [EvalConfig, Recipe],
+    [ModelConfig, FakeQuantConfig, DataConfig, GroupConfig, OptimConfig, BudgetConfig, ScheduleConfig, QuantRule, QuantConfig]
+    + [SlidingConfig, ScoreFirstConfig, AdaptFirstConfig, EvalConfig, Recipe],
 )
 def test_every_field_has_a_reader(cls):
     """Somewhere outside the configuration, or in one of its properties; a field that nobody reads is a lie."""

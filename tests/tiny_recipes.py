@@ -18,7 +18,7 @@ SHIPPED = ("baseline", "pr372", "pr562", "pr638", "pr1182", "pr2005")
 def tiny(name: str, *, steps: int = 20, vocab_size: int = 64, seq_len: int = 16, rows_per_rank: int = 1, numerics: str = "fp32") -> Recipe:
     """Recipe `name` at width 32 and 3 layers (PR 2005: 4), 8 ranks, schedules squeezed so that every phase happens within `steps`."""
     r = load_recipe(name)
-    m, s = r.model, r.schedule
+    m, s, e = r.model, r.schedule, r.eval
     layers = 4 if m.loop_repeats else 3
     model = replace(
         m,
@@ -37,17 +37,19 @@ def tiny(name: str, *, steps: int = 20, vocab_size: int = 64, seq_len: int = 16,
         value_embed_layers=(0, 2) if m.value_embed_layers else (),
         value_embed_dim=12,
         parallel_from=3 if m.parallel_from >= 0 else -1,
+        two_lanes_from=3 if m.two_lanes_from >= 0 else -1,
         loop_start=1 if m.loop_repeats else -1,
         loop_end=2 if m.loop_repeats else -1,
         loop_repeats=min(m.loop_repeats, 1),
         fake_quant=replace(m.fake_quant, min_numel=min(m.fake_quant.min_numel, 256), late_k_layers=min(m.fake_quant.late_k_layers, 1)),
         dtype="float32",
     )
+    groups = tuple(replace(g, momentum_warmup_steps=10) if g.kind == "muon" else g for g in r.optim.groups)
     return replace(
         r,
         model=model,
         data=DataConfig(train="none", val="none", tokenizer="none", order=r.data.order, seq_len=seq_len, rows_per_rank=rows_per_rank),
-        optim=replace(r.optim, momentum_warmup_steps=10),
+        optim=replace(r.optim, groups=groups),
         budget=replace(r.budget, steps=steps),
         schedule=replace(
             s,
@@ -59,10 +61,11 @@ def tiny(name: str, *, steps: int = 20, vocab_size: int = 64, seq_len: int = 16,
         quant=replace(r.quant, gptq_batches=min(r.quant.gptq_batches, 2)),
         eval=replace(
             r.eval,
-            stride=min(r.eval.stride, 8),
             batch_rows=8,
             every=0,
-            ttt=replace(r.eval.ttt, epochs=min(r.eval.ttt.epochs, 2), chunk_tokens=8 * seq_len, batch_rows=2),
+            sliding=replace(e.sliding, stride=min(e.sliding.stride, 8)),
+            score_first=replace(e.score_first, stride=8, epochs=min(e.score_first.epochs, 2), chunk_tokens=8 * seq_len, batch_rows=2),
+            adapt_first=replace(e.adapt_first, stride=8, epochs=min(e.adapt_first.epochs, 2), batch_rows=2),
         ),
         numerics=numerics,
         log_every=5,

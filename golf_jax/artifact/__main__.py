@@ -1,39 +1,53 @@
-"""`python -m golf_jax.artifact FILE`: what is inside an artifact, and how many bytes are left to the cap."""
+"""What is inside an artifact, and how many bytes are left to the cap."""
 
-import argparse
 import json
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import tyro
+
+from golf_jax import cli
 from golf_jax.artifact.code import raw_code_bytes
-from golf_jax.artifact.container import inspect, read_bytes, unpack
+from golf_jax.artifact.container import MAX_FILE_BYTES, inspect, tensors_of
 from golf_jax.artifact.ledger import ledger
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, escape
+from golf_jax.files import read_bytes
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m golf_jax.artifact", description=__doc__)
-    parser.add_argument("file", help="artifact.golf")
-    parser.add_argument("--code", default="", metavar="FILE", help="the code that ships with it, to be counted as well")
-    parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True)
+class Options:
+    path: tyro.conf.Positional[Path]
+    """artifact.golf, or the run directory that holds it."""
+    code: Path | None = None
+    """The code that ships with it, counted as well (default: code.pyz beside it, where there is one)."""
+    tensors: bool = False
+    """List every tensor."""
+
+
+def main(argv: Sequence[str]) -> int:
+    options = tyro.cli(Options, args=argv, prog="python -m golf_jax.artifact", description=__doc__)
+    path = options.path / "artifact.golf" if options.path.is_dir() else options.path
+    beside = path.with_name("code.pyz")
+    code_path = options.code or (beside if beside.is_file() else None)
+    data = read_bytes(path, MAX_FILE_BYTES)
+    code = read_bytes(code_path) if code_path else b""
     try:
-        data = read_bytes(args.file)
-        code = read_bytes(args.code) if args.code else b""
         opened = inspect(data)
-        _, tensors = unpack(data)
-        print(f"{args.file}: {len(data):,} bytes, {opened.compressor}, {len(tensors)} tensors, whole and unaltered")
-        print(json.dumps(opened.header, indent=1))
-        if args.tensors:
-            for e in opened.entries:
-                print(f"{e.name:<36} {e.kind:<9} {e.dtype:<9} {'x'.join(map(str, e.shape)) or 'scalar'}")
-        print(ledger(data, len(code)).table())
-        if code[:2] == b"PK":
-            print(f"code: {raw_code_bytes(code):,} bytes of source, {len(code):,} as shipped")
-    except GolfError as e:
-        print(f"error: {e}" if args.file in str(e) else f"error: {args.file}: {e}", file=sys.stderr)
-        return 1
+        tensors_of(opened)
+        table = ledger(data, len(code)).table()
+    except GolfError as error:
+        raise GolfError(f"{path}: {error}") from None
+    print(f"{path}: {len(data):,} bytes, {opened.compressor}, {len(opened.entries)} tensors, whole and unaltered")
+    print(json.dumps(opened.header, indent=1))
+    if options.tensors:
+        for e in opened.entries:
+            print(f"{escape(e.name):<36} {e.kind:<9} {e.dtype:<9} {'x'.join(map(str, e.shape)) or 'scalar'}")
+    print(table)
+    if code[:2] == b"PK":
+        print(f"code: {raw_code_bytes(code):,} bytes of source, {len(code):,} as shipped ({code_path})")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

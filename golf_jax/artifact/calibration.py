@@ -1,4 +1,4 @@
-"""Hessians of every quantized matrix from calibration batches: what GPTQ needs (PR 2005, 5.2)."""
+"""Hessians of every quantized matrix from calibration batches: what GPTQ needs (docs/recipes/pr2005.md, section 5.2)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,12 +9,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from golf_jax.config import GolfError, ModelConfig
-from golf_jax.mesh import AXIS, REPLICATED, ROWS, platform, put, replicate
-from golf_jax.model import hidden, leaves, resolve
+from golf_jax.mesh import AXIS, REPLICATED, ROWS, put, replicate
+from golf_jax.model import hidden, leaves
 from golf_jax.quant.gptq import accumulate_hessian
 
 # Which leaves read the activation that a tap of the forward pass names.
 READERS = {"attn_in": ("q", "k", "v"), "o_in": ("o",), "mlp_in": ("up",), "down_in": ("down",)}
+
+
+def calibrated(config: ModelConfig) -> dict[str, str]:
+    """Names of the tensors that `collect_hessians` gives a Hessian -> the activation that they read."""
+    table = leaves(config)
+    names = {table["tok_emb"].tensor: "final_norm"}
+    for layer in range(config.num_layers):
+        for kind, readers in READERS.items():
+            names |= {table[name].tensor.format(i=layer): f"{layer}/{kind}" for name in readers}
+    return names
 
 
 def _batch_hessians(config: ModelConfig, params: dict[str, jax.Array], tokens_BT: jax.Array, real_B: jax.Array) -> dict[str, jax.Array]:
@@ -36,10 +46,9 @@ def _batch_hessians(config: ModelConfig, params: dict[str, jax.Array], tokens_BT
 def collect_hessians(config: ModelConfig, params: dict[str, Any], batches: Iterable[np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
     """H = (1 / batches) * sum of x x^T over all tokens, float32 [in, in], for every matrix of a block and the token table.
 
-    batches: inputs [rows, T] of equal shape; depth recurrence is on, its passes add up. Keys are tensor names
+    config: without `auto`. batches: inputs [rows, T] of equal shape; depth recurrence is on, its passes add up. Keys are tensor names
     (`blocks.3.attn.c_q.weight`); matrices with the same input share one array. Raises GolfError without a batch.
     """
-    config = resolve(config, platform(mesh))
     on_mesh, devices = replicate(mesh, params), mesh.shape[AXIS]
 
     sharded = jax.shard_map(
@@ -65,9 +74,4 @@ def collect_hessians(config: ModelConfig, params: dict[str, Any], batches: Itera
     if total is None:
         raise GolfError("calibration: no batch of tokens; quant.gptq_batches must be positive")
     host = {name: np.asarray(h) / count for name, h in total.items()}
-    table = leaves(config)
-    named = {table["tok_emb"].tensor: host["final_norm"]}
-    for layer in range(config.num_layers):
-        for kind, names in READERS.items():
-            named |= {table[name].tensor.format(i=layer): host[f"{layer}/{kind}"] for name in names}
-    return named
+    return {name: host[tap] for name, tap in calibrated(config).items()}

@@ -24,18 +24,22 @@ from typing import Any
 
 import numpy as np
 
-from golf_jax.artifact import rans
-from golf_jax.artifact.codecs import COMPRESSORS, ArtifactError, compress, decompress
+from golf_jax.artifact.codecs import ArtifactError, exactly
+from golf_jax.artifact.compressors import COMPRESSORS, Compressor, compressor
+from golf_jax.files import read_bytes
 from golf_jax.quant import QTensor
-from golf_jax.quant.schemes import FLOATS
+from golf_jax.quant.schemes import FLOATS, WIDTHS
 
 MAGIC = b"GOLF"
 VERSION = 1
-MAX_RAW_BYTES = 1 << 30  # far above any model that fits the cap; a file that claims more is refused before anything is allocated
+# Far above any model that fits the cap; a file that claims more is refused before anything is allocated or decompressed.
+MAX_FILE_BYTES = 1 << 26
 MAX_HEADER_BYTES = 1 << 20
+MAX_TENSORS = 1 << 12
+MAX_NAME = 200
+FREE_VALUES, VALUES_PER_BYTE = 1 << 22, 64  # a file of n bytes may hold 4 M + 64 n values: a small one can never cost gigabytes
 _PREFIX = struct.Struct("<4sBBIII")
 _DIGEST = 32
-CODE_RANGE = {"int5": (-16, 15), "int6": (-32, 31), "int7": (-64, 63), "int8": (-128, 127)}
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def parts(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """The arrays that store it: fields of its QTensor, their dtypes and shapes. All that the layout of the file depends on."""
+        if self.kind in WIDTHS:
+            return {"codes": (np.dtype(np.int8), self.shape), "scale": (np.dtype(np.float16), self.shape[:1])}
+        return {"values": (FLOATS[self.kind], self.shape)}
 
 
 @dataclass(frozen=True)
@@ -71,79 +77,79 @@ def role(name: str) -> str:
 
 def section_plan(entries: list[Entry]) -> list[Section]:
     """How the tensors are laid out in streams; a function of the table alone, the same for writer and reader."""
-    groups: dict[tuple[str, str, int], list[int]] = {}
-    for i, e in enumerate(entries):
-        if e.kind in CODE_RANGE:
-            groups.setdefault((f"{e.kind} {role(e.name)}", "codes", 1), []).append(i)
-    for i, e in enumerate(entries):
-        if e.kind in CODE_RANGE:
-            groups.setdefault(("scales", "scale", 2), []).append(i)
-    for i, e in enumerate(entries):
-        if e.kind not in CODE_RANGE:
-            groups.setdefault((e.kind, "values", FLOATS[e.kind].itemsize), []).append(i)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for stored in ("codes", "scale", "values"):
+        for i, e in enumerate(entries):
+            if stored in e.parts():
+                label = {"codes": f"{e.kind} {role(e.name)}", "scale": "scales", "values": e.kind}[stored]
+                groups.setdefault((label, stored), []).append(i)
     sections = []
-    for (label, part, itemsize), members in groups.items():
-        items = sum(entries[i].shape[0] if part == "scale" else entries[i].numel for i in members)
-        if items:
-            sections.append(Section(label, part, itemsize, tuple(members), items * itemsize))
+    for (label, part), members in groups.items():
+        arrays = [entries[i].parts()[part] for i in members]
+        raw_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in arrays)
+        if raw_bytes:
+            sections.append(Section(label, part, arrays[0][0].itemsize, tuple(members), raw_bytes))
     return sections
 
 
-def pack(header: dict[str, Any], qtensors: Mapping[str, QTensor], compressor: str, level: int) -> bytes:
-    """The artifact as bytes; the same input gives the same bytes. header: JSON-able (model config and whatever the reader needs)."""
-    entries = [Entry(name, q.kind, q.dtype, tuple(q.shape)) for name, q in qtensors.items()]
-    tensors = list(qtensors.values())
+def table_of(qtensors: Mapping[str, QTensor]) -> list[Entry]:
+    return [Entry(name, q.kind, q.dtype, tuple(q.shape)) for name, q in qtensors.items()]
+
+
+def pack(header: dict[str, Any], qtensors: Mapping[str, QTensor], name: str, level: int) -> bytes:
+    """The artifact as bytes; the same input gives the same bytes. header: JSON-able (model config and whatever the reader needs).
+
+    name, level: of the compressor. Raises GolfError if there is no such.
+    """
+    entries, tensors, by = table_of(qtensors), list(qtensors.values()), compressor(name, level)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors release the GIL
-        stored = list(pool.map(lambda section: _store(section, tensors, compressor, level), section_plan(entries)))
+        stored = list(pool.map(lambda section: _store(section, tensors, by, level), section_plan(entries)))
     table = {
         "header": header,
         "tensors": [[e.name, e.kind, e.dtype, list(e.shape)] for e in entries],
         "sections": [len(s) for s in stored],
     }
     raw_head = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
-    head = compress(compressor, level, raw_head)
+    head = by.compress(raw_head, level)
     body = b"".join([head, *stored])
-    prefix = _PREFIX.pack(MAGIC, VERSION, COMPRESSORS.index(compressor), _PREFIX.size + _DIGEST + len(body), len(head), len(raw_head))
+    prefix = _PREFIX.pack(MAGIC, VERSION, by.number, _PREFIX.size + _DIGEST + len(body), len(head), len(raw_head))
     return prefix + hashlib.sha256(prefix + body).digest() + body
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, QTensor]]:
     """Inverse of `pack`: (header, tensors in their original order). Raises ArtifactError, and nothing else, for any other bytes."""
     opened = inspect(data)
-    tensors: list[dict[str, np.ndarray]] = [{} for _ in opened.entries]
+    return opened.header, tensors_of(opened)
+
+
+def tensors_of(opened: "Opened") -> dict[str, QTensor]:
+    """The tensors of a checked file, in their original order. Raises ArtifactError."""
+    # Empty arrays are in no stream.
+    arrays = [{part: np.zeros(shape, dtype) for part, (dtype, shape) in e.parts().items() if 0 in shape} for e in opened.entries]
     for section, stored in zip(opened.sections, opened.stored, strict=True):
-        raw = read_section(opened, section, stored)
-        _split(section, raw, opened.entries, tensors)
+        _split(section, read_section(opened, section, stored), opened.entries, arrays)
     result = {}
-    for e, parts in zip(opened.entries, tensors, strict=True):
-        if e.kind in CODE_RANGE:
-            codes, scale = _part(parts, "codes", e.shape, np.int8), _part(parts, "scale", e.shape[:1], np.float16)
-            low, high = CODE_RANGE[e.kind]
-            _require(np.isfinite(scale).all(), f"{e.name}: a scale is NaN or infinite")
+    for e, parts in zip(opened.entries, arrays, strict=True):
+        if e.kind in WIDTHS:
+            low, high = WIDTHS[e.kind]
+            codes = parts["codes"]
+            _require(np.isfinite(parts["scale"]).all(), f"{e.name}: a scale is NaN or infinite")
             _require(not codes.size or (codes.min() >= low and codes.max() <= high), f"{e.name}: a code is outside {e.kind}")
-            result[e.name] = QTensor(e.kind, e.dtype, codes=codes, scale=scale)
         else:
-            values = _part(parts, "values", e.shape, FLOATS[e.kind])
-            _require(np.isfinite(values).all(), f"{e.name}: a value is NaN or infinite")
-            result[e.name] = QTensor(e.kind, e.dtype, values=values)
-    return opened.header, result
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(parts["values"].astype(FLOATS[e.dtype])).all()
+            _require(finite, f"{e.name}: a value is NaN or infinite")
+        result[e.name] = QTensor(e.kind, e.dtype, **parts)
+    return result
 
 
 def read_artifact(path: str | Path) -> tuple[dict[str, Any], dict[str, QTensor]]:
     """`unpack` of a file; errors name the file."""
-    data = read_bytes(path)
+    data = read_bytes(path, MAX_FILE_BYTES)
     try:
         return unpack(data)
     except ArtifactError as e:
         raise ArtifactError(f"{path}: {e}") from None
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """The bytes of a file, or an ArtifactError that names it."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise ArtifactError(f"{path}: cannot be read ({e.strerror})") from None
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,7 @@ class Opened:
 
     header: dict[str, Any]
     compressor: str
+    """Its name."""
     header_bytes: int
     """Prefix and stored header."""
     entries: list[Entry]
@@ -163,6 +170,7 @@ def inspect(data: bytes) -> Opened:
     """Check prefix, length, hash and table of an artifact without decompressing its tensors. Raises ArtifactError."""
     start = _PREFIX.size + _DIGEST
     _require(data[:4] == MAGIC[: len(data[:4])] and len(data) > 0, "not a golf artifact (it does not begin with GOLF)")
+    _require(len(data) <= MAX_FILE_BYTES, f"{len(data)} bytes; at most {MAX_FILE_BYTES} are read")
     _require(len(data) >= start, f"truncated: {len(data)} bytes are less than the {start} of the prefix")
     _, version, codec, length, head_stored, head_raw = _PREFIX.unpack_from(data)
     _require(version == VERSION, f"format version {version}; this golf_jax reads version {VERSION}")
@@ -170,34 +178,37 @@ def inspect(data: bytes) -> Opened:
     _require(len(data) == length, f"{len(data) - length} trailing bytes behind the {length} of the artifact")
     digest = hashlib.sha256(data[: _PREFIX.size] + data[start:]).digest()
     _require(digest == data[_PREFIX.size : start], "altered: the SHA-256 of the content does not match")
-    _require(codec < len(COMPRESSORS), f"unknown compressor number {codec}")
+    names = {c.number: name for name, c in COMPRESSORS.items()}
+    _require(codec in names, f"unknown compressor number {codec}")
     _require(head_raw <= MAX_HEADER_BYTES, f"the header claims {head_raw} bytes; at most {MAX_HEADER_BYTES} are read")
     body = start + head_stored
     _require(body <= length, "the header is longer than the file")
-    compressor = COMPRESSORS[codec]
-    header, entries, lengths = _parse_table(decompress(compressor, data[start:body], head_raw))
+    name = names[codec]
+    header, entries, lengths = _parse_table(exactly(COMPRESSORS[name].decompress, name, data[start:body], head_raw))
+    claimed = sum(math.prod(max(n, 1) for n in e.shape) for e in entries)  # an axis of an empty tensor costs as well
+    allowed = FREE_VALUES + VALUES_PER_BYTE * length
+    _require(claimed <= allowed, f"the tensors claim {claimed} values; of a file of {length} bytes at most {allowed} are read")
     sections = section_plan(entries)
-    raw = sum(s.raw_bytes for s in sections)
-    _require(raw <= MAX_RAW_BYTES, f"the tensors claim {raw} bytes; at most {MAX_RAW_BYTES} are read")
     _require(len(lengths) == len(sections), f"{len(lengths)} sections for a tensor table that needs {len(sections)}")
     _require(sum(lengths) == length - body, "the lengths of the sections do not add up to the file")
     ends = np.cumsum([body, *lengths]).tolist()
     stored = [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-    return Opened(header, compressor, body, entries, sections, stored)
+    return Opened(header, name, body, entries, sections, stored)
 
 
 def read_section(opened: Opened, section: Section, stored: bytes) -> bytes:
     """The raw bytes of one stream, exactly section.raw_bytes of them. Raises ArtifactError."""
-    if opened.compressor == "rans" and section.part == "codes":
+    by = COMPRESSORS[opened.compressor]
+    if by.decode and section.part == "codes":
         shapes = [opened.entries[i].shape for i in section.members]
-        return rans.decode(stored, [(rows, columns) for rows, columns in shapes])
-    return decompress(opened.compressor, stored, section.raw_bytes)
+        return by.decode(stored, [(rows, columns) for rows, columns in shapes])
+    return exactly(by.decompress, opened.compressor, stored, section.raw_bytes)
 
 
-def _store(section: Section, tensors: list[QTensor], compressor: str, level: int) -> bytes:
-    if compressor == "rans" and section.part == "codes":
-        return rans.encode([codes for i in section.members if (codes := tensors[i].codes) is not None])
-    return compress(compressor, level, join_section(section, tensors))
+def _store(section: Section, tensors: list[QTensor], by: Compressor, level: int) -> bytes:
+    if by.encode and section.part == "codes":
+        return by.encode([codes for i in section.members if (codes := tensors[i].codes) is not None])
+    return by.compress(join_section(section, tensors), level)
 
 
 def _require(ok: Any, message: str) -> None:
@@ -217,15 +228,17 @@ def _parse_table(raw: bytes) -> tuple[dict[str, Any], list[Entry], list[int]]:
     header, rows, lengths = table["header"], table["tensors"], table["sections"]
     _require(isinstance(header, dict) and isinstance(rows, list) and isinstance(lengths, list), "the header has the wrong types")
     _require(all(_is_size(n) for n in lengths), "a section length is not a size")
+    _require(len(rows) <= MAX_TENSORS, f"{len(rows)} tensors; at most {MAX_TENSORS} are read")
     entries = []
     for row in rows:
         _require(isinstance(row, list) and len(row) == 4, "a line of the tensor table is not [name, kind, dtype, shape]")
         name, kind, dtype, shape = row
-        _require(isinstance(name, str), "a tensor name is not a string")
-        _require(isinstance(kind, str) and (kind in CODE_RANGE or kind in FLOATS), f"{name}: unknown kind {kind!r}")
-        _require(dtype in ("float32", "bfloat16"), f"{name}: unknown dtype {dtype!r}")
-        _require(isinstance(shape, list) and len(shape) <= 4 and all(_is_size(n) for n in shape), f"{name}: bad shape {shape!r}")
-        _require(kind not in CODE_RANGE or len(shape) == 2, f"{name}: {kind} codes need a matrix, shape is {shape}")
+        _require(isinstance(name, str) and len(name) <= MAX_NAME, f"a tensor name is not a string of at most {MAX_NAME} characters")
+        _require(isinstance(kind, str) and (kind in WIDTHS or kind in FLOATS), f"{name}: unknown kind {str(kind)[:MAX_NAME]!r}")
+        _require(dtype in ("float32", "bfloat16"), f"{name}: unknown dtype {str(dtype)[:MAX_NAME]!r}")
+        good = isinstance(shape, list) and len(shape) <= 4 and all(_is_size(n) for n in shape)
+        _require(good, f"{name}: bad shape {str(shape)[:MAX_NAME]}")
+        _require(kind not in WIDTHS or len(shape) == 2, f"{name}: {kind} codes need a matrix, shape is {shape}")
         entries.append(Entry(name, kind, dtype, tuple(shape)))
     _require(len({e.name for e in entries}) == len(entries), "a tensor name occurs twice")
     return header, entries, lengths
@@ -235,23 +248,17 @@ def _is_size(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31
 
 
-def _part(parts: dict[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    return parts[name] if name in parts else np.zeros(shape, dtype)  # empty tensors are in no stream
-
-
 def join_section(section: Section, tensors: list[QTensor]) -> bytes:
     """The raw bytes of one stream: tensors one after the other, then split into byte planes."""
     raw = b"".join(np.ascontiguousarray(getattr(tensors[i], section.part)).tobytes() for i in section.members)
     return np.frombuffer(raw, np.uint8).reshape(-1, section.itemsize).T.tobytes()  # byte planes; codes have one
 
 
-def _split(section: Section, raw: bytes, entries: list[Entry], tensors: list[dict[str, np.ndarray]]) -> None:
+def _split(section: Section, raw: bytes, entries: list[Entry], arrays: list[dict[str, np.ndarray]]) -> None:
     flat = np.frombuffer(raw, np.uint8).reshape(section.itemsize, -1).T.tobytes()
     offset = 0
     for i in section.members:
-        e = entries[i]
-        dtype = {"codes": np.dtype(np.int8), "scale": np.dtype(np.float16)}.get(section.part) or FLOATS[e.kind]
-        shape = e.shape[:1] if section.part == "scale" else e.shape
+        dtype, shape = entries[i].parts()[section.part]
         count = math.prod(shape)
-        tensors[i][section.part] = np.frombuffer(flat, dtype, count, offset).reshape(shape)
+        arrays[i][section.part] = np.frombuffer(flat, dtype, count, offset).reshape(shape)
         offset += count * dtype.itemsize

@@ -1,20 +1,26 @@
 """A trained model as an artifact, and back: parameters -> tensors -> integer codes -> bytes -> parameters."""
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from golf_jax.artifact.calibration import calibrated
 from golf_jax.artifact.codecs import ArtifactError
-from golf_jax.artifact.container import pack, read_bytes, unpack
-from golf_jax.artifact.ledger import Ledger, ledger
-from golf_jax.config import CAP_BYTES, EvalConfig, GolfError, ModelConfig, QuantConfig, Recipe, from_dict, to_dict
-from golf_jax.model.params import from_tensors, to_tensors
-from golf_jax.quant import QTensor
+from golf_jax.artifact.compressors import compressor
+from golf_jax.artifact.container import MAX_FILE_BYTES, Entry, inspect, pack, tensors_of
+from golf_jax.artifact.ledger import ByteLedger, ledger
+from golf_jax.config import CAP_BYTES, EvalConfig, ModelConfig, QuantConfig, Recipe, from_dict, to_dict
+from golf_jax.config.base import check
+from golf_jax.files import read_bytes
+from golf_jax.model.params import from_tensors, leaves, tensor_names, to_tensors
+from golf_jax.quant import QTensor, check_quant, dequantize_all, rules_for
 from golf_jax.quant.fit import FitReport, fit_to_cap
-from golf_jax.quant.schemes import dequantize_all
+
+MAX_LAYERS = 1024  # virtual ones, in an artifact that is read
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Packed:
     """The artifact and how it came to be."""
 
     data: bytes
-    ledger: Ledger
+    ledger: ByteLedger
     quant: QuantConfig
     """The recipe's rules, coarser where that was needed to land under the cap."""
     fit: FitReport
@@ -43,10 +49,34 @@ class Loaded:
     """Trained on the corpus embedded in Python."""
 
 
+def check_packing(recipe: Recipe) -> None:
+    """Raises GolfError unless the model can be packed by the recipe's rules and compressor, as far as that is known without weights."""
+    compressor(recipe.quant.compressor, recipe.quant.level)
+    everything = ModelConfig(
+        num_layers=recipe.model.num_layers,
+        bigram_buckets=2,
+        trigram="table",
+        trigram_buckets=2,
+        smear_gate=True,
+        value_embed_layers=(0,),
+        value_residual=True,
+        head_gate="linear",
+        skip="gated",
+    )
+    check_quant(rules_for(recipe.model, recipe.quant), _shapes(recipe.model), _shapes(everything), calibrated(recipe.model))
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor by name."""
+    table = leaves(config)
+    return {tensor: table[name].tensor_shape() for tensor, (name, _) in tensor_names(config).items()}
+
+
 def pack_model(
     recipe: Recipe,
     params: Mapping[str, Any],
     tokenizer_sha256: str,
+    text_digest: str = "",
     *,
     code_bytes: int,
     hessians: Mapping[str, np.ndarray] | None = None,
@@ -54,10 +84,12 @@ def pack_model(
 ) -> Packed:
     """Quantize and pack; steps grow by one factor if code and model would exceed the cap. `code_bytes`: what the code takes of it.
 
+    text_digest: identity of shards and tokenizer (`golf_jax.data.identity`), kept in the header.
     score: bits per byte of dequantized parameters, asked for only if the steps had to grow: the report then says what that cost.
 
     Raises GolfError if no step within reason fits.
     """
+    check_packing(recipe)
     tensors = to_tensors(recipe.model, params)
     header = {
         "name": recipe.name,
@@ -65,43 +97,68 @@ def pack_model(
         "eval": _changed(recipe.eval),
         "seq_len": recipe.data.seq_len,
         "tokenizer_sha256": tokenizer_sha256,
+        "text": text_digest,
         "embedded": recipe.data.train == "embedded",
     }
-    encoded: dict[int, bytes] = {}
 
-    def encode(qtensors: dict[str, QTensor]) -> int:
-        data = pack(header, qtensors, recipe.quant.compressor, recipe.quant.level)
-        encoded[len(data)] = data
-        return len(data)
+    def encode(qtensors: dict[str, QTensor]) -> bytes:
+        return pack(header, qtensors, recipe.quant.compressor, recipe.quant.level)
 
     def bpb(qtensors: dict[str, QTensor]) -> float:
         assert score is not None
         return score(from_tensors(recipe.model, dequantize_all(qtensors)))
 
-    quant, _, fit = fit_to_cap(tensors, recipe.quant, CAP_BYTES - code_bytes, encode, hessians=hessians, score=bpb if score else None)
-    data = encoded[fit.encoded_bytes]
+    rules, budget = rules_for(recipe.model, recipe.quant), CAP_BYTES - code_bytes
+    quant, data, fit = fit_to_cap(tensors, rules, budget, encode, hessians=hessians, score=bpb if score else None)
     return Packed(data, ledger(data, code_bytes), quant, fit)
 
 
 def load_model(source: str | Path | bytes) -> Loaded:
-    """The model of an artifact file or its bytes. Raises ArtifactError naming what is wrong with it."""
-    header, qtensors = unpack(source if isinstance(source, bytes) else read_bytes(source))
+    """The model of an artifact file or its bytes.
+
+    Raises ArtifactError naming what is wrong with it, GolfError for a file that cannot be read. The configuration is compared with the
+    tensor table before a tensor is decompressed.
+    """
+    opened = inspect(source if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES))
+    header = opened.header
     try:
         config = from_dict(ModelConfig, header["model"], "header.model")
-        params = from_tensors(config, dequantize_all(qtensors))
-        return Loaded(
+        loaded = Loaded(
             header=header,
             config=config,
-            params=params,
+            params={},
             eval=from_dict(EvalConfig, header["eval"], "header.eval"),
-            seq_len=int(header["seq_len"]),
-            tokenizer_sha256=str(header["tokenizer_sha256"]),
-            embedded=bool(header["embedded"]),
+            seq_len=_typed(header, "seq_len", int),
+            tokenizer_sha256=_typed(header, "tokenizer_sha256", str),
+            embedded=_typed(header, "embedded", bool),
         )
+        _check_header(loaded, opened.entries)
     except (KeyError, TypeError) as error:
-        raise ArtifactError(f"artifact header: field {error} is missing or has the wrong type") from None
-    except GolfError as error:
-        raise error if isinstance(error, ArtifactError) else ArtifactError(f"artifact: {error}") from None
+        raise ArtifactError(f"artifact header: field {str(error)[:100]} is missing or has the wrong type") from None
+    except (ValueError, ArithmeticError) as error:  # a GolfError too
+        raise ArtifactError(f"artifact: {str(error)[:500]}") from None
+    return replace(loaded, params=from_tensors(config, dequantize_all(tensors_of(opened))))
+
+
+def _typed(header: dict[str, Any], name: str, kind: type) -> Any:
+    if type(header[name]) is not kind:
+        raise TypeError(name)
+    return header[name]
+
+
+def _check_header(loaded: Loaded, entries: list[Entry]) -> None:
+    """Raises GolfError if what the header says is impossible or not what the tensor table holds; costs no more than the table."""
+    c = loaded.config
+    layers = c.num_layers * (1 + max(c.loop_repeats, 0))
+    check(layers <= MAX_LAYERS, f"{layers} layers; at most {MAX_LAYERS} are read")
+    check(0 < loaded.seq_len < 1 << 24, f"header.seq_len {loaded.seq_len} is no sequence length")
+    check(bool(re.fullmatch("[0-9a-f]{64}", loaded.tokenizer_sha256)), "header.tokenizer_sha256 is no SHA-256")
+    loaded.eval.check_length(loaded.seq_len)
+    needed, found = _shapes(c), {e.name: e.shape for e in entries}
+    for name in [*found, *needed]:
+        check(name in needed, f"the tensors do not fit the model configuration: unknown {name}")
+        check(name in found, f"the tensors do not fit the model configuration: missing {name}")
+        check(found[name] == needed[name], f"tensor {name} has shape {found[name]}, the model configuration needs {needed[name]}")
 
 
 def _changed(config: Any) -> dict[str, Any]:

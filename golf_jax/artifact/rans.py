@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from golf_jax.artifact.codecs import ArtifactError, compress, decompress
+from golf_jax.artifact.codecs import ArtifactError, exactly, to_brotli, unbrotli
 
 LANES = 256
 CLASSES = 16
@@ -28,7 +28,7 @@ def encode(matrices: Sequence[np.ndarray]) -> bytes:
     classes = _flat_classes(levels)
     symbols = np.concatenate([m.reshape(-1) for m in matrices]).view(np.uint8)
     freq = np.stack([_normalize(np.bincount(symbols[classes == k], minlength=256)) for k in range(CLASSES)])
-    side = compress("brotli", 11, _side_bytes(levels, freq))
+    side = to_brotli(_side_bytes(levels, freq), 11)
     padding = -len(symbols) % LANES
     symbols = np.append(symbols, np.full(padding, freq[0].argmax(), np.uint8)).reshape(-1, LANES)
     classes = np.append(classes, np.zeros(padding, np.uint8)).reshape(-1, LANES)
@@ -128,7 +128,7 @@ def _side_bytes(levels: Sequence[tuple[np.ndarray, np.ndarray]], freq: np.ndarra
 
 def _read_side(side: bytes, shapes: Sequence[tuple[int, int]]) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
     size = sum(rows + columns for rows, columns in shapes) + 2 * 256 * CLASSES
-    raw = np.frombuffer(decompress("brotli", side, size), np.uint8)
+    raw = np.frombuffer(exactly(unbrotli, "brotli", side, size), np.uint8)
     levels, offset = [], 0
     for rows, columns in shapes:
         levels.append((raw[offset : offset + rows], raw[offset + rows : offset + rows + columns]))

@@ -4,9 +4,10 @@ A recipe is a file in `configs/` with a function `recipe() -> Recipe`. Every fie
 refused here, before anything is compiled, in one line that names the field and the fix.
 """
 
-from golf_jax.config.base import CAP_BYTES, GolfError
+from golf_jax.config.base import CAP_BYTES, GolfError, escape
 from golf_jax.config.model import FakeQuantConfig, ModelConfig
 from golf_jax.config.recipe import (
+    AdaptFirstConfig,
     BudgetConfig,
     DataConfig,
     EvalConfig,
@@ -16,12 +17,15 @@ from golf_jax.config.recipe import (
     QuantRule,
     Recipe,
     ScheduleConfig,
+    ScoreFirstConfig,
+    SlidingConfig,
     TTTConfig,
 )
-from golf_jax.config.serialize import from_dict, load_recipe, recipe_names, to_dict
+from golf_jax.config.serialize import differences, from_dict, load_recipe, recipe_names, to_dict
 
 __all__ = [
     "CAP_BYTES",
+    "AdaptFirstConfig",
     "BudgetConfig",
     "DataConfig",
     "EvalConfig",
@@ -34,7 +38,11 @@ __all__ = [
     "QuantRule",
     "Recipe",
     "ScheduleConfig",
+    "ScoreFirstConfig",
+    "SlidingConfig",
     "TTTConfig",
+    "differences",
+    "escape",
     "from_dict",
     "load_recipe",
     "recipe_names",

@@ -1,12 +1,36 @@
 """The one error users see, and the cap."""
 
+import math
+from dataclasses import fields, is_dataclass
+from typing import Any
+
 CAP_BYTES = 16_000_000  # artifact cap of the challenge, decimal, code + model
+
+
+def escape(text: str) -> str:
+    """`text` with everything that could steer a terminal or break the line (control characters, lone surrogates) escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class GolfError(ValueError):
     """A mistake of the user, or bad input, told in one line that names the place, the field and the fix."""
 
+    def __str__(self) -> str:
+        return escape(super().__str__())
+
 
 def check(ok: bool, message: str) -> None:
     if not ok:
         raise GolfError(message)
+
+
+def check_finite(config: Any, path: str = "") -> None:
+    """Raises GolfError for a number anywhere in a configuration that is NaN or infinite."""
+    if isinstance(config, float):
+        check(math.isfinite(config), f"{path}: {config} is not a finite number")
+    elif is_dataclass(config):
+        for f in fields(config):
+            check_finite(getattr(config, f.name), f"{path}.{f.name}" if path else f.name)
+    elif isinstance(config, tuple):
+        for i, value in enumerate(config):
+            check_finite(value, f"{path}.{i}")

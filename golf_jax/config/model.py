@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from golf_jax.config.base import check
+from golf_jax.config.base import check, check_finite
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class FakeQuantConfig:
     min_numel: int = 0
     """Only matrices with more elements than this (PR 372: 65,536)."""
     late_k_layers: int = 0
-    """The key matrices of the last N layers stay exempt (PR 372: 1)."""
+    """The key matrices of the last N layers stay exempt, and are stored as float16 (PR 372: 1)."""
     in_eval: bool = False
     """Also in evaluation (PR 372); otherwise only in training forwards."""
 
@@ -49,7 +49,17 @@ class ModelConfig:
     q_gain_init: float = 1.5
     softcap: float = 30.0
     embed_init_std: float = 0.005
+    asym_softcap: bool = False
+    """Evaluation caps logits >= 0 and < 0 by a scalar each; the training loss keeps `softcap` (PR 2135)."""
     smear_gate: bool = False
+    """Each channel mixes with the previous token's by a gate of its own, after the embedding's norm (PRs 372, 562, 638, 1182)."""
+    input_smear_gate: bool = False
+    """Adds the previous token's embedding times lambda * sigmoid(first `gate_window` channels), before the norm (PR 2135)."""
+    boundary_token: int = -1
+    """Token that starts a document: smear gates and hash embeddings treat it as the start of a row. -1: they look over the
+    border of documents in one row, as all records did (PR 2135's SMEAR_GATE_BOS_FIX was off)."""
+    gate_window: int = 12
+    """Leading channels that the input-gated smear and the narrow head gate read."""
     bigram_buckets: int = 0
     """Rows of the BigramHash table (the last one is the row-start bucket); 0 leaves it out."""
     bigram_dim: int = 128
@@ -66,8 +76,11 @@ class ModelConfig:
     value_residual: bool = False
     value_residual_first: bool = False
     """Layer 0 multiplies its own value by lambda0 + lambda1 (PR 562); otherwise its lambdas are dead (PRs 638, 1182)."""
-    head_gate: Literal["off", "linear", "query_rows"] = "off"
-    """Sigmoid gate per head: a linear map with bias (PRs 562, 638) or extra rows of the query projection (PR 2005)."""
+    head_gate: Literal["off", "linear", "query_rows", "narrow"] = "off"
+    """Sigmoid gate per head: a linear map with bias (PRs 562, 638), extra rows of the query projection (PR 2005), or a map of the
+    first `gate_window` channels of the attention input (PR 2135)."""
+    head_gate_scale: float = 1.0
+    """Multiplies the narrow gate's logits inside the sigmoid (PR 2135: 0.5)."""
     layer_scale: bool = False
     """Multiply the normalised branch inputs by 1/sqrt(layer + 1)."""
     value_embed_layers: tuple[int, ...] = ()
@@ -77,6 +90,9 @@ class ModelConfig:
     """U-Net skips: x + w*s, or the sigmoid lerp g*x + (1-g)*w*s of PR 2005."""
     parallel_from: int = -1
     """Attention and MLP read the same input from this layer on; -1: nowhere."""
+    two_lanes_from: int = -1
+    """From this layer on attention reads one copy of the stream and the MLP another, and both write to both (PR 2135: 8); their mean
+    goes on. -1: nowhere."""
     loop_start: int = -1
     """First layer of the recurrent stretch; -1: no depth recurrence."""
     loop_end: int = -1
@@ -92,6 +108,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         c = self
+        check_finite(c, "model")
         for name in ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads"):
             check(getattr(c, name) > 0, f"model.{name} must be positive, got {getattr(c, name)}")
         check(c.width % c.num_heads == 0, f"model.width {c.width} is not divisible by model.num_heads {c.num_heads}")
@@ -100,6 +117,10 @@ class ModelConfig:
             f"model.num_heads {c.num_heads} is not divisible by model.num_kv_heads {c.num_kv_heads}",
         )
         check(c.head_dim % 2 == 0, f"model.width / model.num_heads = {c.head_dim} must be even for RoPE")
+        for name in ("rope_base", "softcap"):
+            check(getattr(c, name) > 0, f"model.{name} must be positive, got {getattr(c, name)}")
+        for name in ("embed_init_std", "bigram_dim", "trigram_dim", "value_embed_dim", "rope_train_len"):
+            check(getattr(c, name) >= 0, f"model.{name} must not be negative, got {getattr(c, name)}")
         check(c.mlp_dim > 0, f"model.mlp_ratio {c.mlp_ratio} gives no hidden unit at width {c.width}")
         check(
             c.rope_dims % 2 == 0 and 0 <= c.rope_dims <= c.head_dim,
@@ -116,7 +137,21 @@ class ModelConfig:
             all(0 <= i < c.num_layers for i in c.value_embed_layers),
             f"model.value_embed_layers {c.value_embed_layers} must lie in 0..{c.num_layers - 1}",
         )
+        check(
+            not (c.input_smear_gate or c.head_gate == "narrow") or 1 <= c.gate_window <= c.width,
+            f"model.gate_window {c.gate_window} must lie in 1..{c.width} (model.width)",
+        )
+        check(c.boundary_token < c.vocab_size, f"model.boundary_token {c.boundary_token} must be below {c.vocab_size}")
         check(c.parallel_from < c.num_layers, f"model.parallel_from {c.parallel_from} must be below {c.num_layers}")
+        first = max(c.num_layers // 2, c.loop_end + 1)  # of the decoder layers that run once
+        check(
+            c.two_lanes_from == -1 or first <= c.two_lanes_from < c.num_layers,
+            f"model.two_lanes_from {c.two_lanes_from} must be -1 or in {first}..{c.num_layers - 1}: decoder layers after the recurrence",
+        )
+        check(
+            c.two_lanes_from == -1 or c.parallel_from == -1,
+            "model.parallel_from and model.two_lanes_from both say what the MLP reads: set one of them to -1",
+        )
         check(
             (c.loop_repeats > 0) == (c.loop_start >= 0),
             "model.loop_start and model.loop_repeats go together (-1 and 0 switch depth recurrence off)",
@@ -140,7 +175,7 @@ class ModelConfig:
         return int(self.mlp_ratio * self.width)
 
     def layer_order(self, looping: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Physical layer of every virtual layer, as (encoder, decoder) halves of the U-Net (spec PR 2005, 2.3)."""
+        """Physical layer of every virtual layer, as (encoder, decoder) halves of the U-Net (docs/recipes/pr2005.md, section 2.3)."""
         layers = list(range(self.num_layers))
         if looping and self.loop_repeats:
             loop = layers[self.loop_start : self.loop_end + 1]

@@ -1,9 +1,10 @@
 """Everything else a run needs, and the recipe that holds it all."""
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-from golf_jax.config.base import check
+from golf_jax.config.base import check, check_finite
 from golf_jax.config.model import ModelConfig
 
 
@@ -17,8 +18,9 @@ class DataConfig:
     """Glob of validation shards (unused with `embedded`)."""
     tokenizer: str = ""
     """SentencePiece model file (unused with `embedded`)."""
-    order: Literal["stream", "shuffled"] = "stream"
-    """`stream`: consecutive spans per rank (PRs 372, 562, 638, 1182); `shuffled`: random sequences per rank (PR 2005)."""
+    order: Literal["stream", "shuffled", "documents"] = "stream"
+    """`stream`: consecutive spans per rank (PRs 372, 562, 638, 1182); `shuffled`: random sequences per rank (PR 2005); `documents`: one
+    packed row per rank, attention inside documents cut at `seq_len` (PR 2135)."""
     seq_len: int = 2048
     ranks: int = 8
     """Ranks whose data order is reproduced; independent of how many devices run it."""
@@ -37,37 +39,81 @@ class DataConfig:
         return self.ranks * self.rows_per_rank * self.seq_len
 
 
+def _not_negative(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        check(getattr(config, name) >= 0, f"{section}.{name} must be >= 0, got {getattr(config, name)}")
+
+
+def _in_unit(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        check(0 <= getattr(config, name) <= 1, f"{section}.{name} must be in 0..1, got {getattr(config, name)}")
+
+
 @dataclass(frozen=True)
 class GroupConfig:
-    """One optimizer group: which parameter roles, which rule, learning rate and decay."""
+    """One optimizer group: which parameter roles, which rule, and the rule's settings. A setting the rule does not read stays as it is."""
 
     name: str
     roles: tuple[str, ...]
-    """Roles of golf_jax.model.params: matrix, gate, proj, token, table, vector, trigram."""
+    """Roles of golf_jax.model.params: matrix, gate, proj, token, table, vector, trigram, softcap."""
     kind: Literal["muon", "adamw", "frozen"]
     lr: float = 0.0
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW: decay of the two moments."""
+    eps: float = 1e-8
+    """AdamW: added to the root of the second moment."""
+    momentum: float = 0.99
+    """Muon: after the warm-up from `momentum_start` over `momentum_warmup_steps` steps."""
+    momentum_start: float = 0.92
+    momentum_warmup_steps: int = 1500
+    newton_schulz_steps: int = 5
+    newton_schulz_coefficients: tuple[tuple[float, float, float], ...] = ((3.4445, -4.7750, 2.0315),)
+    """Muon: (a, b, c) of X <- a X + (b A + c A A) X with A = X X^T; one for all steps, or one per step (Polar Express, PR 2135)."""
+    row_normalize: bool = False
+    """MuonEq-R: rows of the Nesterov update are normalised before Newton-Schulz (PR 2005)."""
+    bf16_momentum: bool = False
+    """PR 1182's Muon: momentum and averaged matrix gradients in bfloat16 when `numerics = "as_run"`, and its rounding order."""
+
+    def __post_init__(self):
+        where = f"optim.groups ({self.name})"
+        for f in fields(self):
+            check_finite(getattr(self, f.name), f"{where}.{f.name}")
+            kinds = _READ_BY.get(f.name, (self.kind,))
+            check(self.kind in kinds or getattr(self, f.name) == f.default, f"{where}: kind {self.kind!r} does not read {f.name}")
+        _not_negative(self, where, "lr", "weight_decay", "momentum_warmup_steps")
+        for name, values in (("betas", self.betas), ("momentum", (self.momentum,)), ("momentum_start", (self.momentum_start,))):
+            check(all(0 <= v < 1 for v in values), f"{where}.{name} must be in 0..1 and below 1, got {getattr(self, name)}")
+        check(self.eps > 0, f"{where}.eps must be positive, got {self.eps}")
+        check(self.newton_schulz_steps > 0, f"{where}.newton_schulz_steps must be positive, got {self.newton_schulz_steps}")
+        given, steps = len(self.newton_schulz_coefficients), self.newton_schulz_steps
+        check(given in (1, steps), f"{where}.newton_schulz_coefficients: give one triple, or one for each of {steps} steps, not {given}")
+
+
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "lr": ("muon", "adamw"),
+    "weight_decay": ("muon", "adamw"),
+    "betas": ("adamw",),
+    "eps": ("adamw",),
+    "momentum": ("muon",),
+    "momentum_start": ("muon",),
+    "momentum_warmup_steps": ("muon",),
+    "newton_schulz_steps": ("muon",),
+    "newton_schulz_coefficients": ("muon",),
+    "row_normalize": ("muon",),
+    "bf16_momentum": ("muon",),
+}
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Muon for matrices, AdamW for the rest; all learning rates share one factor over time."""
+    """Groups with a rule each; all learning rates share one factor over time, all gradients one norm."""
 
     groups: tuple[GroupConfig, ...] = (
         GroupConfig("matrix", ("matrix", "proj", "gate"), "muon", 0.025, 0.04),
         GroupConfig("token", ("token", "table"), "adamw", 0.035, 0.04),
         GroupConfig("vector", ("vector",), "adamw", 0.025, 0.04),
     )
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    momentum: float = 0.99
-    momentum_start: float = 0.92
-    momentum_warmup_steps: int = 1500
-    newton_schulz_steps: int = 5
-    row_normalize: bool = False
-    """MuonEq-R: rows of the Nesterov update are normalised before Newton-Schulz (PR 2005)."""
-    bf16_momentum: bool = False
-    """PR 1182's Muon: momentum and averaged matrix gradients in bfloat16 when `numerics = "as_run"`, and its rounding order."""
     decay_last: bool = False
     """Weight decay after the update, on the updated weight (PR 372); otherwise before it."""
     clip_norm: float = 0.3
@@ -76,14 +122,17 @@ class OptimConfig:
     """Clip each rank's own gradient before averaging (PR 1182)."""
 
     def __post_init__(self):
-        roles = [r for g in self.groups for r in g.roles]
+        names, roles = [g.name for g in self.groups], [r for g in self.groups for r in g.roles]
+        for name in names:
+            check(names.count(name) == 1, f"optim.groups: two groups have the name {name!r}")
         for r in roles:
             check(roles.count(r) == 1, f"optim.groups: role {r!r} is claimed by two groups")
+        _not_negative(self, "optim", "clip_norm")
         check(not (self.clip_per_rank and self.clip_norm <= 0), "optim.clip_per_rank needs optim.clip_norm > 0")
 
     @property
     def leaks_frozen_gradients(self) -> bool:
-        """PR 1182: gradients of frozen parameters are never cleared and enter the clip norm (spec 7.1)."""
+        """Gradients of frozen parameters are never cleared and enter the clip norm (docs/recipes/pr1182.md, section 7.1)."""
         return self.clip_per_rank and any(g.kind == "frozen" for g in self.groups)
 
 
@@ -97,7 +146,7 @@ class BudgetConfig:
     """Training clock: excludes compilation, evaluation and pauses. PR 2005 trains 588 s and keeps 12 s for GPTQ."""
 
     def __post_init__(self):
-        check(self.steps >= 0, f"budget.steps must be >= 0, got {self.steps}")
+        _not_negative(self, "budget", "steps", "seconds")
         check(self.steps > 0 or self.seconds > 0, "budget: give budget.steps or a positive budget.seconds")
 
 
@@ -113,6 +162,9 @@ class ScheduleConfig:
     """Factor at the end of the warmdown (PR 372: 0.1)."""
     loop_from: float = 0.0
     """Depth recurrence starts at this fraction of the run (PR 2005: 0.35)."""
+    seq_lens: tuple[tuple[float, int], ...] = ()
+    """Ramp of the sequence length: (from this fraction of the run, tokens), the first from 0. Each divides `data.seq_len`, whose
+    sequences are cut: tokens per step and their order stay. Empty: `data.seq_len` throughout."""
     ema_decay: float = 0.997
     """Exponential average of all parameters from the initial weights; 0 switches it off."""
     swa_every: int = 0
@@ -127,8 +179,12 @@ class ScheduleConfig:
     """PR 1182 only: discarded warm-up steps whose gradients of frozen parameters leak into the run (20 there)."""
 
     def __post_init__(self):
-        check(0 <= self.warmdown_frac <= 1, f"schedule.warmdown_frac must be in 0..1, got {self.warmdown_frac}")
-        check(0 <= self.ema_decay < 1, f"schedule.ema_decay must be in 0..1, got {self.ema_decay}")
+        _in_unit(self, "schedule", "warmdown_frac", "lr_floor", "loop_from", "ema_decay")
+        _not_negative(self, "schedule", "warmdown_steps", "swa_every", "swa_below", "fake_quant_below", "leak_warmup_steps")
+        check(self.ema_decay < 1, f"schedule.ema_decay must be below 1, got {self.ema_decay}")
+        starts = [start for start, _ in self.seq_lens]
+        ramp = not starts or (starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1)
+        check(ramp, f"schedule.seq_lens must start at 0 and rise below 1, got {', '.join(map(str, starts))}")
         check(self.export != "ema" or self.ema_decay > 0, "schedule.export 'ema' needs schedule.ema_decay > 0")
         check(self.export != "swa" or self.swa_every > 0, "schedule.export 'swa' needs schedule.swa_every > 0")
 
@@ -138,9 +194,10 @@ class QuantRule:
     """First match wins: tensors whose name contains `pattern` and have more than `min_numel` elements get `scheme`."""
 
     pattern: str
-    """Substring of the tensor name (`blocks.3.attn.c_q.weight`); empty matches all. `|` separates alternatives."""
+    """Substring of the tensor name (`blocks.3.attn.c_q.weight`); empty matches all. `|` separates alternatives, `blocks.-1.` is the
+    last layer, whatever their number."""
     scheme: str
-    """Name of a scheme of golf_jax.quant.schemes (int6_row, int5_row, int8_percentile, gptq, float16, ...)."""
+    """Name of a scheme of golf_jax.quant.schemes (int6_row, int5_row, int8_percentile, gptq_int6, float16, ...)."""
     min_numel: int = 0
     max_numel: int = 0
     """Only tensors with at most this many elements; 0: no limit."""
@@ -148,7 +205,9 @@ class QuantRule:
     """Multiplies the scheme's rounding step: above 1 coarser and smaller, 1 exactly as the PR. `quant.fit_to_cap` solves for it."""
 
     def __post_init__(self):
-        check(self.step > 0, f"quant.rules: step must be positive, got {self.step} (pattern {self.pattern!r})")
+        check(0 < self.step < math.inf, f"quant.rules: step must be positive, got {self.step} (pattern {self.pattern!r})")
+        for name in ("min_numel", "max_numel"):
+            check(getattr(self, name) >= 0, f"quant.rules: {name} must be >= 0, got {getattr(self, name)} (pattern {self.pattern!r})")
 
 
 @dataclass(frozen=True)
@@ -165,56 +224,107 @@ class QuantConfig:
     """Only 2-D tensors with more elements than this are pruned."""
     gptq_batches: int = 0
     """Calibration batches for the Hessians of GPTQ schemes (PR 2005: 64)."""
-    compressor: Literal["zstd", "lzma", "brotli", "rans"] = "zstd"
-    """`rans` is this project's own coder for integer codes, 1 to 2 % smaller (docs/artifact.md); scales and floats by brotli."""
+    compressor: str = "zstd"
+    """zstd, lzma, brotli or rans (golf_jax.artifact.compressors).
+
+    `rans` is this project's own coder for integer codes, 1 to 2 % smaller (docs/artifact.md); scales and floats by brotli."""
     level: int = 22
     """zstd 1..22, lzma 0..9, brotli and rans 0..11."""
 
     def __post_init__(self):
         check(0 <= self.prune_fraction < 1, f"quant.prune_fraction must be in 0..1, got {self.prune_fraction}")
+        for name in ("prune_min_numel", "gptq_batches"):
+            check(getattr(self, name) >= 0, f"quant.{name} must be >= 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
-class TTTConfig:
-    """Test-time training. `score_first` is legal (every token is scored before an update sees it); `adapt_first` is not."""
+class SlidingConfig:
+    """Scoring with a window of `data.seq_len` tokens that moves on."""
 
-    kind: Literal["off", "score_first", "adapt_first"] = "off"
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    stride: int = 64
+    """New targets per window; 0 leaves this evaluation out."""
+    windows: Literal["pr372", "tail", "tail_min", "exact"] = "exact"
+    """Window list of the recipe (docs/recipes, section 6): `pr372` scores only full strides, `tail` (638, 1182) and `tail_min` (562,
+    score-first of 1182) re-score the tail, `exact` (2005) scores every target once."""
+
+    def __post_init__(self):
+        check(self.stride >= 0, f"eval: stride must be >= 0, got {self.stride}")
+
+    @property
+    def on(self) -> bool:
+        """Whether the recipe asks for this evaluation."""
+        return self.stride > 0
+
+
+@dataclass(frozen=True)
+class TTTConfig(SlidingConfig):
+    """Sliding evaluation with training on the validation text: what both kinds of it share."""
+
+    epochs: int = 0
+    """Passes over what is trained on; 0 leaves this evaluation out."""
     lr: float = 0.002
-    momentum: float = 0.9
-    epochs: int = 3
-    chunk_tokens: int = 32_768
     batch_rows: int = 32
     """Most sequences per rank and update."""
     ranks: int = 8
-    """Ranks whose split of every chunk is reproduced."""
+    """Ranks whose split of the text is reproduced."""
     clip_norm: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
     fake_quant: bool = False
-    """Fake quantization in the training forwards of TTT (what really ran in PRs 562 and 1182)."""
+    """Fake quantization in the training forwards (what really ran in PRs 562 and 1182)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.epochs >= 0, f"eval: epochs of test-time training must be >= 0, got {self.epochs}")
+        for name in ("stride", "batch_rows", "ranks"):
+            check(getattr(self, name) > 0, f"eval: {name} of test-time training must be positive, got {getattr(self, name)}")
+
+    @property
+    def on(self) -> bool:
+        return self.epochs > 0
+
+
+@dataclass(frozen=True)
+class ScoreFirstConfig(TTTConfig):
+    """Chunk by chunk, score and then train by SGD (PRs 1182, 2005). Legal: every token is scored before an update sees it."""
+
+    momentum: float = 0.9
+    chunk_tokens: int = 32_768
+
+
+@dataclass(frozen=True)
+class AdaptFirstConfig(TTTConfig):
+    """Train by Adam on everything, then score (PR 562). Illegal; reproduced as a reference."""
+
     proj_lr_scale: float = 1.0
-    """`adamw`: factor for output projections (PR 562: 3)."""
+    """Factor for output projections (PR 562: 3)."""
     fc_lr_scale: float = 1.0
-    """`adamw`: factor for the MLP's first matrix (PR 562: 0.5)."""
+    """Factor for the MLP's first matrix (PR 562: 0.5)."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How the packed model is scored."""
+    """How the packed model is scored: always by rows side by side, and by each method below that is not left out."""
 
-    stride: int = 64
-    """Sliding window: new targets per window; 0 leaves the sliding evaluation out."""
-    windows: Literal["pr372", "tail", "tail_min", "exact"] = "exact"
-    """Window list of the recipe (spec section 6): `pr372` scores only full strides, `tail` (638, 1182) and `tail_min` (562)
-    re-score the tail, `exact` (2005) scores every target once."""
-    batch_rows: int = 32
-    """Sequences or windows per device and step."""
+    batch_rows: int = 0
+    """Sequences or windows per device and forward pass; 0: 1,024 tokens on a CPU, 65,536 elsewhere, one sequence at least."""
     every: int = 0
     """Validate the raw weights every N training steps (outside the clock); 0: only at the end."""
-    ttt: TTTConfig = TTTConfig()
+    sliding: SlidingConfig = SlidingConfig()
+    score_first: ScoreFirstConfig = ScoreFirstConfig()
+    adapt_first: AdaptFirstConfig = AdaptFirstConfig()
 
     def __post_init__(self):
-        check(self.stride >= 0, f"eval.stride must be >= 0, got {self.stride}")
-        check(self.batch_rows > 0, f"eval.batch_rows must be positive, got {self.batch_rows}")
+        check(self.batch_rows >= 0, f"eval.batch_rows must be >= 0, got {self.batch_rows}")
+
+    def check_length(self, seq_len: int) -> None:
+        """Raises GolfError unless every method that is asked for can work with windows of `seq_len` tokens."""
+        for name in ("sliding", "score_first", "adapt_first"):
+            method = getattr(self, name)
+            fits = not method.on or method.stride <= seq_len
+            check(fits, f"eval.{name}.stride {method.stride} exceeds the window of {seq_len} tokens (data.seq_len)")
+        chunk = self.score_first.chunk_tokens
+        fits = not self.score_first.on or chunk >= seq_len
+        check(fits, f"eval.score_first.chunk_tokens {chunk} is less than one sequence of {seq_len} (data.seq_len)")
 
 
 @dataclass(frozen=True)
@@ -236,21 +346,26 @@ class Recipe:
     """Sequences per device and forward pass (gradient accumulation); 0: as many as one rank has."""
     seed: int = 1337
     checkpoint_every: int = 0
-    """Save a checkpoint every N steps (0: none); `--resume DIR` of golf_jax.train goes on from it bit for bit."""
+    """Save a checkpoint every N steps; 0: about once a minute of training. The last two are kept, and the final state always."""
     log_every: int = 50
 
     def __post_init__(self):
         r = self
+        check_finite(r)
+        for name in ("micro_rows", "checkpoint_every"):
+            check(getattr(r, name) >= 0, f"{name} must be >= 0, got {getattr(r, name)}")
+        check(r.log_every > 0, f"log_every must be positive, got {r.log_every}")
         has_fake_quant = r.model.fake_quant.matrices != "none"
         check(
             r.schedule.fake_quant_below == 0 or has_fake_quant,
             "schedule.fake_quant_below is set but model.fake_quant.matrices is 'none'",
         )
-        check(not r.eval.ttt.fake_quant or has_fake_quant, "eval.ttt.fake_quant needs model.fake_quant.matrices")
-        check(
-            r.eval.stride <= r.data.seq_len,
-            f"eval.stride {r.eval.stride} exceeds the window data.seq_len {r.data.seq_len}",
-        )
+        for name in ("score_first", "adapt_first"):
+            check(not getattr(r.eval, name).fake_quant or has_fake_quant, f"eval.{name}.fake_quant needs model.fake_quant.matrices")
+        r.eval.check_length(r.data.seq_len)
+        for _, length in r.schedule.seq_lens:
+            fits = length > 0 and r.data.seq_len % length == 0
+            check(fits, f"schedule.seq_lens: {length} must be positive and divide data.seq_len {r.data.seq_len}")
         check(
             r.data.rows_per_rank % max(r.micro_rows, 1) == 0 or r.micro_rows % r.data.rows_per_rank == 0,
             f"micro_rows {r.micro_rows} must divide or be a multiple of data.rows_per_rank {r.data.rows_per_rank}",
@@ -259,5 +374,3 @@ class Recipe:
             not r.optim.clip_per_rank or r.micro_rows in (0, r.data.rows_per_rank),
             "optim.clip_per_rank clips one rank's whole gradient: leave micro_rows 0",
         )
-        uses_gptq = any(rule.scheme.startswith("gptq") for rule in r.quant.rules)
-        check(uses_gptq == (r.quant.gptq_batches > 0), "quant.gptq_batches and a gptq scheme in quant.rules go together")

@@ -1,15 +1,21 @@
 """Recipes as JSON and back, and recipes by name."""
 
+import contextlib
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import math
+import re
+import traceback
 import types
 import typing
+from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from golf_jax.config import model, recipe
 from golf_jax.config.base import GolfError, check
 from golf_jax.config.recipe import Recipe
 
@@ -31,7 +37,7 @@ def from_dict(cls: Any, data: Any, where: str = "") -> Any:
     hints = typing.get_type_hints(cls)
     names = {f.name for f in fields(cls)}
     for unknown in set(data) - names:
-        raise GolfError(f"{where}: unknown field {unknown!r}; fields are {', '.join(sorted(names))}")
+        raise GolfError(f"{where}: unknown field {unknown!r}; {_meant(unknown, names)}")
     values = {}
     for f in fields(cls):
         if f.name not in data:
@@ -68,26 +74,64 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """The recipe of `configs/NAME.py` (shipped in the wheel) or of a Python file given by path."""
+    """The recipe of `configs/NAME.py` (shipped in the wheel) or of a Python file given by path.
+
+    Raises GolfError naming file, line and cause, whatever the file does.
+    """
     path = Path(name_or_path)
     if path.suffix == ".py":
         check(path.is_file(), f"{path}: no such recipe file")
         spec = importlib.util.spec_from_file_location(f"golf_recipe_{path.stem}", path)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with _told(path):
+            spec.loader.exec_module(module)
     else:
         known = recipe_names()
         check(name_or_path in known, f"no recipe {name_or_path!r}; known: {', '.join(known)} (or give a .py file)")
         module = importlib.import_module(f"golf_jax.configs.{name_or_path}")
     make = getattr(module, "recipe", None)
     check(callable(make), f"{name_or_path}: a recipe file defines a function recipe() that returns a Recipe")
-    result = make()  # type: ignore[misc]
+    with _told(Path(module.__file__ or name_or_path)):
+        result = make()  # type: ignore[misc]
     check(isinstance(result, Recipe), f"{name_or_path}: recipe() must return a golf_jax.config.Recipe")
     return result
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What goes wrong in the recipe file `path`, as one line with the place in the file and the cause."""
+    try:
+        yield
+    except SyntaxError as error:
+        raise GolfError(f"{error.filename or path}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        cause = str(error) if isinstance(error, GolfError) else f"{type(error).__name__}: {error}"
+        if misspelt := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):
+            cls, field = misspelt.groups()
+            known = [f.name for module in (model, recipe) if hasattr(module, cls) for f in fields(getattr(module, cls))]
+            cause = f"{cls} has no field {field!r}" + (f"; {_meant(field, known)}" if known else "")
+        raise GolfError(f"{path}{f', line {lines[-1]}' if lines else ''}: {cause}") from None
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(sorted(known))}"
 
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes."""
     configs = importlib.import_module("golf_jax.configs")
     return sorted(p.stem for p in Path(configs.__path__[0]).glob("*.py") if p.stem != "__init__")
+
+
+def differences(there: Any, here: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted field, value there, value here) wherever two configurations as JSON data differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        pairs = [(str(k), there.get(k), here.get(k)) for k in here | there]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(there, here, strict=True))]
+    else:
+        return [] if there == here else [(path, there, here)]
+    return [d for name, a, b in pairs for d in differences(a, b, f"{path}.{name}" if path else name)]

@@ -1,6 +1,5 @@
 """`python -m golf_jax.data build | download | verify`: training data from text, from the hub, and its inspection."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from golf_jax import cli
 from golf_jax.config import GolfError
 
 
@@ -15,8 +15,8 @@ from golf_jax.config import GolfError
 class Build:
     """Make tokenizer, shards and manifest.json from your own text.
 
-    A text file is one document; a long one is cut at blank lines into documents of 8,192 characters or a little more. JSONL
-    has one document per line, in the field `text`. A directory gives all .txt, .md and .jsonl files below it, in name order.
+    A text file is one document; a long one is cut at blank lines (else line ends, else spaces) into documents of 8,192 characters or
+    a little more. JSONL has one document per line. A directory gives all .txt, .md, .jsonl and .ndjson files below it, in name order.
     Training reads documents in this order: shuffle them beforehand if neighbours are alike. Example:
 
       python -m golf_jax.data build books/ --out data/books --vocab-size 1024
@@ -34,22 +34,28 @@ class Build:
     """One document in this many is held out, chosen by the hash of its text."""
     shard_tokens: int = 100_000_000
     """Tokens per file."""
+    field: str = "text"
+    """Field of a JSON line that holds the text."""
+    glob: str = ""
+    """Files of a directory to read instead, such as '*.py'."""
 
     def run(self) -> int:
         from golf_jax.data.build import build
 
         if not self.inputs:
             raise GolfError("build: name at least one text file, JSONL file or directory")
-        build(
+        manifest = build(
             self.inputs,
             self.out,
             vocab_size=self.vocab_size,
             tokenizer=self.tokenizer,
             val_every=self.val_every,
             shard_tokens=self.shard_tokens,
+            field=self.field,
+            pattern=self.glob,
         )
         print(f"train with: --data.train '{self.out}/train_*.bin' --data.val '{self.out}/val_*.bin'"
-              f" --data.tokenizer {self.out}/tokenizer.model")  # fmt: skip
+              f" --data.tokenizer {self.out}/tokenizer.model --model.vocab-size {manifest['tokenizer']['vocab_size']}")  # fmt: skip
         return 0
 
 
@@ -113,8 +119,8 @@ Command = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0 fine, 1 problems found, 2 an error told in one line."""
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command and returns the exit status: 0 fine, 1 problems found. Raises GolfError."""
     command: Build | Download | Verify = tyro.cli(
         Command,  # pyright: ignore[reportArgumentType]
         prog="python -m golf_jax.data",
@@ -122,12 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    try:
-        return command.run()
-    except GolfError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

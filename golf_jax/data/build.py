@@ -2,10 +2,10 @@
 
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,66 +13,22 @@ from typing import Any
 import numpy as np
 
 from golf_jax.config import GolfError
+from golf_jax.data.documents import find_files, read_documents
 from golf_jax.data.manifest import NAME, file_entry, read_manifest, write_manifest
-from golf_jax.data.shards import load_val_tokens, write_atomic, write_shard
+from golf_jax.data.proof import refuse_markers
+from golf_jax.data.shards import load_val_tokens, write_shard
 from golf_jax.data.tokenizer import Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
+from golf_jax.files import write_atomic
 
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
-LONG_DOCUMENT = 8192  # characters; a longer text file is cut at blank lines, so that one book can be split too
 TOKENIZER_SAMPLE = 100_000_000  # characters of training text the tokenizer learns from; more changes little and takes long
 SHARD_TOKENS = 100_000_000  # the official export's
 ENCODE_BATCH = 512
+SHOWN = 20  # files named one by one
 
 
 def is_validation(text: str, val_every: int) -> bool:
     """The split rule: one document in `val_every`, by the SHA-256 of its text, wherever it stands and however often."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % val_every == 0
-
-
-def read_documents(inputs: Sequence[str | Path]) -> Iterator[str]:
-    """Documents of text files (cut at blank lines when long), JSONL files (field `text`) and directories of both, in name order."""
-    for path in map(Path, inputs):
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-            if not files:
-                raise GolfError(f"{path}: holds no {', '.join(TEXT_SUFFIXES)} file")
-        else:
-            files = [path]
-        for file in files:
-            yield from _read_jsonl(file) if file.suffix == ".jsonl" else _read_text(file)
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise GolfError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    paragraphs: list[str] = []
-    for paragraph in text.split("\n\n"):
-        paragraphs.append(paragraph)
-        if sum(map(len, paragraphs)) >= LONG_DOCUMENT:
-            yield "\n\n".join(paragraphs)
-            paragraphs = []
-    if paragraphs:
-        yield "\n\n".join(paragraphs)
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                    text.encode()
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise GolfError(f"{path}:{number}: needs a JSON object with a string field `text`") from error
-                yield text
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 class _SplitWriter:
@@ -139,7 +95,7 @@ def build_documents(
         manifest = {
             "source": source,
             "split": f"validation: first 8 bytes of SHA-256(text), big-endian, mod {val_every} == 0; repeated documents dropped",
-            **_write_splits(documents(), temporary, Tokenizer(model), val_every, shard_tokens),
+            **_write_splits(documents(), temporary, Tokenizer(model, str(tokenizer or "tokenizer.model")), val_every, shard_tokens),
         }
         write_manifest(temporary, manifest)
         temporary.chmod(0o755)
@@ -148,6 +104,14 @@ def build_documents(
         raise GolfError(f"{directory}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    text = manifest["text"]
+    log(
+        "text: {documents:,} documents, {bytes:,} bytes; left out: {repeated:,} repeated, {blank:,} blank, {left_out_bytes:,} bytes".format(
+            **text
+        )
+    )
+    kept, counted = text["bytes"] - text["left_out_bytes"], sum(manifest[split]["bytes"] for split in ("train", "val"))
+    log(f"counted: {counted:,} of {kept:,} bytes; the tokenizer changes: {'; '.join(text['changes']) or 'nothing'}")
     for split in ("train", "val"):
         log("{}: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(split, **manifest[split]))
     return read_manifest(directory / NAME)
@@ -162,28 +126,62 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenizer, val_every: int, shard_tokens: int) -> dict[str, Any]:
     write_atomic(directory / "tokenizer.model", tokenizer.model)
+    refuse_markers(tokenizer)
     tables = byte_tables(tokenizer.processor)
     writers = {split: _SplitWriter(directory, split, shard_tokens) for split in ("train", "val")}
     seen: set[bytes] = set()
+    text_facts = Counter[str]()
     texts = iter(documents)
     while batch := list(itertools.islice(texts, ENCODE_BATCH)):
         for text, tokens in zip(batch, tokenizer.encode_documents(batch), strict=True):
-            digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
-            if len(tokens) < 2 or digest in seen:
+            size = len(text.encode())
+            text_facts.update(documents=1, bytes=size)
+            words = " ".join(text.split())
+            digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
+            if not words or len(tokens) < 2 or digest in seen:
+                text_facts.update({"repeated" if words else "blank": 1, "left_out_bytes": size})
                 continue
+            if np.any(tokens == tokenizer.processor.unk_id()):
+                raise GolfError(
+                    f"tokenizer {tokenizer.name}: characters of document {text_facts['documents'] - 1} are unknown to it and would be lost "
+                    f"(it has no byte fallback): {text[:40]!a}"
+                )
             seen.add(digest)
             split = "val" if is_validation(text, val_every) else "train"
             writers[split].add(tokens, int(count_bytes(tables, tokens[:-1], tokens[1:]).sum()))
     splits = {split: writer.finish() for split, writer in writers.items()}
     for split, entry in splits.items():
         if not entry["documents"]:
-            raise GolfError(f"data build: {len(seen)} documents leave none for {split}; give more text or another val_every")
+            raise GolfError(f"data build: {len(seen)} documents leave none for {split}; give more text or another --val-every")
     check_tables(tokenizer, load_val_tokens(directory / "val_*.bin"), tables)
     identity = {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
-    return {"tokenizer": identity, **splits}
+    counts = {name: text_facts[name] for name in ("documents", "bytes", "repeated", "blank", "left_out_bytes")}
+    return {"tokenizer": identity, "text": {**counts, "changes": tokenizer.changes()}, **splits}
 
 
-def build(inputs: Sequence[str | Path], directory: str | Path, **options: Any) -> dict[str, Any]:
-    """`build_documents` (see there for `options`) on text files, JSONL files or directories of them."""
-    source = ", ".join(str(path) for path in inputs)
-    return build_documents(lambda: read_documents(inputs), directory, source=source, **options)
+def build(
+    inputs: Sequence[str | Path],
+    directory: str | Path,
+    *,
+    field: str = "text",
+    pattern: str = "",
+    log: Callable[[str], None] = print,
+    **options: Any,
+) -> dict[str, Any]:
+    """`build_documents` (see there for `options`) on text files, JSON lines or directories of them, see `find_files`."""
+    files, skipped = find_files(inputs, pattern)
+    if skipped:
+        more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+        log(f"skipped {len(skipped)} files: {', '.join(map(str, skipped[:SHOWN]))}{more}")
+    source, counts = ", ".join(str(path) for path in inputs), Counter[Path]()
+
+    def documents() -> Iterator[str]:
+        counts.clear()  # read twice
+        return read_documents(files, field, counts)
+
+    try:
+        return build_documents(documents, directory, source=source, log=log, **options)
+    finally:
+        for path in files[:SHOWN]:
+            if counts:
+                log(f"{path}: {counts[path]:,} documents")

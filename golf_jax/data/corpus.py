@@ -8,6 +8,7 @@ import ast
 import hashlib
 import os
 import platform
+import shutil
 import sys
 import sysconfig
 import threading
@@ -20,11 +21,10 @@ import sentencepiece
 
 from golf_jax.config import GolfError
 from golf_jax.data.build import build_documents
-from golf_jax.data.manifest import NAME, read_manifest
+from golf_jax.data.manifest import NAME, damage, read_manifest
 
-CACHE = Path.home() / ".cache" / "golf_jax"  # where commands keep what they make once: this corpus, compiled programs
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__pycache__"}
-RULES = "2"  # counts changes of what `documents` does
+RULES = "3"  # counts changes of what `documents` and `train_bpe` do
 PARSER = threading.Lock()  # ast.parse in two threads at once fails on CPython 3.11 (SystemError: recursion depth mismatch)
 
 
@@ -85,9 +85,13 @@ def build_embedded(root: str | Path, vocab_size: int = 1024) -> dict[str, Any]:
     """Shards and tokenizer of the embedded corpus under `root`, made once per content hash; returns the manifest.
 
     The manifest gains `directory`: the folder with tokenizer.model, train_*.bin and val_*.bin. Two processes may build at the same
-    time: the directory appears by one rename, and the slower one takes the faster one's.
+    time: the directory appears by one rename, and the slower one takes the faster one's. A directory that is not what its manifest
+    says is made anew.
     """
     directory = Path(root) / f"embedded-{vocab_size}-{content_hash(vocab_size)[:12]}"
+    if directory.exists() and (problem := damage(directory)):
+        print(f"embedded corpus: {problem}; made anew", file=sys.stderr)
+        shutil.rmtree(directory, ignore_errors=True)
     if not directory.exists():
         python = f"{platform.python_implementation()} {platform.python_version()} on {sys.platform}"
         texts = documents()

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from golf_jax.config import GolfError
 from golf_jax.data.manifest import file_entry, sha256_file, text_bytes, write_manifest
-from golf_jax.data.shards import load_val_tokens, open_shard, write_atomic
+from golf_jax.data.shards import load_val_tokens, open_shard
 from golf_jax.data.tokenizer import Tokenizer, byte_tables
+from golf_jax.files import write_atomic
 
 REPO = "willdepueoai/parameter-golf"
 PREFIX = "datasets"
@@ -162,7 +163,7 @@ def _write_local_manifest(root: Path, folder: str, tokenizer_path: str, stats: d
         "documents": int((val == tokenizer.bos_id).sum()),
         "bytes": text_bytes(byte_tables(tokenizer.processor), val),
     }
-    model = os.path.relpath(root / tokenizer_path, directory)
-    identity = {"file": Path(model).as_posix(), "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+    model = write_atomic(directory / "tokenizer.model", tokenizer.model)  # a manifest names nothing outside its directory
+    identity = {"file": model.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
     write_manifest(directory, {"source": "FineWeb export", "split": "as published", "tokenizer": identity, **splits})
     return directory

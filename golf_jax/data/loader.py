@@ -6,15 +6,25 @@ trained on. `ranks` belongs to the recipe, not to this machine, so the order is 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.data.shards import check_token_range, find_shards, open_shard
+from golf_jax.data.shards import Shard, check_token_range, find_shards, open_shard
 
-Batch = tuple[np.ndarray, np.ndarray]
 Shards = str | Path | Sequence[np.ndarray]
+
+
+class Batch(NamedTuple):
+    """What one step trains on, on the host or on the mesh."""
+
+    inputs: Any
+    """int32 [sequences, seq_len]."""
+    targets: Any
+    """int32 [sequences, seq_len]: the inputs one token later."""
+    segments: Any = None
+    """Room for the document of every token, int32 [sequences, seq_len]; no order gives it yet."""
 
 
 class Loader(Protocol):
@@ -24,7 +34,7 @@ class Loader(Protocol):
     row_slice: slice
 
     def next_batch(self) -> Batch:
-        """Inputs and targets, each int32 [local_rows, seq_len]: the rows `row_slice` of the global batch."""
+        """The rows `row_slice` of the global batch, [local_rows, seq_len]."""
         ...
 
     def state(self) -> dict[str, int]:
@@ -43,10 +53,11 @@ class _Rows:
         self.source: object = "training data"
         if isinstance(shards, str | Path):
             self.source = shards
-            shards = [open_shard(path) for path in find_shards(shards)]
+            self.shards: list[np.ndarray] | list[Shard] = [open_shard(path) for path in find_shards(shards)]
+        else:
+            self.shards = list(shards)
         if min(ranks, rows, seq_len) < 1:
             raise GolfError(f"data loader: ranks={ranks}, rows={rows}, seq_len={seq_len} must all be at least 1")
-        self.shards = list(shards)
         self.ranks, self.rows, self.seq_len, self.vocab_size = ranks, rows, seq_len, vocab_size
         self.global_shape = (ranks * rows, seq_len)
         start, stop, step = (row_slice or slice(None)).indices(ranks * rows)
@@ -66,11 +77,11 @@ class _Rows:
                 raise GolfError(f"data position: {field} was {state.get(field)} when it was saved and is {value} now")
         self.batches = int(state["batches"])
 
-    def _pair(self, sequences: list[np.ndarray]) -> Batch:
+    def _batch(self, sequences: list[np.ndarray]) -> Batch:
         sequences_NT = np.stack(sequences).astype(np.int32)
         if self.vocab_size is not None:
             check_token_range(sequences_NT, self.vocab_size, self.source)
-        return sequences_NT[:, :-1], sequences_NT[:, 1:]
+        return Batch(sequences_NT[:, :-1], sequences_NT[:, 1:])
 
 
 class StreamLoader(_Rows):
@@ -112,7 +123,7 @@ class StreamLoader(_Rows):
             rank, row_of_rank = divmod(row, self.rows)
             sequences.append(self._read(base + rank * span + row_of_rank * self.seq_len, self.seq_len + 1))
         self.batches += 1
-        return self._pair(sequences)
+        return self._batch(sequences)
 
 
 class _RankShuffle:
@@ -210,7 +221,7 @@ class ShuffledLoader(_Rows):
                 if self.row_slice.start <= row < self.row_slice.stop:
                     sequences.append(self.shards[self.owned[rank][index]][start : start + self.seq_len + 1])
         self.batches += 1
-        return self._pair(sequences)
+        return self._batch(sequences)
 
     def restore(self, state: dict[str, int]) -> None:
         """See `Loader.restore`. Replays the current pass: seconds for hundreds of thousands of sequences."""

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.data.shards import write_atomic
 from golf_jax.data.tokenizer import ByteTables, count_bytes
+from golf_jax.files import write_atomic
 
 FORMAT = "golf_jax.data/1"
 NAME = "manifest.json"
+MAX_BYTES = 1 << 26
 
 
 def sha256_file(path: str | Path) -> str:
@@ -34,16 +35,59 @@ def text_bytes(tables: ByteTables, tokens: np.ndarray, chunk: int = 1 << 24) -> 
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Reads a manifest of this format; GolfError for anything else."""
+    """Reads a manifest of this format; GolfError for anything else, also for names that lead out of the directory."""
+    path = Path(path)
     try:
-        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise GolfError(f"{path}: cannot be read (not a regular file)")
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise GolfError(f"{path}: larger than {MAX_BYTES:,} bytes; not a manifest")
+        manifest = json.loads(raw)
     except OSError as error:
         raise GolfError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise GolfError(f"{path}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise GolfError(f"{path}: not JSON ({str(error)[:80]})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise GolfError(f"{path}: not a manifest of format {FORMAT}")
+    _check(path, manifest, "", {"tokenizer": dict, "train": dict, "val": dict})
+    _check(path, manifest["tokenizer"], "tokenizer.", {"file": str, "sha256": str, "vocab_size": int})
+    if Path(manifest["tokenizer"]["file"]).name != manifest["tokenizer"]["file"]:
+        raise GolfError(f"{path}: tokenizer.file {manifest['tokenizer']['file']!a} leads out of the directory; give --tokenizer MODEL")
+    for split in ("train", "val"):
+        _check(path, manifest[split], f"{split}.", {"tokens": int, "files": list})
+        for field in {"documents", "bytes"} & set(manifest[split]):
+            _check(path, manifest[split], f"{split}.", {field: int})
+        for number, entry in enumerate(manifest[split]["files"]):
+            _check(path, entry, f"{split}.files.{number}.", {"name": str, "tokens": int, "sha256": str})
+            if Path(entry["name"]).name != entry["name"]:
+                raise GolfError(f"{path}: {split}.files.{number}.name {entry['name']!a} leads out of the directory")
     return manifest
+
+
+def _check(path: Path, value: Any, where: str, fields: dict[str, type]) -> None:
+    if not isinstance(value, dict):
+        raise GolfError(f"{path}: {where.rstrip('.')} must be an object")
+    for field, kind in fields.items():
+        if type(value.get(field)) is not kind:
+            raise GolfError(f"{path}: {where}{field} is missing or no {kind.__name__}")
+
+
+def damage(directory: Path) -> str:
+    """In what `directory` differs from its manifest (a file altered, missing, too many); empty when it does not. Reads every byte."""
+    try:
+        manifest = read_manifest(directory / NAME)
+        expected = {entry["name"]: entry["sha256"] for split in ("train", "val") for entry in manifest[split]["files"]}
+        expected[manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
+        found = {path.name for path in directory.iterdir()} - {NAME}
+        if found != set(expected):
+            return f"{directory}: files {sorted(found ^ set(expected))[:3]} are missing or not in the manifest"
+        return next(
+            (f"{directory / n}: differs from the manifest" for n, digest in expected.items() if sha256_file(directory / n) != digest), ""
+        )
+    except (GolfError, OSError) as error:
+        return str(error)
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> Path:

@@ -5,11 +5,10 @@ import threading
 from types import TracebackType
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from golf_jax.config import GolfError
-from golf_jax.data.loader import Loader
+from golf_jax.data.loader import Batch, Loader
 from golf_jax.mesh import AXIS, rows
 
 
@@ -24,8 +23,13 @@ def local_rows(mesh: Mesh, num_rows: int) -> slice:
     return slice(ordered[0][0], ordered[-1][1])
 
 
+def place_batch(mesh: Mesh, loader: Loader, batch: Batch) -> Batch:
+    """This process's rows as its part of the global batch on the mesh."""
+    return jax.tree.map(lambda local: jax.make_array_from_process_local_data(rows(mesh), local, loader.global_shape), batch)
+
+
 class Prefetcher:
-    """Iterator of (inputs, targets), int32 [ranks * rows, seq_len] sharded over `data`, `depth` batches ahead of the caller.
+    """Iterator of `Batch`, [ranks * rows, seq_len] sharded over `data`, `depth` batches ahead of the caller.
 
     The loader must be restricted to `local_rows(mesh, ...)` (with one process: all rows). After construction it belongs to the
     thread; ask `state()` here for the position. An error of the thread is raised by the next call. Use as a context manager.
@@ -35,7 +39,7 @@ class Prefetcher:
         expected = local_rows(mesh, loader.global_shape[0])
         if loader.row_slice != expected:
             raise GolfError(f"data loader reads rows {loader.row_slice}, this process places rows {expected}")
-        self._loader, self._sharding = loader, rows(mesh)
+        self._loader, self._mesh = loader, mesh
         self._state = loader.state()
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
@@ -43,14 +47,10 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._work, name="golf_jax-prefetch", daemon=True)
         self._thread.start()
 
-    def _place(self, local: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(self._sharding, local, self._loader.global_shape)
-
     def _work(self) -> None:
         try:
             while not self._stop.is_set():
-                x, y = self._loader.next_batch()
-                self._put((self._place(x), self._place(y), self._loader.state()))
+                self._put((place_batch(self._mesh, self._loader, self._loader.next_batch()), self._loader.state()))
         except BaseException as error:  # whatever it is, it belongs to the consumer
             self._put(error)
 
@@ -64,7 +64,7 @@ class Prefetcher:
     def __iter__(self) -> "Prefetcher":
         return self
 
-    def __next__(self) -> tuple[jax.Array, jax.Array]:
+    def __next__(self) -> Batch:
         if self._error is not None:
             raise self._error
         if self._stop.is_set():
@@ -73,8 +73,8 @@ class Prefetcher:
         if isinstance(item, BaseException):
             self._error = item
             raise item
-        x, y, self._state = item
-        return x, y
+        batch, self._state = item
+        return batch
 
     def state(self) -> dict[str, int]:
         """The loader position behind the batch returned last (not behind those read ahead): what a checkpoint stores."""

@@ -2,12 +2,14 @@
 
 import glob
 import os
-import tempfile
+import stat
+import weakref
 from pathlib import Path
 
 import numpy as np
 
 from golf_jax.config import GolfError
+from golf_jax.files import write_atomic
 
 MAGIC = 20240520
 VERSION = 1
@@ -17,20 +19,60 @@ TOKEN = np.dtype("<u2")
 MAX_TOKENS = 2**31 - 1  # the count is a signed 32-bit header word
 
 
-def open_shard(path: str | Path) -> np.memmap:
-    """Memory-maps the tokens of one shard, read-only: uint16 [tokens]. Nothing but the header is read.
+class Shard:
+    """The tokens of one shard file, read on demand: `shard[start:stop]` is uint16 [tokens], a copy.
 
-    Raises GolfError, naming the file, when it is missing, truncated, longer than its header says, or no shard at all.
+    Read with pread, not mapped: a file that is truncated meanwhile would end a mapped process with SIGBUS, one that is overwritten
+    would be trained on. Every read compares size and modification time with those at opening (a few microseconds per sequence).
     """
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        header = np.fromfile(path, dtype="<i4", count=HEADER_WORDS)
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be read ({error.strerror})") from error
-    if header.size < HEADER_WORDS:
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would block for ever
+                raise GolfError(f"{path}: cannot be read (not a regular file)")
+            self._descriptor = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+            self._stamp = self._stat()
+            header = np.frombuffer(os.pread(self._descriptor, HEADER_BYTES, 0), np.uint8)
+        except (OSError, ValueError) as error:
+            raise GolfError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        self._count = _count_of(path, header, self._stamp[0])
+
+    def _stat(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, step = part.indices(self._count)
+        if step != 1:
+            raise IndexError("a shard is read in contiguous parts")
+        raw = bytearray(TOKEN.itemsize * max(stop - start, 0))
+        view, done = memoryview(raw), 0
+        try:
+            while done < len(view):
+                if not (count := os.preadv(self._descriptor, [view[done:]], HEADER_BYTES + TOKEN.itemsize * start + done)):
+                    break
+                done += count
+            unchanged = done == len(view) and self._stat() == self._stamp
+        except OSError as error:
+            raise GolfError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if not unchanged:
+            raise GolfError(f"{self.path}: was truncated or altered while in use; restore the file and start again")
+        return np.frombuffer(raw, TOKEN)
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+
+def _count_of(path: str | Path, raw: np.ndarray, size: int) -> int:
+    """The tokens that the header `raw` (uint8) of a file of `size` bytes promises; GolfError unless they are there."""
+    if raw.size < HEADER_BYTES:
         raise GolfError(f"{path}: truncated, {size} bytes where the header alone takes {HEADER_BYTES}; fetch it again")
-    magic, version, count = (int(word) for word in header[:3])
+    magic, version, count = (int(word) for word in raw.view("<i4")[:3])
     if magic != MAGIC:
         raise GolfError(f"{path}: not a token shard (magic {magic}, expected {MAGIC})")
     if version != VERSION:
@@ -42,7 +84,15 @@ def open_shard(path: str | Path) -> np.memmap:
         raise GolfError(f"{path}: truncated, {size} bytes but {count} tokens need {expected}; fetch or build it again")
     if size > expected:
         raise GolfError(f"{path}: {size - expected} trailing bytes after the {count} tokens of the header")
-    return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,))
+    return count
+
+
+def open_shard(path: str | Path) -> Shard:
+    """One shard, open for reading; nothing but the header is read.
+
+    Raises GolfError, naming the file, when it is missing, truncated, longer than its header says, or no shard at all.
+    """
+    return Shard(path)
 
 
 def find_shards(pattern: str | Path) -> list[Path]:
@@ -69,28 +119,6 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> Path:
     return write_atomic(path, header.tobytes(), np.ascontiguousarray(tokens, dtype=TOKEN).data)
 
 
-def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
-    """Writes `chunks` to `path` so that readers see the old file or the whole new one, also when the disk fills up."""
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-    return path
-
-
 def check_token_range(tokens: np.ndarray, vocab_size: int, where: object) -> None:
     """GolfError when a token lies outside the vocabulary (a JAX gather would clamp it in silence)."""
     if tokens.size and (top := int(tokens.max())) >= vocab_size:
@@ -100,7 +128,7 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, where: object) -> Non
 def load_val_tokens(pattern: str | Path, vocab_size: int | None = None) -> np.ndarray:
     """All validation shards of the glob `pattern`, concatenated in name order: uint16 [tokens], in memory (120 MB officially)."""
     shards = [open_shard(path) for path in find_shards(pattern)]
-    tokens = np.concatenate(shards)
+    tokens = np.concatenate([shard[:] for shard in shards])
     if vocab_size is not None:
         check_token_range(tokens, vocab_size, pattern)
     return tokens

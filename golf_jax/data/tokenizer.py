@@ -13,25 +13,32 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 from golf_jax.config import GolfError
 
 SPACE = "\u2581"  # SentencePiece writes a space as LOWER ONE EIGHTH BLOCK
+TRAINER_CHARACTERS = 2**14  # per sentence: the trainer drops sentences of more than 2**16 bytes
 
 
 class Tokenizer:
     """A SentencePiece model, from its path or its bytes."""
 
-    def __init__(self, model: str | Path | bytes) -> None:
-        self.name = "<bytes>" if isinstance(model, bytes) else str(model)
+    def __init__(self, model: str | Path | bytes, name: str = "<bytes>") -> None:
+        self.name = name if isinstance(model, bytes) else str(model)
         try:
+            if not isinstance(model, bytes) and Path(model).exists() and not Path(model).is_file():
+                raise GolfError(f"tokenizer {self.name}: cannot be read (not a regular file)")
             self.model = model if isinstance(model, bytes) else Path(model).read_bytes()
         except OSError as error:
             raise GolfError(f"tokenizer {self.name}: cannot be read ({error.strerror})") from error
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             self.processor.LoadFromSerializedProto(self.model)
-        except (RuntimeError, TypeError) as error:
+            self.pieces = [self.processor.id_to_piece(token) for token in range(self.processor.vocab_size())]
+            self.spec = sentencepiece_model_pb2.ModelProto.FromString(self.model)  # pyright: ignore[reportAttributeAccessIssue]
+        except (RuntimeError, TypeError, ValueError, IndexError, DecodeError) as error:
             raise GolfError(f"tokenizer {self.name}: not a SentencePiece model") from error
         if not self.model or self.processor.vocab_size() > 2**16:
             raise GolfError(f"tokenizer {self.name}: empty, or more than 65,536 pieces (shards hold uint16 tokens)")
@@ -61,7 +68,22 @@ class Tokenizer:
         return [np.array([self.bos_id, *ids], dtype=np.uint16) for ids in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self.processor.decode([int(token) for token in ids])
+        """Text of `ids`. GolfError where the model's own pieces make no text."""
+        try:
+            return self.processor.decode([int(token) for token in ids])
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise GolfError(f"tokenizer {self.name}: cannot decode its own tokens ({str(error)[:80]})") from error
+
+    def changes(self) -> list[str]:
+        """What encoding does not keep of a text, found by trying: line ends, runs of spaces, case, compatibility forms."""
+        probes = {
+            "line ends become spaces": ("a\nb", "a b"),
+            "runs of spaces become one": ("a  b", "a b"),
+            "case is folded": ("aBC", "abc"),
+            "compatibility forms are replaced (NFKC)": ("\ufb01", "fi"),
+        }
+        normalize = self.processor.normalize
+        return [name for name, (text, lost) in probes.items() if normalize(text).replace(SPACE, " ").strip(" ") == lost]
 
 
 @dataclass(frozen=True)
@@ -76,9 +98,13 @@ class ByteTables:
 def byte_tables(processor: sentencepiece.SentencePieceProcessor) -> ByteTables:
     """The challenge's tables for a SentencePiece model.
 
-    Control, unknown and unused pieces: 0 bytes and a boundary. Byte pieces: 1 byte. Others: one leading U+2581 is the leading
-    space, the rest counts its UTF-8 bytes.
+    Control, unknown and unused pieces: 0 bytes and a boundary. Byte pieces: 1 byte. Others: one leading U+2581 is the leading space,
+    every further one stands for a space of 1 byte, the rest counts its UTF-8 bytes. Where decoding keeps the space that a document
+    starts with (neither a dummy prefix nor extra white space is taken off), no leading space depends on the token before.
     """
+    proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+    spec = proto.FromString(processor.serialized_model_proto()).normalizer_spec
+    strips = spec.add_dummy_prefix or spec.remove_extra_whitespaces
     size = processor.vocab_size()
     tables = ByteTables(np.zeros(size, np.int16), np.zeros(size, bool), np.zeros(size, bool))
     for token in range(size):
@@ -88,8 +114,8 @@ def byte_tables(processor: sentencepiece.SentencePieceProcessor) -> ByteTables:
             tables.base_bytes[token] = 1
         else:
             piece = processor.id_to_piece(token)
-            tables.has_leading_space[token] = piece.startswith(SPACE)
-            tables.base_bytes[token] = len(piece.removeprefix(SPACE).encode())
+            tables.has_leading_space[token] = strips and piece.startswith(SPACE)
+            tables.base_bytes[token] = len(piece.replace(SPACE, " ").encode()) - tables.has_leading_space[token]
     return tables
 
 
@@ -110,7 +136,7 @@ def split_documents(tokens: np.ndarray, bos_id: int) -> Iterator[np.ndarray]:
         yield tokens[start:stop]
 
 
-def check_tables(tokenizer: Tokenizer, tokens: np.ndarray, tables: ByteTables | None = None) -> int:
+def check_tables(tokenizer: Tokenizer, tokens: np.ndarray, tables: ByteTables | None = None, bos_id: int | None = None) -> int:
     """Proves the byte count of `tokens` [n] document by document against the decoded text; returns the bytes in total.
 
     GolfError names the first document where the tables (those of `byte_tables` by default) disagree with
@@ -124,8 +150,9 @@ def check_tables(tokenizer: Tokenizer, tokens: np.ndarray, tables: ByteTables | 
             "count as 3 bytes instead of 1"
         )
     total = 0
-    documents = list(split_documents(tokens, tokenizer.bos_id))
-    if len(tokens) and tokens[0] != tokenizer.bos_id:
+    bos = tokenizer.bos_id if bos_id is None else bos_id
+    documents = list(split_documents(tokens, bos))
+    if len(tokens) and tokens[0] != bos:
         documents.pop(0)
     for number, ids in enumerate(documents):
         if number == len(documents) - 1:
@@ -154,16 +181,18 @@ def _without_cut_character(processor: sentencepiece.SentencePieceProcessor, ids:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Trains a BPE model with the settings of the challenge's own models and returns its bytes; deterministic.
+    """Trains a BPE model that keeps text byte for byte and returns its bytes; deterministic.
 
-    Byte fallback, split digits, NFKC, no dummy prefix, 0 pad, 1 bos, 2 eos, 3 unk. GolfError when the text is too little for
+    As the challenge's own models: byte fallback, split digits, no dummy prefix, 0 pad, 1 bos, 2 eos, 3 unk. Unlike them: no
+    normalization, all white space kept, line ends and indentation may be pieces (a U+2581 in the text alone becomes a space).
+    GolfError when the text is too little for
     `vocab_size` pieces.
     """
-    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    parts = (text[start : start + TRAINER_CHARACTERS] for text in texts for start in range(0, len(text), TRAINER_CHARACTERS))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=parts,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -171,7 +200,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
             byte_fallback=True,
             split_digits=True,
             add_dummy_prefix=False,
-            normalization_rule_name="nmt_nfkc",
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
             hard_vocab_limit=False,
             max_sentence_length=2**16,
             num_threads=1,
@@ -183,7 +214,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).rpartition("] ")[2].strip()  # behind the trainer's source line and condition
-        raise GolfError(f"tokenizer: training at vocab_size={vocab_size} failed: {reason}") from error
+        raise GolfError(f"tokenizer: training at vocab_size={vocab_size} failed: {reason or 'too little text'}") from error
     tokenizer = Tokenizer(model.getvalue())
     if tokenizer.vocab_size != vocab_size:
         raise GolfError(f"tokenizer: the text yields {tokenizer.vocab_size} pieces, not vocab_size={vocab_size}; ask for fewer")

@@ -1,20 +1,17 @@
-"""C1 and C2 of legal evaluation as measurements (issue 1017 of the challenge); C3 and C4 are counted by the ledger.
+"""C1 and C2 of legal evaluation as measurements (issue 1017 of the challenge); C3 and C4 are counted by the score book.
 
-The tests run them on every engine; `golf_jax.evaluate` runs `check_model` on a small sample of the real stream.
+The tests run them on every engine; `score` runs `check_model` on a small sample of the real stream.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from golf_jax.config import ModelConfig
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy
-from golf_jax.mesh import platform
-from golf_jax.model import hidden, resolve
+from golf_jax.model import Model, Params, head_softcap, hidden
 
 
 def changed_before_flip(scores: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray, flips: Sequence[int], vocab_size: int) -> int:
@@ -38,39 +35,35 @@ def _bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x, np.float32).view(np.uint32)
 
 
-def check_model(
-    config: ModelConfig, params: dict[str, Any], tokens: np.ndarray, mesh: Mesh, seq_len: int, flips: int = 3, positions: int = 4
-) -> tuple[bool, float]:
-    """C1 and C2 on the first window of `tokens`, on one device: (causal, largest |logsumexp(log p)|).
+def check_model(model: Model, tokens: np.ndarray, mesh: Mesh, seq_len: int, flips: int = 3, positions: int = 4) -> tuple[bool, float]:
+    """C1 and C2 on the first window of `tokens`, on one device, in one program: (causal, largest |logsumexp(log p)|).
 
     C1: states before each of `flips` flipped tokens are bit-equal; the head acts on one state at a time, so distributions are too.
-    C2: at `positions` sampled places every vocabulary entry is scored by the very function that scores the evaluation.
+    C2: at `positions` sampled places every vocabulary entry is scored by the very function that scores the evaluation. What is not
+    finite comes back as not causal and NaN.
     """
-    config = resolve(config, platform(mesh))
-    device = mesh.local_devices[0]
-    local = {name: jax.device_put(np.asarray(value), device) for name, value in params.items()}
-    window = np.asarray(tokens[: min(seq_len, len(tokens) - 1)], np.int32)[None]
-    length, rng = window.shape[1], np.random.default_rng(0)
-    states = jax.jit(lambda p, x: hidden(config, p, x))
+    config, device = model.config, mesh.local_devices[0]
+    params = {name: jax.device_put(np.asarray(value), device) for name, value in model.params.items()}
+    window = np.asarray(tokens[: min(seq_len, len(tokens) - 1)], np.int32)
+    length, rng = len(window), np.random.default_rng(0)
+    at = rng.choice(np.arange(1, length), min(flips, length - 1), replace=False)
+    places = rng.choice(length, min(positions, length), replace=False)
+    rows = np.tile(window, (len(at) + 1, 1))  # as it is, and with one token flipped
+    rows[np.arange(1, len(rows)), at] = (window[at] + 1) % config.vocab_size
 
-    def run(x: np.ndarray) -> jax.Array:
-        return states(local, jax.device_put(x, device))[0]
-
-    base = run(window)
-    causal = True
-    for s in rng.choice(np.arange(1, length), min(flips, length - 1), replace=False):
-        other = window.copy()
-        other[0, s] = (other[0, s] + 1) % config.vocab_size
-        flipped = run(other)
-        causal &= bool(jnp.all(base[:s] == flipped[:s])) and not bool(jnp.all(base[s:] == flipped[s:]))
+    def every_entry(x_D: jax.Array, params: Params) -> jax.Array:
+        table_VD = params["tok_emb"].astype(x_D.dtype)
+        x_VD = jnp.broadcast_to(x_D, table_VD.shape)
+        return softcap_cross_entropy(x_VD, table_VD, jnp.arange(config.vocab_size), softcap=head_softcap(config, params))
 
     @jax.jit
-    def every_entry(x_D: jax.Array, table: jax.Array) -> jax.Array:
-        rows = jnp.broadcast_to(x_D, (config.vocab_size, len(x_D)))
-        return softcap_cross_entropy(rows, table.astype(x_D.dtype), jnp.arange(config.vocab_size), softcap=config.softcap)
+    def measure(params: Params, rows: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(equal bool [flips, T], nll [places, V]). Row by row: the same operations on every row, so bits can be compared."""
+        states = jax.lax.map(lambda x_T: hidden(config, params, x_T[None], looping=model.looping)[0], rows)
+        equal = jnp.all(states[:1] == states[1:], -1)
+        return equal, jax.lax.map(lambda x_D: every_entry(x_D, params), states[0][places])
 
-    worst = 0.0
-    for p in rng.choice(length, min(positions, length), replace=False):
-        nll_V = np.asarray(every_entry(base[p], local["tok_emb"]), np.float64)
-        worst = max(worst, abs(float(np.log(np.exp(-nll_V).sum()))))
-    return causal, worst
+    equal, nll_PV = (np.asarray(x) for x in measure(params, *jax.device_put((rows, places.astype(np.int32)), device)))
+    causal = all(before[:s].all() and not before[s:].all() for before, s in zip(equal, at, strict=True))
+    error = np.abs(np.log(np.exp(-nll_PV.astype(np.float64)).sum(-1)))
+    return bool(causal), float(error.max())  # NaN, if there is one

@@ -1,6 +1,9 @@
 """What an evaluation returns: sums of nats, tokens and bytes, the facts that decide whether it is legal, and the time it took."""
 
+import contextlib
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 from golf_jax.config import GolfError
 
 LIMIT_SECONDS = 600.0  # evaluation limit of the challenge on its own hardware
+NORMALIZED = 1e-5  # largest |logsumexp(log p)| of a distribution
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,19 @@ class Facts:
     @property
     def legal(self) -> bool:
         """No score used what it predicts: C1, C2 (where checked) and C3 hold."""
-        return self.order_violations == 0 and self.causal is not False and (self.normalization_error or 0.0) <= 1e-5
+        return self.order_violations == 0 and self.causal is not False and self.normalized is not False
+
+    @property
+    def normalized(self) -> bool | None:
+        """C2; NaN is a violation (None: not checked)."""
+        return None if self.normalization_error is None else self.normalization_error <= NORMALIZED
 
     def lines(self) -> list[str]:
         unchecked = "not checked"
         c1 = unchecked if self.causal is None else ("ok, earlier distributions bit-equal" if self.causal else "VIOLATED")
-        error = self.normalization_error
-        c2 = unchecked if error is None else f"{'ok' if error <= 1e-5 else 'VIOLATED'}, |logsumexp| <= {error:.1e}"
+        c2 = unchecked
+        if self.normalized is not None:
+            c2 = f"{'ok' if self.normalized else 'VIOLATED'}, |logsumexp| <= {self.normalization_error:.1e}"
         c3 = "ok" if not self.order_violations else f"VIOLATED for {self.order_violations} targets: trained on before they were scored"
         missing = self.targets - self.covered
         c4 = f"{self.covered} of {self.targets} targets scored, {missing} never, {self.duplicates} scores repeated"
@@ -94,6 +104,8 @@ class Trace:
     """Global gradient norm of every step before clipping."""
     lr: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Base learning rate of every step."""
+    params: dict[str, jax.Array] = field(default_factory=dict)
+    """Weights after the last update, on the devices."""
     order: tuple[tuple[str, int, int], ...] = ()
     """Order log: ("score" or "update", first target, end target), in the order in which they were issued to the device."""
 
@@ -103,7 +115,7 @@ class Result:
     """One evaluation."""
 
     mode: str
-    """standard, sliding or ttt."""
+    """Name of the method."""
     score: Score
     facts: Facts
     seconds: dict[str, float]
@@ -112,7 +124,7 @@ class Result:
     """Share of the validation targets in this run; below 1 the result is partial."""
     trace: Trace | None = None
     scores: np.ndarray | None = None
-    """Per-target nll, float32 [targets], NaN where unscored; only with `keep_scores`."""
+    """Per-target nll, float32 [targets], NaN where unscored; only with `Stream.keep_scores`."""
 
     @property
     def partial(self) -> bool:
@@ -137,19 +149,36 @@ class Result:
         return [self.line(), *self.facts.lines(), time]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able summary for result.json (without per-target scores and traces)."""
+        """JSON-able summary for result.json (without per-target scores and traces). None stands for what is not finite."""
         return {
             "mode": self.mode,
-            **asdict(self.score),
-            "val_loss": self.score.loss,
-            "val_bpb": self.score.bpb,
+            **{name: _finite(value) for name, value in asdict(self.score).items()},
+            "val_loss": _finite(self.score.loss),
+            "val_bpb": _finite(self.score.bpb),
             "legal": self.facts.legal,
             "partial": self.partial,
             "share": self.share,
-            "facts": asdict(self.facts) | {"exactly_once": self.facts.exactly_once},
+            "facts": {n: _finite(v) for n, v in asdict(self.facts).items()} | {"exactly_once": self.facts.exactly_once},
             "seconds": self.seconds,
             "projected_seconds": self.projected_seconds,
         }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Stopwatch:
+    """Wall seconds per phase: `with watch("score"): ...` adds to `watch.seconds["score"]`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {"compile": 0.0, "score": 0.0, "train": 0.0}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - begin
 
 
 def sum_over_processes(values: np.ndarray) -> np.ndarray:

@@ -5,8 +5,7 @@ head; the few others (the first window, the cut ones at the end) are scored in f
 """
 
 import functools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from golf_jax.config import ModelConfig
-from golf_jax.evaluation.ledger import Ledger
+from golf_jax.evaluation.scorebook import ScoreBook
 from golf_jax.evaluation.windows import Windows
-from golf_jax.mesh import AXIS, REPLICATED, ROWS, own_rows, platform, put, replicated
-from golf_jax.model import nll, resolve
-
-Log = Callable[[str], None]
+from golf_jax.mesh import AXIS, REPLICATED, ROWS, own_rows, put, replicated
+from golf_jax.model import Model, nll
+from golf_jax.progress import Log, Progress
 
 Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
 
@@ -69,23 +67,19 @@ class WindowScorer:
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: Model,
         shapes: Shapes,
         mesh: Mesh,
-        ledger: Ledger,
+        book: ScoreBook,
         windows: Windows,
-        *,
-        seq_len: int,
         stride: int,
-        rows: int,
         chunk_of: np.ndarray | None = None,
-        looping: bool = True,
+        *,
         log: Log | None = None,
+        label: str = "",
     ) -> None:
-        config = resolve(config, platform(mesh))
-        self.mesh, self.ledger, self.seq_len, self.stride = mesh, ledger, seq_len, stride
-        self.total, self.done, self.log, self.projected = len(windows), 0, log, False
-        devices = mesh.shape[AXIS]
+        self.mesh, self.book, self.seq_len, self.stride = mesh, book, book.stream.seq_len, stride
+        devices, rows = mesh.shape[AXIS], book.stream.batch_rows(mesh)
         chunk_of = np.zeros(len(windows), np.int64) if chunk_of is None else chunk_of
         short = self._only_last(windows)
         self.kinds: list[tuple[bool, int, np.ndarray, jax.stages.Compiled]] = []
@@ -93,25 +87,24 @@ class WindowScorer:
             most = int(np.bincount(chunk_of[short == kind]).max(initial=0))
             if most:
                 local = min(rows, -(-most // devices))
-                offsets = np.arange(seq_len) if last is None else np.arange(seq_len - last, seq_len)
-                program = scoring_program(config, mesh, shapes, local, seq_len, last, looping)
+                offsets = np.arange(0 if last is None else self.seq_len - last, self.seq_len)
+                program = scoring_program(model.config, mesh, shapes, local, self.seq_len, last, model.looping)
                 self.kinds.append((kind, local * devices, offsets, program))
+        self.done, self.progress = 0, Progress(log, f"{label}: windows", len(windows))
 
     def _only_last(self, windows: Windows) -> np.ndarray:
         """Full windows that score their last `stride` targets."""
         return (windows.length == self.seq_len) & (windows.score_from == self.seq_len - self.stride) & (self.stride < self.seq_len)
 
     def run(self, params: dict[str, jax.Array], windows: Windows, chunk: int = 0) -> None:
-        """Score `windows` and enter them in the ledger. Each batch is read while the next one computes."""
-        begin = time.perf_counter()
+        """Score `windows` and enter them in the book. Each batch is read while the next one computes."""
         waiting = None
         for batch, offsets, size, program in self._batches(windows):
-            tokens = gather(self.ledger.tokens, batch.start, batch.length, self.seq_len, size)
-            self.ledger.issue(batch, offsets)
+            tokens = gather(self.book.stream.tokens, batch.start, batch.length, self.seq_len, size)
+            self.book.issue(batch, offsets)
             out = program(params, put(self.mesh, tokens))
             if waiting is not None:
                 self._collect(chunk, *waiting)
-                self._progress(begin)
             waiting = (batch, offsets, out)
         if waiting is not None:
             self._collect(chunk, *waiting)
@@ -126,11 +119,6 @@ class WindowScorer:
     def _collect(self, chunk: int, batch: Windows, offsets: np.ndarray, out: jax.Array) -> None:
         index, nll_BN = own_rows(out)
         real = index < len(batch)
-        self.ledger.collect(chunk, batch[index[real]], offsets, nll_BN[real])
+        self.book.collect(chunk, batch[index[real]], offsets, nll_BN[real])
         self.done += len(batch)
-
-    def _progress(self, begin: float) -> None:
-        if self.log and not self.projected and 100 * self.done >= self.total:
-            self.projected = True
-            seconds = time.perf_counter() - begin
-            self.log(f"{self.done} of {self.total} windows in {seconds:.1f} s, {seconds * self.total / self.done:.0f} s projected")
+        self.progress.at(self.done)

@@ -48,11 +48,11 @@ def standard_windows(targets: int, seq_len: int) -> Windows:
 
 
 def sliding_windows(rule: str, targets: int, seq_len: int, stride: int) -> Windows:
-    """The window list of a recipe (`EvalConfig.windows`; specs, section 6).
+    """The window list of a recipe (`SlidingConfig.windows`; docs/recipes/, section 6 of each).
 
     pr372: full windows only, last `stride` targets of each, also of the first; leaves out one full window at the end.
     tail (PRs 638, 1182): every start with a target; windows cut by the end score the last `stride` targets again.
-    tail_min (PR 562; TTT of 1182): the same without windows shorter than `stride`.
+    tail_min (PR 562; score-first of PR 1182): the same without windows shorter than `stride`.
     exact (PR 2005): every target once.
     """
     if rule == "pr372":
@@ -67,16 +67,13 @@ def sliding_windows(rule: str, targets: int, seq_len: int, stride: int) -> Windo
         keep = (length >= stride) | (start == 0) | (rule == "tail")
         score_from = np.maximum(length - stride, 0)
     else:
-        raise GolfError(f"eval.windows {rule!r} is not one of pr372, tail, tail_min, exact")
+        raise GolfError(f"windows {rule!r} is not one of pr372, tail, tail_min, exact")
     score_from[0] = 0
     return Windows(start, length, score_from)[keep]
 
 
 def chunk_windows(rule: str, targets: int, seq_len: int, stride: int, chunk_tokens: int) -> tuple[Windows, np.ndarray]:
-    """Windows of score-first test-time training, and the chunk of each: that of its first scored target, at most the last.
-
-    `tail` drops windows shorter than the stride here (PR 1182).
-    """
-    windows = sliding_windows("tail_min" if rule == "tail" else rule, targets, seq_len, stride)
+    """Windows of score-first test-time training, and the chunk of each: that of its first scored target, at most the last."""
+    windows = sliding_windows(rule, targets, seq_len, stride)
     chunks = -(-targets // chunk_tokens)
     return windows, np.minimum((windows.start + windows.score_from) // chunk_tokens, chunks - 1)

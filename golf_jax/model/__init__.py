@@ -1,6 +1,21 @@
 """The network: configuration in, logits out."""
 
-from golf_jax.model.gpt import GPT, hidden, logits, nll, resolve
-from golf_jax.model.params import count, from_tensors, init_params, leaves, to_tensors
+from golf_jax.model.gpt import GPT, head_softcap, hidden, logits, nll, resolve
+from golf_jax.model.model import Model
+from golf_jax.model.params import Params, count, from_tensors, init_params, leaves, to_tensors
 
-__all__ = ["GPT", "count", "from_tensors", "hidden", "init_params", "leaves", "logits", "nll", "resolve", "to_tensors"]
+__all__ = [
+    "GPT",
+    "Model",
+    "Params",
+    "count",
+    "from_tensors",
+    "head_softcap",
+    "hidden",
+    "init_params",
+    "leaves",
+    "logits",
+    "nll",
+    "resolve",
+    "to_tensors",
+]

@@ -7,6 +7,7 @@ of `golf_jax.reproduce` read them there instead of through a second forward pass
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,27 +15,36 @@ import jax.numpy as jnp
 
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import default_backend, supported_backends, xsa_attention
-from golf_jax.kernels.cross_entropy import softcap_cross_entropy
+from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
 from golf_jax.model import layers as ops
 from golf_jax.model.fake_quant import fake_quantize
-from golf_jax.model.params import Params, leaves
+from golf_jax.model.inputs import check_params, check_tokens
+from golf_jax.model.params import Params, init_params, leaves
 
 Tap = Callable[[str, jax.Array], None]
+Sight = tuple[jax.Array, int | None] | None  # first key that each position sees [B, T], most keys; None: all of the row
+LANES = ("lane_post", "lane_resid")  # one array for all layers in the challenge's naming, used per layer
 
 
-def resolve(config: ModelConfig, platform: str) -> ModelConfig:
+def resolve(config: ModelConfig, platform: str, *, documents: bool = False) -> ModelConfig:
     """Replace `auto` choices (dtype, attention backend) by what the platform (`cpu`, `gpu`, `tpu`) gets.
 
+    documents: attention is to stay inside the documents of a row (`segments_BT` of `hidden`).
     Raises GolfError for a backend that the platform does not have.
     """
     dtype = config.dtype if config.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16")
     attention = config.attention
     if attention == "auto":
-        attention = default_backend(platform, config.head_dim, jnp.dtype(dtype))
-    if attention not in (backends := supported_backends(platform, config.head_dim, jnp.dtype(dtype))):
-        here = f"{platform} with head_dim {config.head_dim} in {dtype}"
+        attention = default_backend(platform, config.head_dim, jnp.dtype(dtype), documents=documents)
+    if attention not in (backends := supported_backends(platform, config.head_dim, jnp.dtype(dtype), documents=documents)):
+        here = f"{platform} with head_dim {config.head_dim} in {dtype}{', inside documents' * documents}"
         raise GolfError(f"model.attention {attention!r} does not run on {here}: choose auto or {', '.join(backends)}")
     return replace(config, dtype=dtype, attention=attention)
+
+
+def _for_default_platform(config: ModelConfig, documents: bool) -> ModelConfig:
+    unresolved = "auto" in (config.dtype, config.attention)
+    return resolve(config, jax.default_backend(), documents=documents) if unresolved else config
 
 
 def hidden(
@@ -42,6 +52,8 @@ def hidden(
     params: Params,
     tokens_BT: jax.Array,
     *,
+    segments_BT: jax.Array | None = None,
+    longest: int | None = None,
     looping: bool = True,
     last: int | None = None,
     fake_quant: jax.Array | float | None = None,
@@ -49,11 +61,17 @@ def hidden(
 ) -> jax.Array:
     """Normalised final state [B, T, D] in the activation dtype.
 
+    config: without `auto`.
+    segments_BT: integers [B, T]; attention stays inside each run of equal ones. None: the row is one document.
+    longest: length of the longest segment at most (not checked), where it is known: attention costs less on a CPU.
     looping: depth recurrence on (evaluation) or not (start of training); no effect without it in the config.
     last: compute only the last N positions of the last block and of the result: [B, N, D]. Everything before is needed in full.
     fake_quant: strength of fake quantization, 0 to 1, may be traced; default is what evaluation uses (`config.fake_quant.in_eval`).
+    Raises GolfError for tokens that are not integers [B, T] within the vocabulary, and for leaves that are not those of the model.
     """
-    config = resolve(config, jax.default_backend()) if "auto" in (config.dtype, config.attention) else config
+    if "auto" in (config.dtype, config.attention):
+        raise GolfError("model.dtype and model.attention are auto: resolve(config, platform), as Model.open does")
+    tokens_BT, params = check_tokens(config, tokens_BT), check_params(config, params)
     if fake_quant is None and config.fake_quant.in_eval:
         fake_quant = 1.0
     if fake_quant is not None:
@@ -64,8 +82,10 @@ def hidden(
     last = None if last is None or last >= seq_len else last
 
     x_BTD, values = _embed(config, params, tokens_BT, dtype, tap)
-    x0_BTD, v0_BTGK = x_BTD, None
-    stacks = {name: ops.unstack(params[name].astype(dtype)) for name, leaf in leaves(config).items() if leaf.per_layer}
+    x0_BTD, v0_BTGK, lane_BTD = x_BTD, None, None
+    sight = None if segments_BT is None else (ops.first_visible(segments_BT), longest)
+    table = leaves(config).items()
+    stacks = {name: ops.unstack(params[name].astype(dtype)) for name, leaf in table if leaf.per_layer or name in LANES}
     rope = ops.rope_tables(
         seq_len, config.rope_dims or config.head_dim, config.rope_base, config.rope_train_len, config.rope_bf16_frequencies
     )
@@ -74,16 +94,22 @@ def hidden(
     skips: list[jax.Array] = []
     for step, i in enumerate(encoder + decoder):
         j = step - len(encoder)
+        if i == config.two_lanes_from:
+            lane_BTD = x_BTD
         if 0 <= j < config.num_skips and skips:
             x_BTD = _skip(config, params, j, x_BTD, skips.pop(), dtype)
-        tap(f"{step}/in", x_BTD)
+        _tap_lanes(tap, step, "in", x_BTD, lane_BTD)
         block = {name: stack[i] for name, stack in stacks.items()}
         only = last if step == len(encoder + decoder) - 1 else None
-        x_BTD, v_BTGK = _block(config, i, block, x_BTD, x0_BTD, v0_BTGK, values.get(i), rope, only, _prefixed(tap, step, i))
+        x_BTD, lane_BTD, v_BTGK = _block(
+            config, i, block, x_BTD, lane_BTD, x0_BTD, v0_BTGK, values.get(i), rope, sight, only, _prefixed(tap, step, i)
+        )
         v0_BTGK = v_BTGK if v0_BTGK is None else v0_BTGK
-        tap(f"{step}/out", x_BTD)
+        _tap_lanes(tap, step, "out", x_BTD, lane_BTD)
         if j < 0:
             skips.append(x_BTD)
+    if lane_BTD is not None:
+        x_BTD = 0.5 * (x_BTD + lane_BTD)
     x_BTD = ops.rms_norm(x_BTD)
     tap("final_norm", x_BTD)
     return x_BTD
@@ -93,24 +119,37 @@ def _prefixed(tap: Tap, step: int, layer: int) -> Tap:
     return lambda name, x: tap(f"{step}/{layer}/{name}", x)
 
 
+def _tap_lanes(tap: Tap, step: int, where: str, x_BTD: jax.Array, lane_BTD: jax.Array | None) -> None:
+    """The stream between blocks, or its two lanes as lane0 and lane1."""
+    if lane_BTD is None:
+        return tap(f"{step}/{where}", x_BTD)
+    tap(f"{step}/lane0_{where}", x_BTD)
+    tap(f"{step}/lane1_{where}", lane_BTD)
+
+
+@jax.named_scope("embed")
 def _embed(config: ModelConfig, params: Params, tokens_BT: jax.Array, dtype: jnp.dtype, tap: Tap) -> tuple[jax.Array, dict]:
     """Input state after hash embeddings, norm and smear, and the value embedding of each layer that has one."""
+    start_BT = None if config.boundary_token < 0 else ops.starts(tokens_BT, config.boundary_token)
     x_BTD = params["tok_emb"].astype(dtype)[tokens_BT]
     tap("tok_emb", x_BTD)
     if config.bigram_buckets:
         table = params["bigram_table"].astype(dtype)
-        hashed = table[ops.bigram_ids(tokens_BT, config.bigram_buckets)]
+        hashed = table[ops.bigram_ids(tokens_BT, config.bigram_buckets, start_BT)]
         if config.trigram == "shared":
-            hashed = hashed + table[ops.trigram_ids(tokens_BT, config.bigram_buckets, bigram_at_1=False)]
+            hashed = hashed + table[ops.trigram_ids(tokens_BT, config.bigram_buckets, bigram_at_1=False, start_BT=start_BT)]
         x_BTD = x_BTD + _project(params, "bigram", hashed, tap)
     if config.trigram == "table":
-        ids = ops.trigram_ids(tokens_BT, config.trigram_buckets, bigram_at_1=True)
+        ids = ops.trigram_ids(tokens_BT, config.trigram_buckets, bigram_at_1=True, start_BT=start_BT)
         x_BTD = x_BTD + _project(params, "trigram", params["trigram_table"].astype(dtype)[ids], tap)
     tap("emb_sum", x_BTD)
+    if config.input_smear_gate:
+        x_BTD = ops.input_smear(x_BTD, params["smear_w"], params["smear_lambda"], start_BT)
+        tap("smear", x_BTD)
     x_BTD = ops.rms_norm(x_BTD)
     tap("emb_norm", x_BTD)
     if config.smear_gate:
-        x_BTD = ops.smear(x_BTD, params["smear_gate"])
+        x_BTD = ops.smear(x_BTD, params["smear_gate"], start_BT)
     tap("x0", x_BTD)
     values = {}
     if config.value_embed_layers:
@@ -128,8 +167,9 @@ def _project(params: Params, name: str, x: jax.Array, tap: Tap) -> jax.Array:
     return x
 
 
+@jax.named_scope("skip")
 def _skip(config: ModelConfig, params: Params, j: int, x: jax.Array, skip: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """U-Net skip into decoder step j. `gated`: the gate weights the running stream, 1 - gate the scaled skip (PR 2005, 2.4)."""
+    """U-Net skip into decoder step j. `gated`: the gate weights the running stream, 1 - gate the scaled skip (PR 2005)."""
     scaled = params["skip_weights"][j].astype(dtype) * skip
     if config.skip == "add":
         return x + scaled
@@ -142,32 +182,45 @@ def _block(
     i: int,
     w: Params,
     x_BTD: jax.Array,
+    lane_BTD: jax.Array | None,
     x0_BTD: jax.Array,
     v0_BTGK: jax.Array | None,
     value_embed: jax.Array | None,
     rope: tuple[jax.Array, jax.Array],
+    sight: Sight,
     last: int | None,
     tap: Tap,
-) -> tuple[jax.Array, jax.Array]:
-    """One transformer block with the weights of physical layer i. Returns its output and its own, unmixed value."""
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """One transformer block with the weights of physical layer i: the stream, its second lane, and the block's own, unmixed value.
+
+    lane: None, or what the MLP reads (PR 2135, 3.7); then attention and MLP write to both lanes and do not see each other.
+    """
     scale = (i + 1) ** -0.5 if config.layer_scale else 1.0
-    x_BTD = w["resid_mix"][0] * x_BTD + w["resid_mix"][1] * x0_BTD
-    z_BTD = ops.rms_norm(x_BTD) * jnp.asarray(scale, x_BTD.dtype)
+    u_BTD = w["resid_mix"][0] * x_BTD + w["resid_mix"][1] * x0_BTD
+    z_BTD = ops.rms_norm(u_BTD) * jnp.asarray(scale, x_BTD.dtype)
     tap("attn_in", z_BTD)
-    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap)
+    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap, sight)
     tap("attn_out", a_BTD)
     if last is not None:
-        x_BTD, z_BTD = x_BTD[:, -last:], z_BTD[:, -last:]
-    y_BTD = x_BTD + w["attn_scale"] * a_BTD
+        x_BTD, u_BTD, z_BTD = (x[:, -last:] for x in (x_BTD, u_BTD, z_BTD))
+        lane_BTD = None if lane_BTD is None else lane_BTD[:, -last:]
+    a_BTD = w["attn_scale"] * a_BTD
+    y_BTD = u_BTD + a_BTD if lane_BTD is None else lane_BTD
     parallel = 0 <= config.parallel_from <= i
     if not parallel:
         z_BTD = ops.rms_norm(y_BTD) * jnp.asarray(scale, x_BTD.dtype)
     tap("mlp_in", z_BTD)
     m_BTD = _mlp(config, w, z_BTD, tap)
     tap("mlp_out", m_BTD)
-    return y_BTD + w["mlp_scale"] * m_BTD, v_BTGK
+    m_BTD = w["mlp_scale"] * m_BTD
+    if lane_BTD is None:
+        return y_BTD + m_BTD, None, v_BTGK
+    post, resid = w["lane_post"], w["lane_resid"]  # [attention or MLP, receiving lane], [lane]
+    x_BTD, lane_BTD = (resid[n] * lane + post[0, n] * a_BTD + post[1, n] * m_BTD for n, lane in enumerate((x_BTD, lane_BTD)))
+    return x_BTD, lane_BTD, v_BTGK
 
 
+@jax.named_scope("attention")
 def attention(
     config: ModelConfig,
     i: int,
@@ -178,6 +231,7 @@ def attention(
     rope: tuple[jax.Array, jax.Array],
     last: int | None,
     tap: Tap,
+    sight: Sight = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of layer i with its own weights w on the normalised input: output [B, T, D] and its unmixed value [B, T, G, K].
 
@@ -213,15 +267,20 @@ def attention(
     tap("v", v_BTGK)
     xsa = i >= c.num_layers - c.xsa_last_n
     backend = c.attention if last is None else "xla"  # rectangular attention exists in the reference only
-    y_BSHK = xsa_attention(q_BSHK, k_BTGK, v_BTGK, xsa=xsa, backend=backend)
+    first_BT, longest = sight or (None, None)
+    first_BS = None if first_BT is None else first_BT[:, t - s :]
+    y_BSHK = xsa_attention(q_BSHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS, longest=longest, backend=backend)
     tap("y", y_BSHK)
     if c.head_gate == "linear":
         gate_BSH = maps["gate"] + w["gate_bias"]
     elif c.head_gate == "query_rows":
         gate_BSH = qg[..., c.width :]
+    elif c.head_gate == "narrow":
+        gate_BSH = ops.linear(z_BTD[:, t - s :, : c.gate_window], w["narrow_gate"])
     if c.head_gate != "off":
         tap("gate", gate_BSH)  # pyright: ignore[reportPossiblyUnboundVariable]
-        y_BSHK = y_BSHK * jax.nn.sigmoid(gate_BSH)[..., None]  # pyright: ignore[reportPossiblyUnboundVariable]
+        scale = c.head_gate_scale if c.head_gate == "narrow" else 1.0
+        y_BSHK = y_BSHK * jax.nn.sigmoid(scale * gate_BSH)[..., None]  # pyright: ignore[reportPossiblyUnboundVariable]
     y_BSD = y_BSHK.reshape(b, s, -1)
     tap("o_in", y_BSD)
     return ops.linear(y_BSD, w["o"]), raw_BTGK
@@ -235,6 +294,7 @@ def _input_maps(w: Params, z_BTD: jax.Array, last: int | None) -> Params:
     return {name: ops.linear(z_BTD if name in ("k", "v") else z_BTD[:, -last:], w[name]) for name in names}
 
 
+@jax.named_scope("mlp")
 def _mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap) -> jax.Array:
     """(leaky_relu(z W_up))^2 W_down."""
     u_BTF = ops.linear(z_BTD, w["up"])
@@ -249,34 +309,69 @@ def nll(
     tokens_BT: jax.Array,
     targets_BT: jax.Array,
     *,
+    segments_BT: jax.Array | None = None,
+    longest: int | None = None,
     looping: bool = True,
     last: int | None = None,
     fake_quant: jax.Array | float | None = None,
+    training: bool = False,
 ) -> jax.Array:
     """Negative log-likelihood of each target in nats, float32 [B, T] (or of the last N targets, [B, N], see `hidden`).
 
-    targets_BT has one entry per returned position: pass the last N targets when `last` is N.
+    targets_BT has one entry per returned position: pass the last N targets when `last` is N. training: see `head_softcap`.
+    `auto` in the config becomes what the default platform gets.
     """
-    x_BTD = hidden(config, params, tokens_BT, looping=looping, last=last, fake_quant=fake_quant)
-    flat = softcap_cross_entropy(x_BTD.reshape(-1, config.width), params["tok_emb"], targets_BT.reshape(-1), softcap=config.softcap)
+    config = _for_default_platform(config, segments_BT is not None)
+    x_BTD = hidden(config, params, tokens_BT, segments_BT=segments_BT, longest=longest, looping=looping, last=last, fake_quant=fake_quant)
+    softcap = head_softcap(config, params, training)
+    with jax.named_scope("head"):
+        flat = softcap_cross_entropy(
+            x_BTD.reshape(-1, config.width), jnp.asarray(params["tok_emb"]), targets_BT.reshape(-1), softcap=softcap
+        )
     return flat.reshape(targets_BT.shape)
 
 
-def logits(config: ModelConfig, params: Params, tokens_BT: jax.Array, *, looping: bool = True, tap: Tap | None = None) -> jax.Array:
-    """Soft-capped next-token logits as evaluation computes them (PR 372: with fake quantization), float32 [B, T, V]."""
-    if tokens_BT.ndim != 2:
-        raise GolfError(f"tokens must be [batch, time], got shape {tokens_BT.shape}")
-    x_BTD = hidden(config, params, tokens_BT, looping=looping, tap=tap)
-    z_BTV = jnp.einsum("btd,vd->btv", x_BTD, params["tok_emb"].astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-    return config.softcap * jnp.tanh(z_BTV / config.softcap)
+def head_softcap(config: ModelConfig, params: Params, training: bool = False) -> float | tuple[jax.Array, jax.Array]:
+    """The softcap of the logits: `config.softcap`, or in evaluation with `asym_softcap` one for either sign (PR 2135, 3.9)."""
+    return (params["softcap_pos"], params["softcap_neg"]) if config.asym_softcap and not training else config.softcap
+
+
+def logits(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    segments_BT: jax.Array | None = None,
+    looping: bool = True,
+    training: bool = False,
+    tap: Tap | None = None,
+) -> jax.Array:
+    """Soft-capped next-token logits, float32 [B, T, V], by default as evaluation computes them (PR 372: with fake quantization).
+
+    `auto` in the config becomes what the default platform gets.
+    """
+    tokens_BT, params = check_tokens(config, tokens_BT), check_params(config, params)
+    config = _for_default_platform(config, segments_BT is not None)
+    x_BTD = hidden(config, params, tokens_BT, segments_BT=segments_BT, looping=looping, tap=tap)
+    return softcap_logits(x_BTD, params["tok_emb"], softcap=head_softcap(config, params, training))
 
 
 class GPT(nn.Module):
-    """Linen module that owns the parameters: `init(key, tokens)`, and `apply(variables, tokens)` -> logits [B, T, V]."""
+    """Linen module of the network: `init(key)` -> {"params": ...}, `apply(variables, tokens)` -> logits, float32 [B, T, V].
+
+    `init` gives what `init_params` gives, `apply` what `logits` gives, bit for bit. Within a larger module Linen's own keys are used.
+    """
 
     config: ModelConfig
 
+    @nn.nowrap
+    def init(self, rngs: jax.Array | dict[str, jax.Array], *_: Any, **__: Any) -> dict[str, Params]:
+        """Fresh variables. Example tokens may be given, as Linen has it, and are not needed: every shape is in the config."""
+        return {"params": init_params(self.config, rngs["params"] if isinstance(rngs, dict) else rngs)}
+
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, *, looping: bool = True) -> jax.Array:
-        params = {name: self.param(name, leaf.init, leaf.shape) for name, leaf in leaves(self.config).items()}
-        return logits(self.config, params, tokens_BT, looping=looping)
+        if self.is_initializing():
+            for name, leaf in leaves(self.config).items():
+                self.param(name, leaf.init, leaf.shape)
+        return logits(self.config, dict(self.variables.get("params", {})), tokens_BT, looping=looping)

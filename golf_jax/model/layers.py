@@ -30,36 +30,60 @@ def linears(x: jax.Array, *ws_IO: jax.Array) -> list[jax.Array]:
     return jnp.split(linear(x, jnp.concatenate(ws_IO, -1)), ends[:-1], -1)
 
 
-def shift_right(x_BT: jax.Array, by: int = 1) -> jax.Array:
-    """The value `by` positions earlier in the row, zero before its start. Works on [B, T] and [B, T, D]."""
-    pad = [(0, 0), (by, 0)] + [(0, 0)] * (x_BT.ndim - 2)
-    return jnp.pad(x_BT, pad)[:, : x_BT.shape[1]]
+def starts(tokens_BT: jax.Array, boundary_token: int) -> jax.Array:
+    """Where nothing precedes a token: at the start of a row, and at `boundary_token` (-1: none). bool [B, T]."""
+    return (tokens_BT == boundary_token) | (jnp.arange(tokens_BT.shape[1]) == 0)
 
 
-def bigram_ids(tokens_BT: jax.Array, buckets: int) -> jax.Array:
-    """Hash bucket of each (token, previous token); position 0 of a row takes the reserved last bucket. int32 [B, T]."""
+def first_visible(segments_BT: jax.Array) -> jax.Array:
+    """Start of the segment (run of equal ids) that each position lies in: the first key its query sees. int32 [B, T]."""
+    position = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    begins = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
+    return jax.lax.cummax(jnp.where(begins, position, 0), axis=1)
+
+
+def previous(x_BT: jax.Array, start_BT: jax.Array | None) -> jax.Array:
+    """The value one position earlier in the row, zero at its start and at `start_BT`. Works on [B, T] and [B, T, D]."""
+    pad = [(0, 0), (1, 0)] + [(0, 0)] * (x_BT.ndim - 2)
+    shifted = jnp.pad(x_BT, pad)[:, : x_BT.shape[1]]
+    if start_BT is None:
+        return shifted
+    return jnp.where(start_BT.reshape(*start_BT.shape, *[1] * (x_BT.ndim - 2)), jnp.zeros((), x_BT.dtype), shifted)
+
+
+def bigram_ids(tokens_BT: jax.Array, buckets: int, start_BT: jax.Array | None = None) -> jax.Array:
+    """Hash bucket of each (token, previous token); a start (default: of the row) takes the reserved last bucket. int32 [B, T]."""
     t = tokens_BT.astype(jnp.int32)
-    ids = ((HASH_PRIMES[0] * t) ^ (HASH_PRIMES[1] * shift_right(t))) % (buckets - 1)
-    return ids.at[:, 0].set(buckets - 1)
+    start_BT = starts(t, -1) if start_BT is None else start_BT
+    ids = ((HASH_PRIMES[0] * t) ^ (HASH_PRIMES[1] * previous(t, start_BT))) % (buckets - 1)
+    return jnp.where(start_BT, buckets - 1, ids)
 
 
-def trigram_ids(tokens_BT: jax.Array, buckets: int, bigram_at_1: bool) -> jax.Array:
+def trigram_ids(tokens_BT: jax.Array, buckets: int, bigram_at_1: bool, start_BT: jax.Array | None = None) -> jax.Array:
     """Hash bucket of each token with its two predecessors. int32 [B, T].
 
-    Position 0 takes the reserved bucket; position 1 its bigram hash (PR 1182) or the reserved bucket too (PR 562).
+    A start (default: of the row) takes the reserved bucket; the position after it its bigram hash (PR 1182) or the reserved bucket
+    too (PR 562).
     """
     t = tokens_BT.astype(jnp.int32)
-    hashed = (HASH_PRIMES[0] * t) ^ (HASH_PRIMES[1] * shift_right(t)) ^ (HASH_PRIMES[2] * shift_right(t, 2))
-    ids = (hashed % (buckets - 1)).at[:, 0].set(buckets - 1)
-    if bigram_at_1 or t.shape[1] < 2:
-        return ids  # the missing predecessor is token 0, which contributes 0 to the XOR: exactly the bigram hash
-    return ids.at[:, 1].set(buckets - 1)
+    start_BT = starts(t, -1) if start_BT is None else start_BT
+    one = previous(t, start_BT)
+    ids = ((HASH_PRIMES[0] * t) ^ (HASH_PRIMES[1] * one) ^ (HASH_PRIMES[2] * previous(one, start_BT))) % (buckets - 1)
+    if not bigram_at_1:  # else the missing predecessor is token 0, which contributes 0 to the XOR: exactly the bigram hash
+        start_BT = start_BT | previous(start_BT, start_BT)
+    return jnp.where(start_BT, buckets - 1, ids)
 
 
-def smear(x_BTD: jax.Array, gate_D: jax.Array) -> jax.Array:
-    """SmearGate: (1 - g) x_t + g x_{t-1}, g = sigmoid(gate); the row start mixes with zero. Mixes un-smeared neighbours."""
+def smear(x_BTD: jax.Array, gate_D: jax.Array, start_BT: jax.Array | None) -> jax.Array:
+    """SmearGate: (1 - g) x_t + g x_{t-1}, g = sigmoid(gate); a start mixes with zero. Mixes un-smeared neighbours."""
     g_D = jax.nn.sigmoid(gate_D.astype(x_BTD.dtype))
-    return (1 - g_D) * x_BTD + g_D * shift_right(x_BTD)
+    return (1 - g_D) * x_BTD + g_D * previous(x_BTD, start_BT)
+
+
+def input_smear(x_BTD: jax.Array, w_W1: jax.Array, strength_1: jax.Array, start_BT: jax.Array | None) -> jax.Array:
+    """x_t + lambda * sigmoid(x_t[:W] . w) * x_{t-1}; a start stays as it is. Mixes un-smeared neighbours (PR 2135)."""
+    gate_BT1 = jax.nn.sigmoid(linear(x_BTD[..., : w_W1.shape[0]], w_W1.astype(x_BTD.dtype)))
+    return x_BTD + strength_1.astype(x_BTD.dtype) * gate_BT1 * previous(x_BTD, start_BT)
 
 
 def rope_tables(seq_len: int, dims: int, base: float, train_len: int, bf16_frequencies: bool) -> tuple[jax.Array, jax.Array]:

@@ -17,13 +17,14 @@ import numpy as np
 from golf_jax.config import GolfError, ModelConfig
 
 Params = dict[str, jax.Array]
+ROLES = ("matrix", "gate", "proj", "token", "table", "trigram", "vector", "softcap")
 
 
 @dataclass(frozen=True)
 class Leaf:
     """One parameter array.
 
-    role: matrix, gate, proj, token, table, trigram or vector. tensor: name in the challenge's state_dict; `{i}` marks a stack with
+    role: one of `ROLES`. tensor: name in the challenge's state_dict; `{i}` marks a stack with
     one tensor per leading index. matrix: stored `[..., in, out]` here and `(out, in)` there.
     """
 
@@ -89,10 +90,18 @@ def leaves(config: ModelConfig) -> dict[str, Leaf]:
     proj = _linear(1 / math.sqrt(2 * n) if c.hash_proj_init == "orthogonal_scaled" else 1.0)
 
     out: dict[str, Leaf] = {}
+    if c.asym_softcap:
+        out |= {name: Leaf((), "softcap", _constant(c.softcap), name) for name in ("softcap_pos", "softcap_neg")}
     if c.num_skips:
         out["skip_weights"] = Leaf((c.num_skips, d), "vector", ones, "skip_weights")
     if c.num_skips and c.skip == "gated":
         out["skip_gates"] = Leaf((c.num_skips, d), "vector", zeros, "skip_gates")
+    if c.two_lanes_from >= 0:
+        out["lane_post"] = Leaf((n, 2, 2), "vector", ones, "parallel_post_lambdas")
+        out["lane_resid"] = Leaf((n, 2), "vector", _constant(1.1), "parallel_resid_lambdas")
+    if c.input_smear_gate:
+        out["smear_lambda"] = Leaf((1,), "vector", zeros, "smear_lambda")
+        out["smear_w"] = Leaf((c.gate_window, 1), "vector", zeros, "smear_gate.weight", True)
     out["tok_emb"] = Leaf((c.vocab_size, d), "token", _normal(c.embed_init_std), "tok_emb.weight")
     if c.bigram_buckets:
         out |= _table("bigram", c.bigram_buckets, c.bigram_dim, d, ("table", "proj", "vector"), zeros, proj, 0.05)
@@ -119,6 +128,8 @@ def leaves(config: ModelConfig) -> dict[str, Leaf]:
     if c.head_gate == "linear":
         out["gate"] = Leaf((n, d, h), "gate", zeros, "blocks.{i}.attn.attn_gate.weight", True)
         out["gate_bias"] = Leaf((n, h), "vector", _constant(4.0), "blocks.{i}.attn.attn_gate.bias")
+    if c.head_gate == "narrow":
+        out["narrow_gate"] = Leaf((n, c.gate_window, h), "vector", zeros, "blocks.{i}.attn.attn_gate_w", True)
     out["up"] = Leaf((n, d, f), "matrix", linear, "blocks.{i}.mlp.fc.weight", True)
     out["down"] = Leaf((n, f, d), "matrix", zeros, "blocks.{i}.mlp.proj.weight", True)
     return out
@@ -195,7 +206,7 @@ def storage_dtypes(config: ModelConfig, numerics: str) -> dict[str, jnp.dtype]:
 
 
 def init_params(config: ModelConfig, key: jax.Array, numerics: str = "fp32") -> Params:
-    """Fresh parameters. `as_run`: every value rounded to bfloat16 once, then kept in `storage_dtypes` (specs, section 3)."""
+    """Fresh parameters. `as_run`: every value rounded to bfloat16 once, then kept in `storage_dtypes` (docs/recipes, section 3)."""
     table = leaves(config)
     keys = jax.random.split(key, len(table))
     dtypes = storage_dtypes(config, numerics)

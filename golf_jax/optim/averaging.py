@@ -1,15 +1,16 @@
 """Averages of the weights over training: EMA and SWA, as pure updates inside the compiled step."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = dict[str, jax.Array]
 
 
 class SWAState(NamedTuple):
-    total: Tree  # running sum, each leaf in its own dtype, as the records sum (PR 562, 4.8)
+    total: Tree  # running sum, each leaf in its own dtype, as the records sum (docs/recipes/pr562.md, section 4.8)
     count: jax.Array  # int32 []
 
 
@@ -18,8 +19,19 @@ def ema_init(params: Tree) -> Tree:
     return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
 
 
-def ema_update(ema: Tree, params: Tree, decay: jax.Array | float) -> Tree:
-    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(jnp.float32), ema, params)
+class EMAScalars(NamedTuple):
+    """float32 scalars; the rate is 1 - decay, taken on the host in float64."""
+
+    decay: Any
+    rate: Any
+
+    @classmethod
+    def of(cls, decay: float) -> "EMAScalars":
+        return cls(np.float32(decay), np.float32(1 - decay))
+
+
+def ema_update(ema: Tree, params: Tree, scalars: EMAScalars) -> Tree:
+    return jax.tree.map(lambda e, p: scalars.decay * e + scalars.rate * p.astype(jnp.float32), ema, params)
 
 
 def swa_init(params: Tree) -> SWAState:

@@ -8,15 +8,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-Stacks = dict[str, jax.Array]
+from golf_jax.config import GroupConfig
+from golf_jax.mesh import ROWS
+from golf_jax.optim.rule import Rule, Tree
+
+Coefficients = tuple[tuple[float, float, float], ...]
+NS_COEFFICIENTS: Coefficients = ((3.4445, -4.7750, 2.0315),)
 
 
 def _store(x: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
@@ -24,13 +27,19 @@ def _store(x: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
     return jax.lax.reduce_precision(x, 8, 7).astype(dtype) if dtype == jnp.bfloat16 else x.astype(dtype)
 
 
-def newton_schulz(x: jax.Array, steps: int = 5, dtype: jnp.dtype | type = jnp.bfloat16, *, square_first: bool = False) -> jax.Array:
+def newton_schulz(
+    x: jax.Array,
+    steps: int = 5,
+    dtype: jnp.dtype | type = jnp.bfloat16,
+    *,
+    coefficients: Coefficients = NS_COEFFICIENTS,
+    square_first: bool = False,
+) -> jax.Array:
     """Approximate orthogonal factor of each matrix of x [..., m, n], in `dtype`. Zero stays zero.
 
     In bfloat16 every product is rounded where the records round it, with the coefficients in float32: bit for bit their eager result.
-    square_first: c (A A), as PR 1182 has it, instead of (c A) A.
+    coefficients: (a, b, c) of every step, or one for all. square_first: c (A A), as PR 1182 has it, instead of (c A) A.
     """
-    a, b, c = NS_COEFFICIENTS
     stored = partial(_store, dtype=dtype)
     lift = lambda v: v.astype(jnp.float32)  # noqa: E731
 
@@ -43,7 +52,7 @@ def newton_schulz(x: jax.Array, steps: int = 5, dtype: jnp.dtype | type = jnp.bf
     x = stored(lift(x) / lift(stored(lift(norm) + 1e-7)))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    for _ in range(steps):
+    for a, b, c in coefficients * (steps // len(coefficients)):
         gram = matmul(x, x.mT)
         square = stored(c * lift(matmul(gram, gram))) if square_first else matmul(stored(c * lift(gram)), gram)
         polynomial = stored(lift(stored(b * lift(gram))) + lift(square))
@@ -89,7 +98,7 @@ class StackLayout:
         pairs = zip(self.batches[key], values, strict=True)
         return np.array([v for m, v in pairs for _ in range(m.layers)] + [fill] * self.padding(key))
 
-    def pack(self, tree: Mapping[str, jax.Array]) -> Stacks:
+    def pack(self, tree: Mapping[str, jax.Array]) -> Tree:
         packed = {}
         for key, members in self.batches.items():
             parts = [tree[m.name].reshape(m.layers, *m.shape[-2:]) for m in members]
@@ -98,7 +107,7 @@ class StackLayout:
             packed[key] = jnp.concatenate([*parts, pad])
         return packed
 
-    def unpack(self, packed: Stacks) -> dict[str, jax.Array]:
+    def unpack(self, packed: Tree) -> Tree:
         tree = {}
         for key, members in self.batches.items():
             start = 0
@@ -109,50 +118,56 @@ class StackLayout:
         return tree
 
 
-def scale_by_muon(
-    layout: StackLayout,
-    steps: int = 5,
-    dtype: jnp.dtype | type = jnp.bfloat16,
-    row_normalize: bool = False,
-    axis_name: str | None = None,
-    square_first: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """Nesterov momentum -> (row normalisation) -> Newton-Schulz -> sqrt(max(1, out/in)), on the batches of `layout`.
+def muon(group: GroupConfig, params: Mapping[str, Any], numerics: str, shards: int, axis_name: str | None) -> Rule:
+    """Nesterov momentum -> (row normalisation) -> Newton-Schulz -> sqrt(max(1, out/in)), on joined batches of matrices.
 
-    update(batches, state, *, momentum): m <- momentum m + g, u = g + momentum m (undamped, as in the records); returns the
-    directions in `dtype`. With `axis_name` the batches and the momentum are this device's share; nothing is communicated here.
-    square_first: see `newton_schulz`.
+    m <- momentum m + g, u = g + momentum m (undamped, as in the records); its one scalar is the momentum. params: shapes and dtypes.
+    numerics `as_run`: Newton-Schulz and the directions in bfloat16. With `axis_name` the batches and the momentum are this device's
+    share; nothing is communicated here.
     row_normalize: each output unit's row of u is divided by max(its norm, 1e-7) before Newton-Schulz (MuonEq-R, PR 2005).
     """
+    low = jnp.dtype(jnp.bfloat16 if numerics == "as_run" else jnp.float32)
+    bf16_momentum = group.bf16_momentum and numerics == "as_run"
+    dtypes = {n: jnp.dtype(jnp.bfloat16) if bf16_momentum else jnp.dtype(p.dtype) for n, p in params.items()}
+    layout = StackLayout.of({n: p.shape for n, p in params.items()}, dtypes, shards)
+    orthogonalize = partial(
+        newton_schulz,
+        steps=group.newton_schulz_steps,
+        dtype=low,
+        coefficients=group.newton_schulz_coefficients,
+        square_first=group.bf16_momentum,
+    )
 
-    def init(packed: Stacks) -> Stacks:
+    def pack(tree: Tree) -> Tree:
+        return layout.pack({n: x.astype(dtypes[n]) for n, x in tree.items()})
+
+    def init(packed: Tree) -> Tree:
         return jax.tree.map(jnp.zeros_like, packed)
 
-    def local(key: str, values: np.ndarray, count: int) -> jax.Array:
+    def local(values: np.ndarray, count: int) -> jax.Array:
         if axis_name is None:
             return jnp.asarray(values)
         return jax.lax.dynamic_slice_in_dim(jnp.asarray(values), jax.lax.axis_index(axis_name) * count, count)
 
-    def update(packed: Stacks, state: Stacks, params=None, *, momentum: jax.Array, **_):
-        del params
+    def update(packed: Tree, state: Tree, momentum: jax.Array) -> tuple[Tree, Tree]:
         directions, buffers = {}, {}
         for key, g in packed.items():
-            low = state[key].dtype
+            stored = state[key].dtype
             g32, old = g.astype(jnp.float32), state[key].astype(jnp.float32)
-            m = _store(_store(momentum * old, low).astype(jnp.float32) + g32, low)
-            u = _store(g32 + momentum * m.astype(jnp.float32), low)
+            m = _store(_store(momentum * old, stored).astype(jnp.float32) + g32, stored)
+            u = _store(g32 + momentum * m.astype(jnp.float32), stored)
             members = layout.batches[key]
-            if row_normalize:
+            if group.row_normalize:
                 # A transposed leaf lies here as [out, in]: its rows are rows; the others are [in, out], their rows are columns.
-                rows_last = local(key, layout.per_matrix(key, [m.transposed for m in members], False), g.shape[0])
+                rows_last = local(layout.per_matrix(key, [m.transposed for m in members], False), g.shape[0])
                 u32 = u.astype(jnp.float32)
                 by_row, by_col = (jnp.sqrt(jnp.sum(u32 * u32, axis, keepdims=True)) for axis in (-1, -2))
-                u = u32 / jnp.maximum(jnp.where(rows_last[:, None, None], by_row, by_col), 1e-7)
+                norm = jnp.maximum(jnp.where(rows_last[:, None, None], by_row, by_col), 1e-7)
+                u = u32 / _store(norm, stored).astype(jnp.float32)
             factors = layout.per_matrix(key, [math.sqrt(max(1.0, m.shape[-1] / m.shape[-2])) for m in members], 1.0)
-            scale = local(key, factors.astype(np.float32), g.shape[0])[:, None, None]
-            orthogonal = newton_schulz(u, steps, dtype, square_first=square_first)
-            directions[key] = _store(orthogonal.astype(jnp.float32) * scale, dtype)
+            scale = local(factors.astype(np.float32), g.shape[0])[:, None, None]
+            directions[key] = _store(orthogonalize(u).astype(jnp.float32) * scale, low)
             buffers[key] = m
         return directions, buffers
 
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+    return Rule(ROWS, pack, layout.unpack, init, update)

@@ -1,12 +1,12 @@
 """Host-side schedules: plain floats that enter the compiled step as traced scalars.
 
-Two clocks (specs, section 4): on elapsed training seconds, as the records ran, or on steps, as their own fallback does and as a
+Two clocks (docs/recipes, section 4): on elapsed training seconds, as the records ran, or on steps, as their own fallback does and as a
 reproducible run needs.
 """
 
 from dataclasses import dataclass
 
-from golf_jax.config import BudgetConfig, OptimConfig, ScheduleConfig
+from golf_jax.config import BudgetConfig, GroupConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,10 @@ def lr_factor(schedule: ScheduleConfig, budget: BudgetConfig, clock: Clock) -> f
     return floor + (1 - floor) * left / max(window, 1e-12) if left <= window else 1.0
 
 
-def muon_momentum(config: OptimConfig, step: int) -> float:
+def muon_momentum(group: GroupConfig, step: int) -> float:
     """Linear warm-up from `momentum_start` to `momentum` over the first `momentum_warmup_steps` steps."""
-    f = min(step / config.momentum_warmup_steps, 1.0) if config.momentum_warmup_steps else 1.0
-    return (1 - f) * config.momentum_start + f * config.momentum
-
-
-def looping(schedule: ScheduleConfig, budget: BudgetConfig, clock: Clock) -> bool:
-    """Whether depth recurrence is on (PR 2005: from 35% of the run)."""
-    return fraction(budget, clock) >= schedule.loop_from
+    f = min(step / group.momentum_warmup_steps, 1.0) if group.momentum_warmup_steps else 1.0
+    return (1 - f) * group.momentum_start + f * group.momentum
 
 
 def fake_quant_strength(schedule: ScheduleConfig, factor: float) -> float:

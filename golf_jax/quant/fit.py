@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from golf_jax.config import GolfError, QuantConfig
-from golf_jax.quant.schemes import FLOATS, QTensor, dequantize, quantize
+from golf_jax.quant.rules import quantize
+from golf_jax.quant.schemes import FLOATS, QTensor, dequantize
 
 MAX_STEP = 16.0
 
@@ -35,6 +36,14 @@ class FitReport:
         return text
 
 
+@dataclass(frozen=True)
+class _Trial:
+    factor: float
+    config: QuantConfig
+    quantized: dict[str, QTensor]
+    data: bytes
+
+
 def scale_steps(config: QuantConfig, factor: float) -> QuantConfig:
     """`config` with the step of every integer rule multiplied; float rules have none."""
     rules = tuple(r if r.scheme in FLOATS else replace(r, step=r.step * factor) for r in config.rules)
@@ -45,34 +54,34 @@ def fit_to_cap(
     tensors: Mapping[str, np.ndarray],
     config: QuantConfig,
     budget_bytes: int,
-    encode: Callable[[dict[str, QTensor]], int],
+    encode: Callable[[dict[str, QTensor]], bytes],
     *,
     hessians: Mapping[str, np.ndarray] | None = None,
     score: Callable[[dict[str, QTensor]], float] | None = None,
     slack: float = 0.002,
     max_trials: int = 8,
-) -> tuple[QuantConfig, dict[str, QTensor], FitReport]:
-    """(config, quantized tensors, report) with `encode(tensors) <= budget_bytes`.
+) -> tuple[QuantConfig, bytes, FitReport]:
+    """(config, encoded, report): the tensors quantized by `config` and encoded, in at most `budget_bytes`.
 
     A recipe that fits is returned unchanged after one trial. Otherwise all steps grow by one factor, the least that fits to within
     `slack` of the budget: doubling a step takes about one bit per code, which gives the first guess, and false position on
-    (log2 factor, bytes) the rest. encode: the real container with its compressor, code bytes included by the caller in the budget.
+    (log2 factor, bytes) the rest. encode: the real container with its compressor; the caller takes the code's bytes off the budget.
     score: measures the quantized model (bpb), called for the first and the last if they differ. Raises GolfError if even a step 16
     times as coarse does not fit.
     """
     trials: list[tuple[float, int]] = []
 
-    def attempt(log_factor: float) -> tuple[QuantConfig, dict[str, QTensor], int]:
+    def attempt(log_factor: float) -> _Trial:
         candidate = scale_steps(config, 2.0**log_factor)
         quantized = quantize(tensors, candidate, hessians)
-        size = encode(quantized)
-        trials.append((2.0**log_factor, size))
-        return candidate, quantized, size
+        trial = _Trial(2.0**log_factor, candidate, quantized, encode(quantized))
+        trials.append((trial.factor, len(trial.data)))
+        return trial
 
     first = best = attempt(0.0)
-    low, low_size = 0.0, first[2]  # largest factor known to be too small
+    low, low_size = 0.0, len(first.data)  # largest factor known to be too small
     high, high_size = math.inf, 0  # smallest factor known to fit
-    codes = sum(q.codes.size for q in first[1].values() if q.codes is not None)
+    codes = sum(q.codes.size for q in first.quantized.values() if q.codes is not None)
     target = budget_bytes * (1 - slack / 2)
     while low_size > budget_bytes and len(trials) < max_trials and not (high_size >= budget_bytes * (1 - slack)):
         if math.isinf(high):
@@ -83,26 +92,27 @@ def fit_to_cap(
         if guess <= low:
             break
         candidate = attempt(guess)
-        if candidate[2] <= budget_bytes:
-            best, high, high_size = candidate, guess, candidate[2]
+        size = len(candidate.data)
+        if size <= budget_bytes:
+            best, high, high_size = candidate, guess, size
         else:
-            low, low_size = guess, candidate[2]
-    if best[2] > budget_bytes:
+            low, low_size = guess, size
+    if len(best.data) > budget_bytes:
         raise GolfError(
             f"quant: {trials[-1][1]:,} bytes at step x {trials[-1][0]:.2f} still exceed the budget of {budget_bytes:,}; "
             "give the model fewer parameters or its largest float tensors an integer rule"
         )
     report = FitReport(
-        factor=next(f for f, size in reversed(trials) if size == best[2]),
+        factor=best.factor,
         budget_bytes=budget_bytes,
-        encoded_bytes=best[2],
+        encoded_bytes=len(best.data),
         trials=tuple(trials),
-        error_before=relative_error(tensors, first[1]),
-        error_after=relative_error(tensors, best[1]),
-        score_before=score(first[1]) if score and best is not first else None,
-        score_after=score(best[1]) if score and best is not first else None,
+        error_before=relative_error(tensors, first.quantized),
+        error_after=relative_error(tensors, best.quantized),
+        score_before=score(first.quantized) if score and best is not first else None,
+        score_after=score(best.quantized) if score and best is not first else None,
     )
-    return best[0], best[1], report
+    return best.config, best.data, report
 
 
 def relative_error(tensors: Mapping[str, np.ndarray], quantized: Mapping[str, QTensor]) -> float:

@@ -1,18 +1,19 @@
-"""Named quantization schemes: the scale, clip and rounding rules of each PR, and first-match rules that assign them to tensors.
+"""Named quantization schemes: the scale, clip and rounding of each PR.
 
 Tensors are `dict[str, np.ndarray]` by canonical names (`blocks.3.attn.c_q.weight`), linear weights (out, in), one scale per row.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
-from golf_jax.config import GolfError, QuantConfig, QuantRule
-from golf_jax.quant.rounding import F16_TINY, F32, prune_by_magnitude, sorted_rows, squared_error, to_codes, torch_quantile
+from golf_jax.config import GolfError, QuantRule
+from golf_jax.quant.rounding import F16_TINY, F32, sorted_rows, squared_error, to_codes, torch_quantile
 
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+WIDTHS = {"int5": (-16, 15), "int6": (-32, 31), "int7": (-64, 63), "int8": (-128, 127)}  # least and largest code
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 INT8_QUANTILE = 99.99984 / 100
 
@@ -22,7 +23,7 @@ class QTensor:
     """One stored tensor: integer codes with a scale per row, or float values."""
 
     kind: str
-    """int5, int6, int7, int8 (what the scheme is called; codes are int8 in memory), or float32, float16, bfloat16."""
+    """One of WIDTHS (codes are int8 in memory) or of FLOATS."""
     dtype: str
     """What it becomes again when dequantized: float32 or bfloat16."""
     codes: np.ndarray | None = None
@@ -45,7 +46,12 @@ class Scheme:
 
     kind: str
     make: Callable[[np.ndarray, float, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
-    needs_hessian: bool = False
+    plain: str = ""
+    """Of a scheme that needs a Hessian: the one that rounds to the same scales without."""
+
+    @property
+    def needs_hessian(self) -> bool:
+        return bool(self.plain)
 
 
 def _row_max(low: int, high: int):
@@ -148,66 +154,40 @@ SCHEMES: dict[str, Scheme] = {
     "int6_matrix_search": Scheme("int6", _matrix_search),
     "int6_sdclip": Scheme("int6", _sd_clip(31, 12.85)),
     "int7_sdclip": Scheme("int7", _sd_clip(63, 15.0)),
-    "gptq_int6": Scheme("int6", _gptq(31, 12.85), needs_hessian=True),
-    "gptq_int7": Scheme("int7", _gptq(63, 15.0), needs_hessian=True),
+    "gptq_int6": Scheme("int6", _gptq(31, 12.85), plain="int6_sdclip"),
+    "gptq_int7": Scheme("int7", _gptq(63, 15.0), plain="int7_sdclip"),
 }
 
 
-def without_hessians(config: QuantConfig) -> QuantConfig:
-    """`config` with plain rounding at the same scales in place of GPTQ: for byte estimates while training."""
-    plain = {"gptq_int6": "int6_sdclip", "gptq_int7": "int7_sdclip"}
-    return replace(config, rules=tuple(replace(r, scheme=plain.get(r.scheme, r.scheme)) for r in config.rules))
-
-
-def match_rule(config: QuantConfig, name: str, numel: int) -> QuantRule:
-    """The first rule of `config` that claims the tensor; an error if none does."""
-    for rule in config.rules:
-        if numel <= rule.min_numel or (rule.max_numel and numel > rule.max_numel):
-            continue
-        if any(part in name for part in rule.pattern.split("|")):
-            return rule
-    raise GolfError(f"quant.rules: no rule matches {name} ({numel} elements); end the list with QuantRule('', 'int6_row')")
-
-
-def quantize(
-    tensors: Mapping[str, np.ndarray], config: QuantConfig, hessians: Mapping[str, np.ndarray] | None = None
-) -> dict[str, QTensor]:
-    """All tensors pruned and quantized by the rules of `config`, in the order given.
-
-    tensors: float32 or bfloat16 arrays by canonical name. hessians: name -> [C, C] float32, for the tensors of GPTQ schemes.
-    Raises GolfError naming the tensor: NaN or infinity, no rule, unknown scheme, a row scheme on a vector, a missing Hessian, a value
-    or scale beyond float16.
-    """
-    return {name: _quantize_one(name, np.asarray(w), config, hessians or {}) for name, w in tensors.items()}
-
-
-def _quantize_one(name: str, w: np.ndarray, config: QuantConfig, hessians: Mapping[str, np.ndarray]) -> QTensor:
-    dtype = w.dtype.name
-    if dtype not in ("float32", "bfloat16"):
-        raise GolfError(f"{name}: dtype {dtype} cannot be quantized, only float32 and bfloat16")
-    if not np.isfinite(w).all():
-        raise GolfError(f"{name}: holds NaN or infinity; the run diverged, nothing can be packed")
-    rule = match_rule(config, name, w.size)
-    if config.prune_fraction and w.ndim == 2 and w.size > config.prune_min_numel:
-        w = prune_by_magnitude(w, config.prune_fraction)
-    if rule.scheme in FLOATS:
-        with np.errstate(over="ignore"):
-            values = w.astype(FLOATS[rule.scheme], order="C")
-        if not np.isfinite(values).all():
-            raise GolfError(f"{name}: a value exceeds {rule.scheme}; give it a float32 or integer rule in quant.rules")
-        return QTensor(rule.scheme, dtype, values=values)
-    scheme = SCHEMES.get(rule.scheme)
-    if scheme is None:
+def scheme_of(rule: QuantRule) -> Scheme | None:
+    """The integer scheme of a rule, None for one that keeps floats. Raises GolfError for an unknown one."""
+    if rule.scheme not in SCHEMES and rule.scheme not in FLOATS:
         raise GolfError(f"quant.rules: unknown scheme {rule.scheme!r}; known: {', '.join([*SCHEMES, *FLOATS])}")
-    if w.ndim != 2 or w.size == 0:
-        raise GolfError(f"quant.rules: scheme {rule.scheme} needs a matrix, but {name} has shape {w.shape}; give it a float rule before")
-    if scheme.needs_hessian and name not in hessians:
-        raise GolfError(f"{name}: scheme {rule.scheme} needs its Hessian, and none was collected")
+    return SCHEMES.get(rule.scheme)
+
+
+def check_shape(rule: QuantRule, name: str, shape: tuple[int, ...]) -> None:
+    """Raises GolfError if the scheme of `rule` cannot take a tensor of this shape."""
+    if scheme_of(rule) and (len(shape) != 2 or 0 in shape):
+        raise GolfError(f"quant.rules: scheme {rule.scheme} needs a matrix, but {name} has shape {shape}; give it a float rule before")
+
+
+def apply_rule(rule: QuantRule, name: str, w: np.ndarray, hessian: np.ndarray | None) -> QTensor:
+    """One tensor, float32 or bfloat16, stored as `rule` says. Raises GolfError (see `golf_jax.quant.quantize`)."""
+    check_shape(rule, name, w.shape)
+    scheme = scheme_of(rule)
     with np.errstate(over="ignore"):
-        codes, scale = scheme.make(w.astype(F32, order="C"), rule.step, hessians.get(name))
+        if scheme is None:
+            values = w.astype(FLOATS[rule.scheme], order="C")
+            if not np.isfinite(values).all():
+                raise GolfError(f"{name}: a value exceeds {rule.scheme}; give it a float32 or integer rule in quant.rules")
+            return QTensor(rule.scheme, w.dtype.name, values=values)
+        if scheme.needs_hessian and hessian is None:
+            raise GolfError(f"{name}: scheme {rule.scheme} needs its Hessian, and none was collected")
+        codes, scale = scheme.make(w.astype(F32, order="C"), rule.step, hessian)
     if not np.isfinite(scale).all():
         raise GolfError(f"{name}: a row scale exceeds float16; the weights are far too large for scheme {rule.scheme}")
-    return QTensor(scheme.kind, dtype, codes=codes, scale=scale)
+    return QTensor(scheme.kind, w.dtype.name, codes=codes, scale=scale)
 
 
 def dequantize(q: QTensor) -> np.ndarray:

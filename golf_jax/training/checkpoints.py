@@ -1,15 +1,71 @@
-"""Checkpoints of a running training: orbax, asynchronous, with everything a killed run needs to go on bit for bit."""
+"""Checkpoints of a training: orbax, asynchronous, with everything that a run needs to go on bit for bit.
 
+Orbax checks its own bookkeeping, not the arrays, so `meta` carries a digest of every array and a digest of itself: a flipped bit, or the
+arrays of one step beside the meta of another, are found before anything is trained on.
+"""
+
+import hashlib
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from golf_jax.config import GolfError, Recipe, to_dict
+from golf_jax.mesh import ROWS
 from golf_jax.training.state import TrainState
+
+KEPT = 2
+PRIMES = (2654435761, 2246822519)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was read and proved."""
+
+    state: TrainState
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.meta["step"]
+
+
+@jax.jit
+def digests(tree: Any) -> tuple[Any, Any]:
+    """(two uint32 of the bits of every array, [2] each; whether every float is finite, []).
+
+    Sums of bits times odd numbers that depend on the position, modulo 2^32: computed where the arrays lie, the same for every sharding,
+    different after any change of a single element. Zeros count nothing, so the padding of Muon's batches may change.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        bits = x.view(jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
+        index = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            index = index * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.stack([jnp.sum(bits * ((index * np.uint32(p)) | 1), dtype=jnp.uint32) for p in PRIMES])
+
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jax.tree.map(one, tree), jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
+def _named_digests(state: TrainState) -> tuple[dict[str, list[int]], bool]:
+    tree, finite = jax.device_get(digests(state._asdict()))
+    named = {jax.tree_util.keystr(path): [int(v) for v in value] for path, value in jax.tree_util.tree_leaves_with_path(tree)}
+    return named, bool(finite)
+
+
+def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    body = {k: v for k, v in meta.items() if k != "sha256"}
+    return body | {"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
 
 
 class Checkpoints:
@@ -17,43 +73,88 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs tracebacks of what is raised here anyway
+        with self._reported("cannot be opened"):
+            self._open()
+
+    def _open(self) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, recipe: Recipe, step: int, state: TrainState, seconds: float, position: dict[str, int]) -> None:
-        """Start saving; returns once the device arrays are copied out."""
-        meta = {"recipe": to_dict(recipe), "step": step, "seconds": seconds, "position": position}
+    def save(self, recipe: Recipe, step: int, state: TrainState, *, wait: bool = False, **facts: Any) -> None:
+        """Start saving; returns once the arrays are copied out (`wait`: once they are on disk).
+
+        facts: JSON data for `Found.meta` (position, seconds, ...). Raises GolfError: a state that is not finite is never
+        saved; a disk that is full, also for the save before.
+        """
+        named, finite = _named_digests(state)
+        if not finite:
+            raise GolfError(f"step {step}: the weights are not finite any more; nothing is saved from here on")
+        meta = _sealed({"recipe": to_dict(recipe), "step": step, "digests": named, **facts})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
         with self._reported(f"checkpoint {step} cannot be written"):
-            self._manager.save(step, args=args)
+            self._manager.save(step, args=args, force=True)
+            if wait:
+                self._manager.wait_until_finished()
 
-    def restore(self, recipe: Recipe, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """(state, meta) of the newest complete checkpoint, laid out like `like`; None if there is none.
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def restore(self, like: TrainState, log: Any = print) -> Found | None:
+        """The newest sound checkpoint, laid out like `like` (arrays or shapes with shardings); None if there is none.
 
         The number of devices may be another: Muon's batches are cut or padded, by the matrices of zeros that fill them up (`StackLayout`).
-        Raises GolfError if it was made by another recipe (see `check_same_recipe`) or cannot be read.
+        A damaged one is named, set aside as `STEP.damaged`, and the one before is taken. Raises GolfError if all are damaged.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        damaged = []
+        for step in self.steps():
+            try:
+                return self._restore(step, like)
+            except GolfError as error:
+                damaged.append(step)
+                aside = self._set_aside(step)
+                log(f"checkpoint {step} is damaged and set aside as {aside}: {error}")
+        if damaged:
+            raise GolfError(f"{self.directory}: no checkpoint can be read ({', '.join(map(str, damaged))} are damaged); start a new run")
+        return None
+
+    def _restore(self, step: int, like: TrainState) -> Found:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
-        hint = f"remove {self.directory / str(step)} to go on from the one before"
-        with self._reported(f"checkpoint {step} cannot be read; {hint}"):
+        with self._reported(f"checkpoint {step} cannot be read"):
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            check_same_recipe(recipe, meta["recipe"], self.directory)
+            if not isinstance(meta, dict) or meta != _sealed(meta) or meta["step"] != step:
+                raise GolfError(f"checkpoint {step}: its meta data were altered")
             folder: Any = self.directory / str(step) / "state"
-            check_same_shapes(like._asdict(), ocp.StandardCheckpointHandler().metadata(folder).tree)
+            check_same_shapes(abstract, ocp.StandardCheckpointHandler().metadata(folder).tree)
             # Not strict: what the check lets through is padding, which orbax cuts or fills with zeros.
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract, strict=False)))["state"]
-            return TrainState(**restored), meta
+            state = TrainState(**restored)
+            named, _ = _named_digests(state)
+            if wrong := [name for name, value in named.items() if meta["digests"].get(name) != value]:
+                raise GolfError(f"checkpoint {step}: {wrong[0]} is not what was saved ({len(wrong)} of {len(named)} arrays)")
+            return Found(state, meta)
+
+    def _set_aside(self, step: int) -> Path:
+        source = self.directory / str(step)
+        target = next(p for n in range(1000) if not (p := self.directory / f"{step}.damaged{n or ''}").exists())
+        self._manager.close()
+        if jax.process_index() == 0:
+            source.rename(target)
+        self._open()
+        return target
+
+    def wait(self) -> None:
+        """Until the save under way is on disk. Raises GolfError if it failed."""
+        with self._reported("the last checkpoint cannot be written"):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for the save under way."""
-        with self._reported("the last checkpoint cannot be written"):
-            try:
-                self._manager.wait_until_finished()
-            finally:
-                self._manager.close()
+        """Wait, and let go."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     @contextmanager
     def _reported(self, what: str) -> Iterator[None]:
@@ -68,18 +169,12 @@ class Checkpoints:
 
 
 def check_same_shapes(like: Any, stored: Any) -> None:
-    """Raises ValueError unless both trees have leaves of the same shapes, up to the number of matrices in Muon's padded batches."""
+    """Raises ValueError unless both trees have leaves of the same shapes, up to the padding of what is split over devices.
+
+    like: shapes with shardings.
+    """
     for (path, mine), theirs in zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(stored), strict=True):
         name = jax.tree_util.keystr(path)
-        first = 1 if "'stacks'" in name else 0
+        first = 1 if mine.sharding.spec == ROWS else 0
         if mine.shape[first:] != theirs.shape[first:]:
             raise ValueError(f"{name} has the shape {theirs.shape} there and {mine.shape} here")
-
-
-def check_same_recipe(recipe: Recipe, stored: dict[str, Any], where: str | Path) -> None:
-    """Raises GolfError unless a run of `stored` (JSON data) may go on as `recipe`: all but reporting and scoring must agree."""
-    free = ("log_every", "checkpoint_every", "eval", "quant", "micro_rows")
-    mine = to_dict(recipe)
-    different = sorted(k for k, v in mine.items() if k not in free and stored.get(k) != v)
-    if different:
-        raise GolfError(f"{where}: was made by a recipe that differs in {', '.join(different)}; give the same recipe and flags")

@@ -12,19 +12,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from golf_jax.config import GolfError, Recipe
-from golf_jax.data.loader import Loader
+from golf_jax.data.loader import Batch, Loader
 from golf_jax.data.prefetch import Prefetcher
 from golf_jax.kernels.attention import assert_backend
 from golf_jax.mesh import put_replicated, rows
 from golf_jax.optim import schedules
 from golf_jax.optim.averaging import swa_mean
 from golf_jax.optim.schedules import Clock
-from golf_jax.training.checkpoints import Checkpoints
+from golf_jax.training.checkpoints import Found
 from golf_jax.training.clock import TrainingClock
+from golf_jax.training.keep import Keeper
 from golf_jax.training.leak import leaked_state
+from golf_jax.training.phases import Phase, phase_at, phases
 from golf_jax.training.rundir import RunDir
-from golf_jax.training.state import TrainState, init_state
-from golf_jax.training.step import StepInputs, StepMetrics, make_step
+from golf_jax.training.state import TrainState, graph, init_state
+from golf_jax.training.step import StepInputs, StepMetrics, compile_step, step_inputs
+
+PROFILED_FROM = 5  # steps after the first, when caches and queues are warm
 
 Validate = Callable[[dict[str, jax.Array], bool, bool], Any]
 
@@ -35,7 +39,6 @@ class Trained:
 
     params: dict[str, jax.Array]
     """The weights that become the model (`schedule.export`), in their storage dtypes."""
-    raw: dict[str, jax.Array]
     steps: int
     seconds: float
     """On the training clock."""
@@ -44,37 +47,24 @@ class Trained:
     compile_seconds: dict[str, float]
 
 
-def step_inputs(recipe: Recipe, clock: Clock) -> tuple[StepInputs, bool]:
-    """Host values of the traced scalars of the step that starts at `clock`, and whether depth recurrence is on."""
-    factor = schedules.lr_factor(recipe.schedule, recipe.budget, clock)
-    scalars: Any = (
-        np.float32(factor),
-        np.float32(schedules.muon_momentum(recipe.optim, clock.step)),
-        np.float32(recipe.optim.clip_norm or math.inf),
-        np.float32(schedules.fake_quant_strength(recipe.schedule, factor)),
-        np.bool_(schedules.swa_collects(recipe.schedule, factor, clock.step + 1)),
-    )
-    return StepInputs(*scalars), schedules.looping(recipe.schedule, recipe.budget, clock)
-
-
-def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -> tuple[dict[bool, Any], dict[str, float]]:
-    """The compiled step of every phase of the run, keyed by `looping`, and the seconds each took.
+def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -> tuple[dict[Phase, Any], dict[str, float]]:
+    """The compiled step of every phase of the run, and the seconds each took.
 
     Each has run once, on a copy of the state: what a first call sets up (kernels, communicators) is not left to the clock.
     """
-    flags = [False, True] if recipe.model.loop_repeats and recipe.schedule.loop_from > 0 else [True]
     tokens = np.zeros((recipe.data.ranks * recipe.data.rows_per_rank, recipe.data.seq_len), np.int32)
-    batch = jax.make_array_from_callback(tokens.shape, rows(mesh), lambda index: tokens[index])
-    inputs = put_replicated(mesh, step_inputs(recipe, Clock(0, 0.0))[0])
+    zeros = jax.make_array_from_callback(tokens.shape, rows(mesh), lambda index: tokens[index])
+    inputs = put_replicated(mesh, step_inputs(recipe, Clock(0, 0.0)))
     compiled, seconds = {}, {}
-    for looping in flags:
+    for phase in phases(recipe):
+        run.log(f"compiling {phase.name}")
         begin = time.perf_counter()
-        name = "train_looping" if looping and len(flags) > 1 else "train"
-        compiled[looping] = make_step(recipe, mesh, state, looping=looping).lower(state, batch, batch, inputs).compile()
-        assert_backend(compiled[looping].as_text(), recipe.model.attention)
-        seconds[name] = time.perf_counter() - begin
-        jax.block_until_ready(compiled[looping](jax.tree.map(jnp.copy, state), batch, batch, inputs))
-        run.log(f"compiled {name} in {seconds[name]:.1f} s, first run {time.perf_counter() - begin - seconds[name]:.1f} s")
+        step = compiled[phase] = compile_step(graph(recipe), mesh, phase)
+        assert_backend(step.as_text(), recipe.model.attention)
+        seconds[phase.name] = time.perf_counter() - begin
+        jax.block_until_ready(step(jax.tree.map(jnp.copy, state), Batch(zeros, zeros), inputs))
+        first = time.perf_counter() - begin - seconds[phase.name]
+        run.log(f"compiled {phase.name} in {seconds[phase.name]:.1f} s, first run {first:.1f} s")
     return compiled, seconds
 
 
@@ -83,36 +73,41 @@ def train(
     mesh: Mesh,
     loader: Loader,
     run: RunDir,
+    keeper: Keeper,
     *,
-    checkpoints: Checkpoints | None = None,
+    found: Found | None = None,
     validate: Validate | None = None,
+    profile: int = 0,
 ) -> Trained:
-    """Train `recipe` (model resolved) on `loader`, from the newest checkpoint if there is one.
+    """Train `recipe` (model resolved) on `loader`, from the checkpoint `found` if there is one.
 
     validate(params, looping, rehearse): called on the raw weights every `eval.every` steps, outside the clock; returns an object whose
-    `score` gives loss and bpb. With `rehearse` it only has to compile what it needs. Raises GolfError if the loss stops being finite.
+    `score` gives loss and bpb. With `rehearse` it only has to compile what it needs. The state is saved at the end, whatever happened to
+    the checkpoints before. profile: steps to be traced into the run directory, from
+    the sixth on. Raises GolfError if the loss stops being finite, Interrupted (after saving) when a signal arrives.
     """
-    state = init_state(recipe, mesh, recipe.seed)
+    state = found.state if found else init_state(recipe, mesh, recipe.seed)
     step, clock = 0, TrainingClock()
-    if checkpoints and (found := checkpoints.restore(recipe, state)):
-        state, meta = found
-        step, clock = meta["step"], TrainingClock(meta["seconds"])
-        loader.restore(meta["position"])
+    if found:
+        step, clock = found.step, TrainingClock(found.meta["seconds"])
+        loader.restore(found.meta["position"])
         run.truncate_metrics(step)
+        keeper.starts_at(step, clock.local_seconds)
         run.log(f"resumed at step {step}, {clock.local_seconds:.1f} s of training")
-    phases, compile_seconds = compile_phases(recipe, mesh, state, run)
+    steps, compile_seconds = compile_phases(recipe, mesh, state, run)
     if recipe.schedule.leak_warmup_steps and not step:
-        state = leaked_state(recipe, mesh, state, loader, phases[True])
-    for looping in phases if validate and recipe.eval.every else ():
+        state = leaked_state(recipe, mesh, state, loader, list(steps.values())[-1])
+    flags = dict.fromkeys(phase.looping for phase in steps)
+    for looping in flags if validate and recipe.eval.every else ():
         begin = time.perf_counter()
         validate(state.params, looping, True)  # pyright: ignore[reportOptionalCall]
-        name = "validation_looping" if looping and len(phases) > 1 else "validation"
+        name = "validation_looping" if looping and len(flags) > 1 else "validation"
         compile_seconds[name] = time.perf_counter() - begin
         run.log(f"compiled {name} in {compile_seconds[name]:.1f} s")
-    watch = _Watch(recipe, run)
+    watch, first = _Watch(recipe, run), step
     pending: tuple[int, StepInputs, StepMetrics] | None = None
 
-    with Prefetcher(loader, mesh) as batches, jax.transfer_guard("disallow"):
+    with Prefetcher(loader, mesh) as batches, keeper.signals.held(), jax.transfer_guard("disallow"):
         clock.start()
         while True:
             seconds = clock.seconds() if not recipe.budget.steps else clock.local_seconds
@@ -121,25 +116,45 @@ def train(
             if validate and recipe.eval.every and step % recipe.eval.every == 0:
                 jax.block_until_ready(state.params)
                 with clock.paused(), jax.transfer_guard("allow"):
-                    looping = step_inputs(recipe, Clock(max(step - 1, 0), seconds))[1]
+                    looping = phase_at(recipe, Clock(max(step - 1, 0), seconds)).looping
                     watch.validation(step, seconds, validate(state.params, looping, False))
-            inputs, looping = step_inputs(recipe, Clock(step, seconds))
-            x, y = next(batches)
-            state, metrics = phases[looping](state, x, y, put_replicated(mesh, inputs))
+            now = Clock(step, seconds)
+            inputs = step_inputs(recipe, now)
+            if profile and step - first in (PROFILED_FROM, PROFILED_FROM + profile):
+                jax.block_until_ready(state.params)
+                _trace(run, begins=step - first == PROFILED_FROM)
+            state, metrics = steps[phase_at(recipe, now)](state, next(batches), put_replicated(mesh, inputs))
             if pending:
                 watch.step(*pending, clock)
             pending = (step, inputs, metrics)
             step += 1
-            if checkpoints and recipe.checkpoint_every and step % recipe.checkpoint_every == 0:
-                watch.step(*pending, clock)  # a state with a NaN is never saved
+            signal, due = keeper.asked(step, clock.local_seconds)
+            if signal or due:
+                watch.step(*pending, clock)
                 pending = None
                 with clock.paused(), jax.transfer_guard("allow"):
-                    checkpoints.save(recipe, step, state, clock.local_seconds, batches.state())
+                    arguments = (step, state, clock.local_seconds, batches.state())
+                    if signal:
+                        raise keeper.stop(signal, *arguments)
+                    keeper.save(*arguments)
         if pending:
             watch.step(*pending, clock)
         jax.block_until_ready(state.params)
         clock.stop()
-    return Trained(exported(recipe, state), state.params, step, clock.local_seconds, watch.loss, compile_seconds)
+        position = batches.state()
+    if keeper.save(step, state, clock.local_seconds, position, wait=True):
+        run.log(f"training complete: step {step} is saved")
+    return Trained(exported(recipe, state), step, clock.local_seconds, watch.loss, compile_seconds)
+
+
+def _trace(run: RunDir, begins: bool) -> None:
+    """Begin or end a trace of the steps, in the run directory."""
+    with jax.transfer_guard("allow"):
+        if begins:
+            jax.profiler.start_trace(run.path / "profile")
+        else:
+            jax.profiler.stop_trace()
+            run.log(f"profile: {run.path / 'profile'} (tensorboard --logdir, or ui.perfetto.dev)")
 
 
 def exported(recipe: Recipe, state: TrainState) -> dict[str, jax.Array]:
@@ -168,13 +183,14 @@ class _Watch:
         self.loss, norm = (float(v) for v in jax.device_get((metrics.loss, metrics.grad_norm)))
         seconds = clock.local_seconds  # read after the wait: the time at which this step was done
         if not math.isfinite(self.loss):
-            self.run.metrics(step=step, loss=None, seconds=seconds)
+            self.run.metrics("train", step=step, loss=None, seconds=seconds)
             raise GolfError(
-                f"step {step + 1}: the training loss is {self.loss}; lower the learning rates (--optim.groups.0.lr), or go on from "
-                f"the last checkpoint with --resume"
+                f"step {step + 1}: the training loss is {self.loss}; lower the learning rates in a new run, or from the last good "
+                f"checkpoint on: --resume {self.run.path} --accept optim.groups.0.lr --optim.groups.0.lr N"
             )
-        factor, momentum = float(inputs.lr_factor), float(inputs.momentum)
-        self.run.metrics(step=step, loss=self.loss, lr_factor=factor, momentum=momentum, grad_norm=norm, seconds=round(seconds, 4))
+        factor = float(inputs.lr_factor)
+        momentum = next((schedules.muon_momentum(g, step) for g in self.recipe.optim.groups if g.kind == "muon"), None)
+        self.run.metrics("train", step=step, loss=self.loss, lr_factor=factor, momentum=momentum, grad_norm=norm, seconds=round(seconds, 4))
         done = step + 1
         self._first = self._first or (done, seconds)
         rate = (done - self._first[0]) / max(seconds - self._first[1], 1e-9) or done / max(seconds, 1e-9)
@@ -191,4 +207,5 @@ class _Watch:
 
     def validation(self, step: int, seconds: float, result: Any) -> None:
         score, average = result.score, 1000 * seconds / max(step, 1)
+        self.run.metrics("validation", step=step, seconds=round(seconds, 4), val_loss=score.loss, val_bpb=score.bpb)
         self.run.log(f"step:{step}/{self.total} {score.line()} train_time:{1000 * seconds:.0f}ms step_avg:{average:.2f}ms")

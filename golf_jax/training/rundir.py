@@ -1,8 +1,11 @@
 """The run directory: everything about a run in one folder, and what the user sees while it lasts."""
 
 import contextlib
+import fcntl
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -19,66 +22,136 @@ from golf_jax.processes import from_main
 PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 
 
+def new_path(parent: str | Path, name: str) -> Path:
+    """`parent`/`name`-TIME, with a number behind it where that exists already."""
+    base = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(p for n in itertools.count(1) if not (p := Path(parent) / (base if n == 1 else f"{base}-{n}")).exists())
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a file of a run. Raises GolfError naming it, FileNotFoundError where it is not there."""
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise GolfError(f"{path}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+
+
 class RunDir:
-    """log.txt, metrics.jsonl and JSON files under `path`; only process 0 writes and prints."""
+    """log.txt, metrics.jsonl and JSON files under `path`; only process 0 writes and prints.
+
+    `record` is what the finished stages say (`stages.json`): from it a run goes on in another process. One process at a time: the lock
+    of the operating system on run.lock goes with the process that holds it.
+    """
 
     def __init__(self, path: str | Path, *, resume: bool = False) -> None:
         self.path = Path(path)
         self.main = jax.process_index() == 0
-        self._live = self.main and sys.stdout.isatty()
         self._live_at = 0.0
+        self._terminal: TextIO | None = sys.stdout if self.main else None
+        self._warned = False
+        self.record: dict[str, Any] = {}
         # Every process ends with the same message when process 0 cannot go on.
         if problem := from_main(self._open(resume) if self.main else ""):
             raise GolfError(problem)
+        self.record = json.loads(from_main(json.dumps(self.record)))
 
     def _open(self, resume: bool) -> str:
         """Creates the directory and its files; returns what is wrong, or nothing."""
-        here = (self.path / "config.json").exists()
-        if here and not resume:
-            return f"{self.path}: holds a run already; give another --run-dir, or --resume to go on with it"
-        if resume and not here:
-            return f"--resume {self.path}: no run is there (config.json is missing)"
         try:
+            here = (self.path / "config.json").exists()
+            if here and not resume:
+                return f"{self.path}: holds a run already; give another --run-dir, or --resume to go on with it"
+            if resume and not here:
+                return f"--resume {self.path}: no run is there (config.json is missing)"
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "run.lock", "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._log = open(self.path / "log.txt", "a", encoding="utf8")
+            self._repair_metrics()
             self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf8")
-        except OSError as error:
-            return f"{self.path}: cannot write the run directory: {error.strerror}"
+            with contextlib.suppress(FileNotFoundError):
+                self.record = read_json(self.path / "stages.json")
+            if not isinstance(self.record, dict):
+                return f"{self.path / 'stages.json'}: is not the record of a run; remove it to repeat what follows training"
+        except BlockingIOError:
+            return f"{self.path}: another process works in this directory"
+        except GolfError as error:
+            return str(error)
+        except (OSError, ValueError) as error:
+            return f"{self.path}: cannot write the run directory: {getattr(error, 'strerror', None) or error}"
         return ""
 
     def log(self, line: str) -> None:
         """One line to the terminal and to log.txt."""
-        if not self.main:
+        if self.main:
+            self._print(f"{self._erase()}{line}\n")
+            self._append(self._log, line)
+
+    def _erase(self) -> str:
+        return "\r\x1b[K" if self._terminal and self._terminal.isatty() else ""
+
+    def _print(self, text: str) -> None:
+        """To the terminal, as long as somebody reads there: a closed pipe or a full disk behind it must not end a run."""
+        if self._terminal is None:
             return
-        if self._live:
-            sys.stdout.write("\r\x1b[K")
-        print(line, flush=True)
-        self._append(self._log, line)
+        encoding = self._terminal.encoding or "utf8"
+        try:
+            self._terminal.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._terminal.flush()
+        except (OSError, ValueError):
+            self._terminal = None
+            sys.stdout = open(os.devnull, "w")  # what Python still holds for it would fail at exit
 
     def _append(self, file: TextIO, line: str) -> None:
+        """A full disk must not end a run either: said once, and the run goes on without these lines."""
         try:
             print(line, file=file, flush=True)
         except OSError as error:
-            raise GolfError(f"{file.name}: cannot write: {error.strerror}") from None
+            if not self._warned:
+                self._warned = True
+                self._print(f"warning: {file.name}: cannot write: {error.strerror}; the run goes on\n")
 
     def live(self, line: str) -> None:
         """A line that overwrites itself, on a terminal only, a few times per second at most."""
-        if self._live and time.monotonic() - self._live_at > 0.2:
+        if self.main and self._erase() and time.monotonic() - self._live_at > 0.2:
             self._live_at = time.monotonic()
-            sys.stdout.write("\r\x1b[K" + line[: os.get_terminal_size().columns - 1])
-            sys.stdout.flush()
+            self._print(self._erase() + line[: os.get_terminal_size().columns - 1])
 
-    def metrics(self, **values: Any) -> None:
+    def metrics(self, event: str, **values: Any) -> None:
+        """One row: event `train` (a step), `validation` or `score`. Numbers that are not finite are null."""
         if self.main:
-            self._append(self._metrics, json.dumps(values))
+            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self._append(self._metrics, json.dumps({"event": event, **clean}, allow_nan=False))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; lines that a kill or a fault tore are left out."""
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.path / "metrics.jsonl").read_bytes().splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if isinstance(row, dict) and isinstance(row.get("event"), str):
+                        found.append(row)
+        return found
+
+    def _repair_metrics(self, keep: Any = lambda row: True) -> None:
+        """Rewrite metrics.jsonl, whole or not at all, with the sound rows that are to be kept."""
+        kept = "".join(json.dumps(row) + "\n" for row in self.rows() if keep(row))
+        self.write("metrics.jsonl", kept.encode())
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop metrics of steps at or after `step`: a resumed run writes them again."""
-        if not self.main:
-            return
-        file = self.path / "metrics.jsonl"
-        kept = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] < step]
-        file.write_text("".join(f"{line}\n" for line in kept))
+        """Drop the rows of what a resumed run does again: steps and validations from `step` on."""
+        if self.main:
+            self._metrics.close()
+            self._repair_metrics(lambda row: isinstance(row.get("step"), int) and row["step"] < step)
+            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf8")
+
+    def note(self, stage: str, facts: Any) -> None:
+        """The stage is done: its facts are kept, so that it is not repeated."""
+        self.record[stage] = facts
+        self.write("stages.json", self.record)
 
     def write(self, name: str, content: Any) -> Path:
         """A file, complete or not there at all: bytes and text as they are, anything else as JSON."""
@@ -86,20 +159,27 @@ class RunDir:
         if not self.main:
             return target
         if not isinstance(content, bytes):
-            text = content if isinstance(content, str) else json.dumps(content, indent=1)
+            text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False)
             content = (text.rstrip("\n") + "\n").encode()
         part = target.with_name(target.name + ".part")
         try:
-            part.write_bytes(content)
+            with open(part, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(part, target)
         except OSError as error:
             part.unlink(missing_ok=True)
             raise GolfError(f"{target}: cannot write: {error.strerror}") from None
         return target
 
+    def remove(self, name: str) -> None:
+        if self.main:
+            (self.path / name).unlink(missing_ok=True)
+
     def close(self) -> None:
         if self.main:
-            for file in (self._log, self._metrics):
+            for file in (self._log, self._metrics, self._lock):
                 with contextlib.suppress(OSError):  # a full disk has been reported by then
                     file.close()
 

@@ -1,18 +1,19 @@
 """What training carries from step to step, and how it lies on the mesh."""
 
+from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from golf_jax.config import Recipe
+from golf_jax.config import DataConfig, EvalConfig, GroupConfig, Recipe, ScheduleConfig, SlidingConfig
 from golf_jax.mesh import AXIS, REPLICATED, ROWS
 from golf_jax.model.params import dead_layers, init_params, leaves
 from golf_jax.optim.averaging import ema_init, swa_init
-from golf_jax.optim.optimizer import make_optimizer
+from golf_jax.optim.optimizer import Optimizer, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -26,14 +27,14 @@ class TrainState(NamedTuple):
     """PR 1182: per rank, the never-cleared gradients of frozen parameters, [ranks, ...]."""
 
 
-def optimizer(recipe: Recipe, params: Any, shards: int, axis_name: str | None) -> optax.GradientTransformationExtraArgs:
+def optimizer(recipe: Recipe, params: Any, shards: int, axis_name: str | None) -> Optimizer:
     """The recipe's optimizer for parameters of these shapes and dtypes."""
     table = leaves(recipe.model)
     live = {}
     for name, leaf in table.items():
         if dead := dead_layers(recipe.model, name):
             mask = (np.arange(leaf.shape[0]) >= dead).astype(np.float32)
-            live[name] = jnp.asarray(mask).reshape(-1, *[1] * (len(leaf.shape) - 1))
+            live[name] = mask.reshape(-1, *[1] * (len(leaf.shape) - 1))
     return make_optimizer(
         recipe.optim,
         params,
@@ -65,27 +66,56 @@ def make_state(recipe: Recipe, params: dict[str, jax.Array], shards: int) -> Tra
     )
 
 
-def state_specs(state: TrainState) -> TrainState:
-    """Partition of every array: Muon's momentum and the stale gradients split over devices, the rest replicated."""
+def state_specs(recipe: Recipe) -> TrainState:
+    """Partition of every part, as a prefix of the state's tree: the optimizer's rules say theirs, stale gradients lie with their rank."""
+    whole: Any = REPLICATED
+    by_rank: Any = ROWS
+    return TrainState(whole, optimizer(recipe, {}, 1, None).spec, whole, whole, by_rank)
 
-    def spec(path: tuple, _: Any) -> PartitionSpec:
-        keys = [getattr(k, "key", getattr(k, "name", None)) for k in path]
-        return ROWS if "stale" in keys or ("opt" in keys and "stacks" in keys) else REPLICATED
 
-    return jax.tree_util.tree_map_with_path(spec, state)
+def state_shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
+    """`state_specs` on a mesh, likewise a prefix."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(recipe))
+
+
+def graph(recipe: Recipe) -> Recipe:
+    """What of a recipe shapes its compiled programs; all that enters as a scalar, or not at all, at fixed values. The key of what is kept
+    compiled: runs that agree in it compile once."""
+    settings = ("lr", "weight_decay", "betas", "eps", "momentum", "momentum_start", "momentum_warmup_steps")
+    plain = {f.name: f.default for f in fields(GroupConfig) if f.name in settings}
+    o, s, d = recipe.optim, recipe.schedule, recipe.data
+    return Recipe(
+        "",
+        recipe.model,
+        DataConfig(seq_len=d.seq_len, ranks=d.ranks, rows_per_rank=d.rows_per_rank),
+        replace(o, groups=tuple(replace(g, **plain) for g in o.groups), clip_norm=1.0),
+        schedule=ScheduleConfig(
+            ema_decay=0.5 if s.ema_decay else 0.0,
+            swa_every=int(s.swa_every > 0),
+            export="raw",
+            fake_quant_below=float(s.fake_quant_below > 0),
+        ),
+        eval=EvalConfig(sliding=SlidingConfig(stride=0)),
+        numerics=recipe.numerics,
+        micro_rows=recipe.micro_rows,
+    )
+
+
+@lru_cache(maxsize=8)
+def _maker(graph: Recipe, mesh: Mesh) -> Any:
+    """Compiled-on-first-use function of a key and given parameters (or None) to the state on the mesh."""
+
+    def make(key: jax.Array, given: dict[str, jax.Array] | None) -> TrainState:
+        return make_state(graph, init_params(graph.model, key, graph.numerics) if given is None else given, mesh.shape[AXIS])
+
+    return jax.jit(make, out_shardings=state_shardings(graph, mesh))
+
+
+def state_shapes(recipe: Recipe, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state on the mesh, for reading a checkpoint into it."""
+    return jax.eval_shape(_maker(graph(recipe), mesh), jax.random.key(0), None)
 
 
 def init_state(recipe: Recipe, mesh: Mesh, seed: int, params: dict[str, Any] | None = None) -> TrainState:
     """State on the mesh, from the recipe's initialisation or from given parameters (any device, any host)."""
-    shards = mesh.shape[AXIS]
-
-    def make(key: jax.Array, given: dict[str, jax.Array] | None) -> TrainState:
-        return make_state(recipe, init_params(recipe.model, key, recipe.numerics) if given is None else given, shards)
-
-    key = jax.random.key(seed)
-    shapes = jax.eval_shape(make, key, params)
-    shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs(shapes))
-    return jax.jit(make, out_shardings=shardings)(key, params)
-
-
-__all__ = ["TrainState", "frozen_names", "init_state", "make_state", "optimizer", "state_specs"]
+    return _maker(graph(recipe), mesh)(jax.random.key(seed), params)

@@ -1,36 +1,58 @@
 """One training step, compiled once per phase: gradients, averaging over devices, optimizer, weight averages.
 
 The whole step runs inside one shard_map over the `data` axis, so custom kernels see local arrays and the collectives are the ones the
-optimizer names. Everything that changes from step to step enters as a traced scalar (`StepInputs`); only depth recurrence changes the
-graph.
+optimizer names. Everything that changes from step to step enters as a traced scalar (`StepInputs`); only the phase (depth
+recurrence, sequence length) changes the graph.
 """
 
+import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from golf_jax.config import GolfError, Recipe
-from golf_jax.mesh import AXIS, REPLICATED, ROWS
+from golf_jax.data.loader import Batch
+from golf_jax.mesh import AXIS, REPLICATED, ROWS, replicated, rows
 from golf_jax.model.gpt import nll
-from golf_jax.optim.averaging import ema_update, swa_update
-from golf_jax.optim.optimizer import norm_clip_factor, squared_norm
-from golf_jax.training.state import TrainState, frozen_names, optimizer, state_specs
+from golf_jax.optim import schedules
+from golf_jax.optim.averaging import EMAScalars, ema_update, swa_update
+from golf_jax.optim.optimizer import GroupScalars, group_scalars, norm_clip_factor, squared_norm
+from golf_jax.optim.schedules import Clock
+from golf_jax.training.phases import Phase
+from golf_jax.training.state import TrainState, frozen_names, graph, optimizer, state_shapes, state_specs
 
 
 class StepInputs(NamedTuple):
     """Traced scalars of one step."""
 
-    lr_factor: jax.Array
-    momentum: jax.Array
-    clip_norm: jax.Array
+    lr_factor: Any
+    groups: dict[str, GroupScalars]
+    """Settings of every optimizer group."""
+    clip_norm: Any
     """Limit of the gradient norm; infinity: no clipping."""
-    fake_quant: jax.Array
+    fake_quant: Any
     """Strength of fake quantization in the training forward."""
-    swa_collect: jax.Array
+    ema: EMAScalars
+    swa_collect: Any
     """Boolean: add the weights after this step to the stochastic weight average."""
+
+
+def step_inputs(recipe: Recipe, clock: Clock) -> StepInputs:
+    """Host values of the traced scalars of the step that starts at `clock`."""
+    factor = schedules.lr_factor(recipe.schedule, recipe.budget, clock)
+    return StepInputs(
+        np.float32(factor),
+        group_scalars(recipe.optim, clock.step),
+        np.float32(recipe.optim.clip_norm or math.inf),
+        np.float32(schedules.fake_quant_strength(recipe.schedule, factor)),
+        EMAScalars.of(recipe.schedule.ema_decay),
+        np.bool_(schedules.swa_collects(recipe.schedule, factor, clock.step + 1)),
+    )
 
 
 class StepMetrics(NamedTuple):
@@ -51,29 +73,43 @@ def micro_rows(recipe: Recipe, devices: int) -> int:
     if total % devices:
         raise GolfError(f"a batch of {total} sequences (data.ranks * data.rows_per_rank) does not divide over {devices} devices")
     local = total // devices
-    rows = min(recipe.micro_rows or d.rows_per_rank, local)
-    if local % rows:
-        raise GolfError(f"micro_rows {rows} does not divide the {local} sequences of one device")
+    count = min(recipe.micro_rows or d.rows_per_rank, local)
+    if local % count:
+        raise GolfError(f"micro_rows {count} does not divide the {local} sequences of one device")
     if recipe.optim.clip_per_rank and d.ranks % devices:
         raise GolfError(f"optim.clip_per_rank: data.ranks {d.ranks} must be a multiple of the {devices} devices")
-    return rows
+    return count
 
 
-def make_step(recipe: Recipe, mesh: Mesh, state: TrainState, *, looping: bool) -> Any:
-    """Compiled-on-first-use function (state, x, y, inputs) -> (state, metrics); state donated.
+def make_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> Any:
+    """Compiled-on-first-use function (state, batch, inputs) -> (state, metrics); state donated.
 
-    state: shapes or arrays. x, y: int32 [sequences, T], rows split over the mesh in rank order.
-    recipe.model must be resolved (no `auto`).
+    batch: `Batch` [sequences, data.seq_len], rows split over the mesh in rank order; the step cuts it to the phase's sequences.
+    recipe.model must be resolved (no `auto`). Recipes of one `graph` share the function.
     """
+    return _make_step(graph(recipe), mesh, phase)
+
+
+@lru_cache(maxsize=8)
+def compile_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> Any:
+    """`make_step` compiled ahead, for a recipe that is its own `graph`."""
+    d = recipe.data
+    tokens = jax.ShapeDtypeStruct((d.ranks * d.rows_per_rank, d.seq_len), jnp.int32, sharding=rows(mesh))
+    kinds = step_inputs(recipe, Clock(0, 0.0))
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated(mesh)), kinds)
+    return _make_step(recipe, mesh, phase).lower(state_shapes(recipe, mesh), Batch(tokens, tokens), inputs).compile()
+
+
+@lru_cache(maxsize=8)
+def _make_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> Any:
     devices = mesh.shape[AXIS]
-    rows = micro_rows(recipe, devices)
-    opt = optimizer(recipe, state.params, devices, AXIS if devices > 1 else None)
+    sequences = micro_rows(recipe, devices) * (recipe.data.seq_len // phase.seq_len)
     frozen = frozen_names(recipe)
     qat = recipe.schedule.fake_quant_below > 0
 
     def loss_fn(params: dict, x_BT: jax.Array, y_BT: jax.Array, fake_quant: jax.Array) -> jax.Array:
         strength = fake_quant if qat else None
-        return jnp.mean(nll(recipe.model, params, x_BT, y_BT, looping=looping, fake_quant=strength))
+        return jnp.mean(nll(recipe.model, params, x_BT, y_BT, looping=phase.looping, fake_quant=strength, training=True))
 
     def clip_one_rank(grads: dict, stale: dict, limit: jax.Array) -> tuple[dict, dict, jax.Array]:
         """PR 1182: the rank's own norm, over what it just computed and what was never cleared."""
@@ -82,9 +118,10 @@ def make_step(recipe: Recipe, mesh: Mesh, state: TrainState, *, looping: bool) -
         grads = jax.tree.map(lambda g: g * factor, grads)
         return grads, {n: grads[n] for n in stale}, norm
 
-    def local_step(state: TrainState, x_RT: jax.Array, y_RT: jax.Array, inputs: StepInputs):
+    def local_step(state: TrainState, batch: Batch, inputs: StepInputs):
         params: Any = state.params
-        micros = tuple(a.reshape(-1, rows, a.shape[-1]) for a in (x_RT, y_RT))
+        opt = optimizer(recipe, params, devices, AXIS if devices > 1 else None)
+        micros = tuple(a_RT.reshape(-1, sequences, phase.seq_len) for a_RT in (batch.inputs, batch.targets))
         count = micros[0].shape[0]
 
         def one(total: dict, micro: tuple):
@@ -106,12 +143,12 @@ def make_step(recipe: Recipe, mesh: Mesh, state: TrainState, *, looping: bool) -
         clip = jnp.float32(jnp.inf) if recipe.optim.clip_per_rank else inputs.clip_norm
         updates: Any
         opt_state: Any
-        updates, opt_state = opt.update(
+        updates, opt_state, grad_norm = opt.update(
             {n: g for n, g in grads.items() if n not in frozen} | {n: jnp.zeros_like(params[n]) for n in frozen},
             state.opt,
             params,
             lr_factor=inputs.lr_factor,
-            momentum=inputs.momentum,
+            groups=inputs.groups,
             clip_norm=clip,
         )
         params = optax.apply_updates(params, updates)
@@ -121,16 +158,14 @@ def make_step(recipe: Recipe, mesh: Mesh, state: TrainState, *, looping: bool) -
         new = TrainState(
             params,
             opt_state,
-            None if state.ema is None else ema_update(state.ema, params, recipe.schedule.ema_decay),
+            None if state.ema is None else ema_update(state.ema, params, inputs.ema),
             None if state.swa is None else swa_update(state.swa, params, inputs.swa_collect),
             None if state.stale is None else stale,
         )
-        return new, StepMetrics(loss, opt_state["grad_norm"], losses, norms)
+        return new, StepMetrics(loss, grad_norm, losses, norms)
 
-    specs = state_specs(state)
+    specs = state_specs(recipe)
     partitions: Any = (REPLICATED, REPLICATED, ROWS, ROWS)
     metrics = StepMetrics(*partitions)
-    sharded = jax.shard_map(
-        local_step, mesh=mesh, in_specs=(specs, ROWS, ROWS, PartitionSpec()), out_specs=(specs, metrics), check_vma=False
-    )
+    sharded = jax.shard_map(local_step, mesh=mesh, in_specs=(specs, ROWS, REPLICATED), out_specs=(specs, metrics), check_vma=False)
     return jax.jit(sharded, donate_argnums=0)

@@ -7,8 +7,8 @@ One operation, `xsa_attention`, and three backends. What is asked for is what ru
 - `cudnn`   cuDNN's fused attention through jax.nn.dot_product_attention, then the XSA custom_vjp (`cudnn.py`).
 
 `pallas` is opaque to the SPMD partitioner: on more than one device call it inside `jax.shard_map(..., check_vma=False)`.
-Sequences are whole documents or packed streams without a document mask, as in all five recipes; segment ids are not
-supported. Shapes: B batch, T positions, S query positions, H query heads, G kv heads, K head_dim.
+With `first_BS` attention stays inside the documents of a packed row, in `xla` and `pallas`; cuDNN has segments in a private
+call of jax only. Shapes: B batch, T positions, S query positions, H query heads, G kv heads, K head_dim.
 """
 
 import jax
@@ -20,16 +20,27 @@ BACKENDS = ("xla", "pallas", "cudnn")
 _MARKERS = {"pallas": ("mosaic_gpu", "tpu_custom_call"), "cudnn": ("__cudnn$fmha",)}
 
 
-def xsa_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xsa: bool, backend: str = "xla") -> jax.Array:
+def xsa_attention(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    *,
+    xsa: bool,
+    first_BS: jax.Array | None = None,
+    longest: int | None = None,
+    backend: str = "xla",
+) -> jax.Array:
     """Causal attention with scale 1/sqrt(K), softmax in fp32; with `xsa` the part along the own value is removed.
 
     q [B,T,H,K], k and v [B,T,G,K] of one dtype, H a multiple of G (query head h reads kv head h // (H//G)); returns
     q's shape and dtype. With the `xla` backend q may hold only the last S <= T positions. Differentiable (reverse).
+    first (int32 [B,S]): the first key that each query sees, which is the start of the segment that it lies in. longest: no segment
+    is longer (not checked); lets `xla` be linear in T, where the kernels find out for themselves.
     Raises ValueError for shapes, dtypes or platforms that the backend does not have.
     """
-    _check(q_BTHK, k_BTGK, v_BTGK, backend)
+    _check(q_BTHK, k_BTGK, v_BTGK, first_BS, backend)
     if backend == "xla":
-        o = causal_attention(q_BTHK, k_BTGK, v_BTGK)
+        o = causal_attention(q_BTHK, k_BTGK, v_BTGK, first_BS, longest)
         last_v = v_BTGK[:, v_BTGK.shape[1] - q_BTHK.shape[1] :]
         return exclude_self_value(o, last_v) if xsa else o.astype(q_BTHK.dtype)
     if backend == "cudnn":
@@ -38,10 +49,10 @@ def xsa_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xs
         return cudnn.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
     from golf_jax.kernels.attention import pallas
 
-    return pallas.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
+    return pallas.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS)
 
 
-def _check(q, k, v, backend):
+def _check(q, k, v, first, backend):
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -54,11 +65,16 @@ def _check(q, k, v, backend):
         raise ValueError(f"{q.shape[1]} query positions but only {k.shape[1]} key positions")
     if q.shape[1] != k.shape[1] and backend != "xla":
         raise ValueError(f"attention backend {backend!r} needs as many queries as keys; a suffix of queries needs 'xla'")
+    if first is not None and (first.shape != q.shape[:2] or first.dtype != jax.numpy.int32):
+        raise ValueError(f"first must be int32 {q.shape[:2]} like the queries, got {first.dtype} {first.shape}")
+    if first is not None and backend == "cudnn":
+        raise ValueError("attention backend 'cudnn' cannot stay inside documents: use 'pallas' or 'xla'")
 
 
-def supported_backends(platform: str, head_dim: int, dtype) -> tuple[str, ...]:
+def supported_backends(platform: str, head_dim: int, dtype, *, documents: bool = False) -> tuple[str, ...]:
     """The backends that run on a platform ("cpu", "gpu" or "cuda", "tpu") for this head_dim and dtype, best first.
 
+    documents: those that have the mask of `first_BS`.
     On a GPU the order is by safety, not by measurement: cuDNN is the shipped kernel, ours is checked only ahead of time.
     """
     name, half = jax.numpy.dtype(dtype).name, jax.numpy.dtype(dtype).itemsize == 2
@@ -67,15 +83,15 @@ def supported_backends(platform: str, head_dim: int, dtype) -> tuple[str, ...]:
     if platform == "tpu":
         return ("pallas", "xla") if name in ("bfloat16", "float32") and (head_dim == 64 or head_dim % 128 == 0) else ("xla",)
     if platform in ("gpu", "cuda"):
-        cudnn = ("cudnn",) if half and head_dim % 8 == 0 and head_dim <= 256 else ()
+        cudnn = ("cudnn",) if half and not documents and head_dim % 8 == 0 and head_dim <= 256 else ()
         mosaic = ("pallas",) if half and head_dim in (32, 64, 128) else ()
         return (*cudnn, *mosaic, "xla")
     raise ValueError(f"unknown platform {platform!r}: expected cpu, gpu, cuda or tpu")
 
 
-def default_backend(platform: str, head_dim: int, dtype) -> str:
+def default_backend(platform: str, head_dim: int, dtype, *, documents: bool = False) -> str:
     """The first of `supported_backends`."""
-    return supported_backends(platform, head_dim, dtype)[0]
+    return supported_backends(platform, head_dim, dtype, documents=documents)[0]
 
 
 def assert_backend(hlo_text: str, backend: str) -> None:

@@ -7,6 +7,7 @@ Three kernels, each of two compute warpgroups (64 rows each) and one warpgroup t
   do = P dy for the projector P = 1 - v v^T / |v|^2), and hands do, delta and a to the next kernel.
 - dkv: a key block against all queries that see it, all heads of the group in one program: no atomics, deterministic.
   The XSA part of dv, -(a y + c do) summed over the heads, is added there.
+With a document mask (`first`) each kernel visits only the blocks that share a document, and masks only those on a border.
 
 Layouts: q [B,T,H,K], k and v [B,T,G,K], row statistics [B,H,T] fp32 (log-sum-exp in base 2). The pipeline and the
 register budget follow jax.experimental.pallas.ops.gpu.attention_mgpu (FlashAttention-3), which has no causal backward.
@@ -24,17 +25,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from golf_jax.kernels.attention.mosaic_gpu_backward import backward_dkv, backward_dq
 from golf_jax.kernels.attention.mosaic_gpu_common import (
     LOG2E,
+    LOWEST,
     OLD_API,
     ROWS,
     TILE,
     WARPGROUPS,
+    Documents,
     add_dot,
     along,
     columns,
     dot,
+    first_keys,
     full_rows,
     iota,
     launch,
+    load,
     load_rows,
     num_stages,
     specialize,
@@ -48,7 +53,7 @@ from golf_jax.kernels.attention.mosaic_gpu_common import (
 HEAD_DIMS = (32, 64, 128)
 
 
-def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, interpret: bool = False) -> jax.Array:
+def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, first_BS=None, interpret: bool = False) -> jax.Array:
     """As `kernels.attention.xsa_attention`; bf16 or fp16, head_dim 32, 64 or 128, T padded with zeros to a multiple of 128.
 
     The padding is exact: no query sees a later key, and padded queries have dy = 0. `interpret` simulates the GPU on
@@ -63,56 +68,68 @@ def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, interpret: bool = False)
         raise ValueError("the GPU interpreter of Pallas needs jax 0.11 (Python 3.12)")
     pad = ((0, 0), (0, -T % TILE), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, pad) for x in (q_BTHK, k_BTGK, v_BTGK))
-    y: jax.Array = _attention(q, k, v, xsa, interpret)  # pyright: ignore[reportAssignmentType]
+    documents = None if first_BS is None else Documents.of(jnp.pad(first_BS, pad[:2], constant_values=T))
+    y: jax.Array = _attention(q, k, v, documents, xsa, interpret)  # pyright: ignore[reportAssignmentType]
     return y[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(q, k, v, xsa, interpret) -> jax.Array:
-    return forward(q, k, v, xsa, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, documents, xsa, interpret) -> jax.Array:
+    return forward(q, k, v, documents, xsa, interpret)[0]
 
 
-def _forward_rule(q, k, v, xsa, interpret):
-    y, lse, c = forward(q, k, v, xsa, interpret)
-    return y, (q, k, v, y, lse, c)
+def _forward_rule(q, k, v, documents, xsa, interpret):
+    y, lse, c = forward(q, k, v, documents, xsa, interpret)
+    return y, (q, k, v, documents, y, lse, c)
 
 
 def _backward_rule(xsa, interpret, residuals, dy):
-    q, k, v, y, lse, c = residuals
-    dq, delta, do, a = backward_dq(q, k, v, y, dy, lse, xsa, interpret)
-    return dq, *backward_dkv(q, k, v, y, dy if do is None else do, lse, delta, a, c, interpret)
+    q, k, v, documents, y, lse, c = residuals
+    dq, delta, do, a = backward_dq(q, k, v, documents, y, dy, lse, xsa, interpret)
+    return dq, *backward_dkv(q, k, v, documents, y, dy if do is None else do, lse, delta, a, c, interpret), None
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
 
 
-def forward(q, k, v, xsa, interpret):
+def forward(q, k, v, documents, xsa, interpret):
     """y, log2-sum-exp [B,H,T] and c = o.v / |v|^2 [B,H,T] (None without xsa)."""
     B, T, H, K = q.shape
     group, tiles, scale = H // k.shape[2], T // TILE, K**-0.5 * LOG2E
     stages = num_stages(K, tiles)
 
-    def xsa_attention_forward(q_ref, k_ref, v_ref, y_ref, lse_ref, c_ref, *scratch):
-        q_smem, k_smem, v_smem, lse_smem, c_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
+    def xsa_attention_forward(q_ref, k_ref, v_ref, documents, y_ref, lse_ref, c_ref, *scratch):
+        q_smem, k_smem, v_smem, first_smem, lse_smem, c_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         tile = tiles - 1 - lax.axis_index("tile")  # the longest rows first: no long tail
         kv_head = lax.div(head, jnp.int32(group))
+        first_key, last_border = first_keys(documents, batch, tile)
+        begin = lax.div(first_key, jnp.int32(TILE))
 
         def compute(warpgroup):
             rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
             own = q_smem.at[warpgroup]
             plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], own, q_ready.at[warpgroup])
+            if documents is not None:
+                plgpu.copy_gmem_to_smem(documents.first.at[batch, rows], first_smem.at[warpgroup], q_ready.at[warpgroup])
             plgpu.barrier_wait(q_ready.at[warpgroup])
+
+            def mask_documents(scores, step):
+                first = load(first_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1))
+                return jnp.where(iota(scores.shape, 1, step * TILE) >= columns(first, scores.shape), scores, -jnp.inf)
 
             def block(step, carry, diagonal=False):
                 o, largest, total = carry
-                slot = lax.rem(step, jnp.int32(stages))
+                slot = lax.rem(step - begin, jnp.int32(stages))
                 plgpu.barrier_wait(k_ready.at[slot])
                 scores = dot(own, transposed(k_smem.at[slot])) * scale
                 plgpu.barrier_arrive(k_free.at[slot])
                 if diagonal:
                     row, column = iota(scores.shape, 0, warpgroup * ROWS), iota(scores.shape, 1, 0)
                     scores = jnp.where(row >= column, scores, -jnp.inf)
+                if documents is not None:
+                    border = step * TILE < last_border
+                    scores = lax.cond(border, lambda x: mask_documents(x, step), lambda x: x, scores)
                 new_largest = jnp.maximum(largest, scores.max(axis=1))
                 decay = jnp.exp2(largest - new_largest)
                 p = jnp.exp2(scores - columns(new_largest, scores.shape))
@@ -124,10 +141,10 @@ def forward(q, k, v, xsa, interpret):
                     plgpu.barrier_arrive(v_free.at[slot])
                 return o, new_largest, total
 
-            carry = zeros((ROWS, K)), full_rows(-jnp.inf), full_rows(0)
-            o, largest, total = block(tile, lax.fori_loop(0, tile, block, carry), diagonal=True)
+            carry = zeros((ROWS, K)), full_rows(LOWEST), full_rows(0)
+            o, largest, total = block(tile, lax.fori_loop(begin, tile, block, carry), diagonal=True)
             y = o / columns(total, o.shape)
-            slot = lax.rem(tile, jnp.int32(stages))
+            slot = lax.rem(tile - begin, jnp.int32(stages))
             if xsa:
                 own_v = load_rows(v_smem.at[slot, pl.ds(warpgroup * ROWS, ROWS)])
                 c = along(y, own_v)
@@ -145,7 +162,7 @@ def forward(q, k, v, xsa, interpret):
 
         def copy():
             def produce(step, slot):
-                rows = pl.ds(step * TILE, TILE)
+                rows = pl.ds((begin + step) * TILE, TILE)
                 plgpu.copy_gmem_to_smem(k_ref.at[batch, rows, kv_head], k_smem.at[slot], k_ready.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[batch, rows, kv_head], v_smem.at[slot], v_ready.at[slot])
 
@@ -153,21 +170,22 @@ def forward(q, k, v, xsa, interpret):
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])
 
-            stage_loop(tile + 1, stages, produce, wait_until_free)
+            stage_loop(tile + 1 - begin, stages, produce, wait_until_free)
 
         specialize(compute, copy)
 
     row_statistics = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
     return launch(
-        xsa_attention_forward, q, k, v,
+        xsa_attention_forward, q, k, v, documents,
         out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype), row_statistics, row_statistics if xsa else None],
         scratch=[
             tile_buffer((WARPGROUPS, ROWS, K), q.dtype),
             tile_buffer((stages, TILE, K), q.dtype),
             tile_buffer((stages, TILE, K), q.dtype),
+            None if documents is None else statistics_buffer(WARPGROUPS, ROWS, dtype=jnp.int32),
             statistics_buffer(WARPGROUPS, ROWS),
             statistics_buffer(WARPGROUPS, ROWS) if xsa else None,
-            plgpu.Barrier(num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=1 if documents is None else 2, num_barriers=WARPGROUPS),
             *[plgpu.Barrier(num_barriers=stages)] * 2,
             *[plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)] * 2,
         ],

@@ -15,6 +15,7 @@ from golf_jax.kernels.attention.mosaic_gpu_common import (
     along,
     columns,
     dot,
+    first_keys,
     iota,
     launch,
     load,
@@ -34,7 +35,7 @@ def _backward_block(head_dim: int) -> int:
     return TILE if head_dim <= 64 else ROWS
 
 
-def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
+def backward_dq(q, k, v, documents, y, dy, lse, xsa, interpret):
     """dq, delta = y.dy [B,H,T], and with xsa do and a = dy.v / |v|^2 [B,H,T] (else None)."""
     B, T, H, K = q.shape
     group, tiles, scale = H // k.shape[2], T // TILE, K**-0.5
@@ -42,12 +43,14 @@ def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
     per_tile = TILE // width
     stages = num_stages(K, tiles * per_tile)
 
-    def xsa_attention_dq(q_ref, k_ref, v_ref, y_ref, dy_ref, lse_ref, dq_ref, delta_ref, do_ref, a_ref, *scratch):
-        q_smem, y_smem, do_smem, own_v_smem, k_smem, v_smem, lse_smem, delta_smem, a_smem, *barriers = scratch
+    def xsa_attention_dq(q_ref, k_ref, v_ref, documents, y_ref, dy_ref, lse_ref, dq_ref, delta_ref, do_ref, a_ref, *scratch):
+        q_smem, y_smem, do_smem, own_v_smem, k_smem, v_smem, first_smem, lse_smem, delta_smem, a_smem, *barriers = scratch
         own_ready, k_ready, v_ready, k_free, v_free = barriers
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         tile = tiles - 1 - lax.axis_index("tile")
         kv_head = lax.div(head, jnp.int32(group))
+        first_key, last_border = first_keys(documents, batch, tile)
+        begin = lax.div(first_key, jnp.int32(width))
 
         def compute(warpgroup):
             rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
@@ -59,6 +62,8 @@ def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
             plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, rows], lse_smem.at[warpgroup], ready)
             if xsa:
                 plgpu.copy_gmem_to_smem(v_ref.at[batch, rows, kv_head], own_v_smem.at[warpgroup], ready)
+            if documents is not None:
+                plgpu.copy_gmem_to_smem(documents.first.at[batch, rows], first_smem.at[warpgroup], ready)
             plgpu.barrier_wait(ready)
 
             dy = load_rows(own_do)
@@ -76,13 +81,20 @@ def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
                 plgpu.copy_smem_to_gmem(own_do, do_ref.at[batch, rows, head])
             log_total = load(lse_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1))
 
+            def mask_documents(scores, step):
+                first = load(first_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1))
+                return jnp.where(iota(scores.shape, 1, step * width) >= columns(first, scores.shape), scores, -jnp.inf)
+
             def block(step, dq, offset=None):
-                slot = lax.rem(step, jnp.int32(stages))
+                slot = lax.rem(step - begin, jnp.int32(stages))
                 plgpu.barrier_wait(k_ready.at[slot])
                 scores = dot(own_q, transposed(k_smem.at[slot])) * (scale * LOG2E)
                 if offset is not None:
                     row, column = iota(scores.shape, 0, warpgroup * ROWS), iota(scores.shape, 1, offset)
                     scores = jnp.where(row >= column, scores, -jnp.inf)
+                if documents is not None:
+                    border = step * width < last_border
+                    scores = lax.cond(border, lambda x: mask_documents(x, step), lambda x: x, scores)
                 p = jnp.exp2(scores - columns(log_total, scores.shape))
                 plgpu.barrier_wait(v_ready.at[slot])
                 dp = dot(own_do, transposed(v_smem.at[slot]))
@@ -93,7 +105,7 @@ def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
                 return dq
 
             full = tile * per_tile
-            dq = lax.fori_loop(0, full, block, zeros((ROWS, K)))
+            dq = lax.fori_loop(begin, full, block, zeros((ROWS, K)))
             for i in range(per_tile):
                 dq = block(full + i, dq, offset=i * width)
             own_q[...] = (dq * scale).astype(q.dtype)
@@ -103,7 +115,7 @@ def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
 
         def copy():
             def produce(step, slot):
-                rows = pl.ds(step * width, width)
+                rows = pl.ds((begin + step) * width, width)
                 plgpu.copy_gmem_to_smem(k_ref.at[batch, rows, kv_head], k_smem.at[slot], k_ready.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[batch, rows, kv_head], v_smem.at[slot], v_ready.at[slot])
 
@@ -111,7 +123,7 @@ def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])
 
-            stage_loop((tile + 1) * per_tile, stages, produce, wait_until_free)
+            stage_loop((tile + 1) * per_tile - begin, stages, produce, wait_until_free)
 
         specialize(compute, copy)
 
@@ -119,15 +131,16 @@ def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
     like_q = jax.ShapeDtypeStruct(q.shape, q.dtype)
     own, streamed = tile_buffer((WARPGROUPS, ROWS, K), q.dtype), tile_buffer((stages, width, K), q.dtype)
     return launch(
-        xsa_attention_dq, q, k, v, y, dy, lse,
+        xsa_attention_dq, q, k, v, documents, y, dy, lse,
         out_type=[like_q, row_statistics, *([like_q, row_statistics] if xsa else [None, None])],
         scratch=[
             *[own] * 3,
             own if xsa else None,
             *[streamed] * 2,
+            None if documents is None else statistics_buffer(WARPGROUPS, ROWS, dtype=jnp.int32),
             *[statistics_buffer(WARPGROUPS, ROWS)] * 2,
             statistics_buffer(WARPGROUPS, ROWS) if xsa else None,
-            plgpu.Barrier(num_arrivals=5 if xsa else 4, num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=4 + xsa + (documents is not None), num_barriers=WARPGROUPS),
             *[plgpu.Barrier(num_barriers=stages)] * 2,
             *[plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)] * 2,
         ],
@@ -136,7 +149,7 @@ def backward_dq(q, k, v, y, dy, lse, xsa, interpret):
     )  # fmt: skip
 
 
-def backward_dkv(q, k, v, y, do, lse, delta, a, c, interpret):
+def backward_dkv(q, k, v, documents, y, do, lse, delta, a, c, interpret):
     """dk and dv; with a and c (None without xsa) dv holds the epilogue's part."""
     B, T, H, K = q.shape
     G = k.shape[2]
@@ -146,12 +159,15 @@ def backward_dkv(q, k, v, y, do, lse, delta, a, c, interpret):
     blocks = tiles * per_tile
     stages = num_stages(K, blocks)
 
-    def xsa_attention_dkv(q_ref, k_ref, v_ref, y_ref, do_ref, lse_ref, delta_ref, a_ref, c_ref, dk_ref, dv_ref, *scratch):
-        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, *scratch = scratch
+    def xsa_attention_dkv(q_ref, k_ref, v_ref, documents, y_ref, do_ref, lse_ref, delta_ref, a_ref, c_ref, dk_ref, dv_ref, *scratch):
+        k_smem, v_smem, q_smem, do_smem, first_smem, lse_smem, delta_smem, *scratch = scratch
         own_y_smem, own_do_smem, a_smem, c_smem, kv_ready, q_ready, do_ready, free, own_ready, own_free = scratch
         batch, kv_head, tile = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile")
         first = tile * per_tile  # of the query blocks that see this tile
-        per_head = blocks - first
+        full, per_head = blocks, blocks - first
+        if documents is not None:
+            full = lax.div(documents.full[batch, tile], jnp.int32(width))
+            per_head = lax.div(documents.seen[batch, tile] + (width - 1), jnp.int32(width)) - first
 
         def compute(warpgroup):
             rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
@@ -163,6 +179,11 @@ def backward_dkv(q, k, v, y, do, lse, delta, a, c, interpret):
             def mask(scores, offset):
                 row, column = iota(scores.shape, 0, warpgroup * ROWS), iota(scores.shape, 1, offset)
                 return jnp.where(row <= column, scores, -jnp.inf)
+
+            def mask_documents(scores, slot):
+                key = iota(scores.shape, 0, tile * TILE + warpgroup * ROWS)
+                seen_from = load(first_smem.at[slot], plgpu.Layout.WGMMA.reduce(0))
+                return jnp.where(key >= lax.broadcast_in_dim(seen_from, scores.shape, [1]), scores, -jnp.inf)
 
             def add_epilogue(dv):
                 """The query head's share of -(a y + c do)."""
@@ -180,6 +201,8 @@ def backward_dkv(q, k, v, y, do, lse, delta, a, c, interpret):
                 plgpu.barrier_wait(q_ready.at[slot])
                 scores = dot(own_k, transposed(q_smem.at[slot])) * (scale * LOG2E)
                 scores = lax.cond(index < per_tile, lambda x: mask(x, index * width), lambda x: x, scores)
+                if documents is not None:
+                    scores = lax.cond(first + index >= full, lambda x: mask_documents(x, slot), lambda x: x, scores)
                 log_total = load(lse_smem.at[slot], plgpu.Layout.WGMMA.reduce(0))
                 p = jnp.exp2(scores - lax.broadcast_in_dim(log_total, scores.shape, [1]))
                 plgpu.barrier_wait(do_ready.at[slot])
@@ -208,6 +231,8 @@ def backward_dkv(q, k, v, y, do, lse, delta, a, c, interpret):
                 head, rows = kv_head * group + h, pl.ds((first + block) * width, width)
                 plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem.at[slot], q_ready.at[slot])
                 plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, rows], lse_smem.at[slot], q_ready.at[slot])
+                if documents is not None:
+                    plgpu.copy_gmem_to_smem(documents.first.at[batch, rows], first_smem.at[slot], q_ready.at[slot])
                 plgpu.copy_gmem_to_smem(do_ref.at[batch, rows, head], do_smem.at[slot], do_ready.at[slot])
                 plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, rows], delta_smem.at[slot], do_ready.at[slot])
                 if xsa:
@@ -230,16 +255,18 @@ def backward_dkv(q, k, v, y, do, lse, delta, a, c, interpret):
 
     own, streamed = tile_buffer((WARPGROUPS, ROWS, K), q.dtype), tile_buffer((stages, width, K), q.dtype)
     return launch(
-        xsa_attention_dkv, q, k, v, y, do, lse, delta, a, c,
+        xsa_attention_dkv, q, k, v, documents, y, do, lse, delta, a, c,
         out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         scratch=[
             *[own] * 2,
             *[streamed] * 2,
+            None if documents is None else statistics_buffer(stages, width, dtype=jnp.int32),
             *[statistics_buffer(stages, width)] * 2,
             *([own, own] if xsa else [None, None]),
             *([statistics_buffer(WARPGROUPS, ROWS)] * 2 if xsa else [None, None]),
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-            *[plgpu.Barrier(num_arrivals=2, num_barriers=stages)] * 2,
+            plgpu.Barrier(num_arrivals=2 if documents is None else 3, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=4 * WARPGROUPS) if xsa else None,
             plgpu.Barrier(num_arrivals=WARPGROUPS) if xsa else None,

@@ -4,7 +4,7 @@ Also the differences between jax 0.10 and 0.11 (`OLD_API`) and between the GPU a
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,32 @@ WARPGROUPS = 2
 TILE = ROWS * WARPGROUPS  # rows of one program; sequences are padded to a multiple
 LOG2E = math.log2(math.e)
 EPS = 1e-12
+LOWEST = -1e30  # start of a running maximum: finite, so that a block without any visible key changes nothing
 OLD_API = not hasattr(plgpu, "InterpretGPUParams")  # jax 0.10: load needs an index, refs have no .T
+
+
+class Documents(NamedTuple):
+    """The document mask: the segment of each query, and how far each tile of keys is seen. int32."""
+
+    first: Any
+    """[B,T], never decreasing: the first key that a query sees."""
+    full: Any
+    """[B,tiles]: queries from the tile's own on and before this one see all of its keys, up to their own position."""
+    seen: Any
+    """[B,tiles]: queries before this one see at least one of its keys."""
+
+    @classmethod
+    def of(cls, first_BT: jax.Array) -> "Documents":
+        starts = jnp.arange(0, first_BT.shape[1], TILE, dtype=jnp.int32)
+        queries = jax.vmap(lambda first, key: jnp.searchsorted(first, key, side="right", method="compare_all"), (0, None))
+        return cls(first_BT, *(queries(first_BT, key).astype(jnp.int32) for key in (starts, starts + (TILE - 1))))
+
+
+def first_keys(documents: Documents | None, batch, tile):
+    """First keys that the first and the last query of a tile see."""
+    if documents is None:
+        return jnp.int32(0), jnp.int32(0)
+    return documents.first[batch, tile * TILE], documents.first[batch, tile * TILE + (TILE - 1)]
 
 
 def transposed(ref):
@@ -86,8 +111,8 @@ def tile_buffer(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def statistics_buffer(*shape):
-    return plgpu.SMEM(shape, jnp.float32)
+def statistics_buffer(*shape, dtype=jnp.float32):
+    return plgpu.SMEM(shape, dtype)
 
 
 def stage_loop(steps, stages, produce, wait_until_free):

@@ -3,7 +3,7 @@
 import jax
 
 
-def xsa_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xsa: bool) -> jax.Array:
+def xsa_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xsa: bool, first_BS: jax.Array | None = None) -> jax.Array:
     """As `kernels.attention.xsa_attention`. The platform is that of the mesh in context (also an abstract one, for
     compiling ahead of time: `jax.sharding.use_abstract_mesh`), else the default backend. ValueError on a CPU.
     """
@@ -12,9 +12,9 @@ def xsa_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xs
     if platform in ("gpu", "cuda"):
         from golf_jax.kernels.attention import mosaic_gpu
 
-        return mosaic_gpu.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
+        return mosaic_gpu.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS)
     if platform == "tpu":
         from golf_jax.kernels.attention import splash_tpu
 
-        return splash_tpu.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
+        return splash_tpu.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS)
     raise ValueError(f"attention backend 'pallas' has kernels for GPU and TPU, not for {platform!r}: use 'xla'")

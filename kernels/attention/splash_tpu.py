@@ -10,10 +10,11 @@ LANES = 128  # sequences are padded to a multiple
 BLOCKS = (512, 256, 128)  # the largest that divides the padded sequence
 
 
-def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, interpret: bool = False) -> jax.Array:
+def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, first_BS=None, interpret: bool = False) -> jax.Array:
     """As `kernels.attention.xsa_attention`; bf16 or fp32, head_dim 64 or a multiple of 128.
 
-    Padding with zeros is exact: no query sees a later key. `interpret` runs the kernel as plain XLA on any platform.
+    Padding with zeros is exact: no query sees a later key. The start of a segment
+    serves as its id. `interpret` runs the kernel as plain XLA on any platform.
     """
     T, H, K = q_BTHK.shape[1:]
     if q_BTHK.dtype not in (jnp.bfloat16, jnp.float32):
@@ -31,6 +32,10 @@ def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, interpret: bool = False)
     )
     pad = ((0, 0), (0, 0), (0, padded - T), (0, 0))
     heads_first = (jnp.pad(x.swapaxes(1, 2), pad) for x in (q_BTHK * jnp.asarray(K**-0.5, q_BTHK.dtype), k_BTGK, v_BTGK))
-    o_BHTK: jax.Array = jax.vmap(attention)(*heads_first)  # pyright: ignore[reportAssignmentType]
+    segments = None
+    if first_BS is not None:
+        ids_BT = jnp.pad(first_BS, ((0, 0), (0, padded - T)))
+        segments = splash.SegmentIds(ids_BT, ids_BT)
+    o_BHTK: jax.Array = jax.vmap(attention)(*heads_first, segments)  # pyright: ignore[reportAssignmentType]
     o_BTHK = o_BHTK.swapaxes(1, 2)[:, :T]
     return exclude_self_value(o_BTHK, v_BTGK) if xsa else o_BTHK

@@ -5,13 +5,14 @@ import sys
 
 import numpy as np
 import pytest
-from golden_quant import RECIPES, recipe_quant, reference_codes
+from reference_quant import RECIPES, stored
 
 from golf_jax.artifact import pack
 from golf_jax.artifact.__main__ import main
 from golf_jax.artifact.code import bundle
-from golf_jax.artifact.ledger import HEADER_ALLOWANCE, Ledger, estimate_bytes, ledger
+from golf_jax.artifact.ledger import HEADER_ALLOWANCE, ByteLedger, estimate_bytes, ledger
 from golf_jax.config import CAP_BYTES
+from golf_jax.interop.checks import Set
 from golf_jax.quant import QTensor
 
 
@@ -33,7 +34,7 @@ def test_every_byte_is_in_the_ledger(compressor, level):
     assert book.headroom_bytes == CAP_BYTES - len(data) - 1000
     assert [line.label for line in book.lines] == ["int6 mlp.fc", "scales", "float16"]
     codes = book.lines[0]
-    assert codes.raw_bytes == codes.items == 512 * 256
+    assert codes.items == 512 * 256
     assert 0.98 * codes.entropy_bytes < codes.stored_bytes < 1.05 * codes.entropy_bytes
     # sigma 4 in code units: log2(4 sqrt(2 pi e)) = 4.05 bits per code
     assert codes.entropy_bytes == pytest.approx(512 * 256 * 4.05 / 8, rel=0.01)
@@ -42,16 +43,16 @@ def test_every_byte_is_in_the_ledger(compressor, level):
 def test_the_estimate_is_close_for_the_reference_models(shared):
     """Tiny models have large headers, so that allowance is taken out on both sides."""
     for pr in RECIPES:
-        config = recipe_quant(pr, 65_536)
-        codes = reference_codes(pr, np.load(shared / "golden" / pr / "quant.npz"), "small_thr/" if pr == "pr1182" else "")
+        case = Set(shared / "reference" / pr).case("quant/main")
+        config, codes = case.recipe.quant, stored(case)
         book = ledger(pack({}, codes, config.compressor, config.level))
         actual = book.model_bytes - book.header_bytes
         assert estimate_bytes(codes, config.compressor) - HEADER_ALLOWANCE == pytest.approx(actual, rel=0.03), pr
 
 
 def test_over_the_cap_is_said():
-    assert "OVER THE CAP" in Ledger((), 100, 0, cap_bytes=99).table()
-    assert "OVER" not in Ledger((), 100, 0, cap_bytes=100).table()
+    assert "OVER CAP" in ByteLedger((), 100, 0, cap_bytes=99).table()
+    assert "OVER" not in ByteLedger((), 100, 0, cap_bytes=100).table()
 
 
 def test_viewer_shows_header_streams_and_code(tmp_path, capsys):
@@ -64,9 +65,19 @@ def test_viewer_shows_header_streams_and_code(tmp_path, capsys):
         assert text in out
 
 
+def test_viewer_takes_a_run_directory_and_counts_its_code(tmp_path, capsys):
+    data, code = pack({}, model(), "zstd", 3), bundle("golf_jax.artifact")
+    (tmp_path / "artifact.golf").write_bytes(data)
+    (tmp_path / "code.pyz").write_bytes(code)
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{CAP_BYTES - len(data) - len(code):,}" in out
+    assert max(map(len, ledger(data, len(code)).table().splitlines())) <= 80
+
+
 def test_viewer_refuses_bad_files_in_one_line(tmp_path):
     (tmp_path / "bad.golf").write_bytes(pack({}, model(), "zstd", 3)[:-1])
     for name in ("bad.golf", "none.golf"):
         done = subprocess.run([sys.executable, "-m", "golf_jax.artifact", str(tmp_path / name)], capture_output=True, text=True)
-        assert done.returncode == 1 and done.stdout == ""
+        assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and name in done.stderr

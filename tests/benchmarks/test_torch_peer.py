@@ -5,16 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from golf_jax.config import DataConfig, GolfError, Recipe, load_recipe
+from golf_jax.data.loader import Batch
 from golf_jax.mesh import make_mesh
 from golf_jax.model import init_params, leaves, to_tensors
 from golf_jax.model.params import tensor_names
+from golf_jax.optim.schedules import Clock
+from golf_jax.training.phases import phases
 from golf_jax.training.state import init_state
-from golf_jax.training.step import StepInputs, make_step
+from golf_jax.training.step import make_step, step_inputs
 
 torch = pytest.importorskip("torch", reason="the peer needs PyTorch (pip install golf-jax[torch])")
 PEER = Path(__file__).resolve().parents[2] / "benchmarks" / "torch_peer.py"
@@ -64,11 +66,12 @@ def test_three_steps_have_the_same_losses(peer, name, looping):
 
     mesh = make_mesh(1)
     state = init_state(recipe, mesh, 0, params)
-    step = make_step(recipe, mesh, state, looping=looping)
-    inputs = StepInputs(*(jnp.float32(v) for v in (0.7, 0.9, recipe.optim.clip_norm or np.inf, 0.0)), jnp.array(False))
+    groups = tuple(replace(g, momentum=0.9, momentum_warmup_steps=0) if g.kind == "muon" else g for g in recipe.optim.groups)
+    step = make_step(recipe, mesh, phases(recipe)[-1 if looping else 0])
+    inputs = step_inputs(replace(recipe, optim=replace(recipe.optim, groups=groups)), Clock(0, 0.0))._replace(lr_factor=np.float32(0.7))
     ours = []
     for _ in range(3):
-        state, metrics = step(state, x, y, inputs)
+        state, metrics = step(state, Batch(x, y), inputs)
         ours.append(float(metrics.loss))
 
     trainer = peer.Trainer(recipe, tensors, roles, "cpu", compile=False)

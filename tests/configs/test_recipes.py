@@ -16,6 +16,7 @@ PARAMETERS = {
     "pr638": 27_137_223,
     "pr1182": 27_108_468,
     "pr2005": 35_989_592,
+    "pr2135": 35_945_673,
 }
 BATCH = dict.fromkeys(PARAMETERS, 786_432) | {"baseline": 524_288, "pr372": 524_288}
 # (kind, learning rate, weight decay) of one parameter of each kind, from section 3 of the specifications.
@@ -43,6 +44,14 @@ GROUPS = {
         "trigram_proj": ("frozen", 0, 0),
     },
     "pr2005": {"q": ("muon", 0.022, 0.095), "tok_emb": ("adamw", 0.03, 0.085), "skip_gates": ("adamw", 0.02, 0.02)},
+    "pr2135": {
+        "o": ("muon", 0.028, 0.095),
+        "tok_emb": ("adamw", 0.03, 0.085),
+        "lane_post": ("adamw", 0.02, 0.02),
+        "smear_w": ("adamw", 0.02, 0.02),
+        "narrow_gate": ("adamw", 0.02, 0.02),
+        "softcap_pos": ("frozen", 0, 0),
+    },
 }
 
 

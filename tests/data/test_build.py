@@ -14,11 +14,12 @@ import golf_jax
 from golf_jax.config import GolfError
 from golf_jax.data import build as build_module
 from golf_jax.data import corpus
-from golf_jax.data.build import build, is_validation, read_documents
-from golf_jax.data.manifest import read_manifest, sha256_file
+from golf_jax.data.build import build, is_validation
+from golf_jax.data.documents import find_files, read_documents
+from golf_jax.data.manifest import damage, read_manifest, sha256_file
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard, write_shard
 from golf_jax.data.tokenizer import Tokenizer, split_documents
-from golf_jax.data.verify import document_hashes, verify_directory
+from golf_jax.data.verify import documents_of, verify_directory
 
 TEXTS = [f"Document {number} has its own words: {number * 7919:x} and {number * 104729:o}." for number in range(200)]
 
@@ -92,10 +93,10 @@ def test_directories_texts_and_long_documents(tmp_path):
     (folder / "a.md").write_text("\n\n".join(paragraphs))
     (folder / "sub" / "c.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
     (folder / "ignored.bin").write_bytes(b"\xff")
-    *parts, short, one, two = read_documents([folder])
+    *parts, short, one, two = read_documents(find_files([folder])[0])
     assert (short, one, two) == ("short", "one", "two")
     assert len(parts) > 3 and all(len(part) >= 8192 for part in parts[:-1]) and max(map(len, parts)) < 12_000
-    assert "\n\n".join(parts) == "\n\n".join(paragraphs)
+    assert "".join(parts) == "\n\n".join(paragraphs)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_directories_texts_and_long_documents(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "a.jsonl:2: needs a JSON object"),
         ("a.jsonl", b'{"text": "x"\n', "a.jsonl:1"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1"),
-        ("a.txt", b"ab\xff", r"a.txt: not UTF-8 text \(byte 2\)"),
+        ("a.txt", b"ab\xff", r"a.txt:1: not UTF-8 text \(byte 2\)"),
         ("a.csv", None, "a.csv: cannot be read"),
     ],
 )
@@ -112,13 +113,13 @@ def test_bad_inputs_are_named(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(GolfError, match=message):
-        list(read_documents([tmp_path / name]))
+        list(read_documents(find_files([tmp_path / name])[0]))
 
 
 def test_a_failed_build_leaves_nothing_and_an_old_one_is_kept(tmp_path, jsonl, built):
     with pytest.raises(GolfError, match="exists already"):
         build([jsonl], built)
-    (tmp_path / "one.txt").write_text("word " * 2000)
+    (tmp_path / "one.txt").write_text("word " * 1000)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(GolfError, match="leave none for"):
         build([tmp_path / "one.txt"], tmp_path / "new", tokenizer=built / "tokenizer.model", log=lambda line: None)
@@ -137,8 +138,8 @@ def test_verify_finds_a_flipped_byte(built):
 
 def test_verify_finds_a_validation_document_in_training(built):
     """Also one that runs over the end of a shard: the leak of issue 2127."""
-    held_out = open_shard(built / "val_000000.bin")
-    training = open_shard(built / "train_000000.bin")
+    held_out = open_shard(built / "val_000000.bin")[:]
+    training = open_shard(built / "train_000000.bin")[:]
     second = np.flatnonzero(held_out == 1)[1]
     leak = np.concatenate([training, held_out[:second]])
     (built / "manifest.json").unlink()
@@ -168,12 +169,13 @@ def test_verify_finds_another_tokenizer_and_a_missing_bos(tmp_path, jsonl, built
     assert "no BOS (1) anywhere" in problems(tmp_path / "small")
 
 
-def test_document_hashes_do_not_depend_on_where_shards_end(built):
+def test_documents_do_not_depend_on_where_shards_end(built):
     tokens = load_val_tokens(built / "train_*.bin")
-    whole = list(document_hashes([tokens], 1))
-    assert len(set(whole)) == 177
+    whole = [document.tolist() for document in documents_of([tokens], 1)]
+    assert len(whole) == 177
     for size in (7, 50, 1000):
-        assert list(document_hashes(np.split(tokens, range(size, len(tokens), size)), 1)) == whole
+        parts = np.split(tokens, range(size, len(tokens), size))
+        assert [document.tolist() for document in documents_of(parts, 1)] == whole
 
 
 def test_official_shards_are_sound(shared):
@@ -237,3 +239,21 @@ def test_embedded_corpus_hash_follows_what_it_is_made_of(monkeypatch):
     assert corpus.content_hash(512) == before != corpus.content_hash(1024)
     monkeypatch.setattr(corpus, "_topics", lambda: {"one": "text"})
     assert corpus.content_hash(512) != before
+
+
+@pytest.mark.parametrize("name", ["val_000000.bin", "tokenizer.model", "extra.bin"])
+def test_a_damaged_embedded_corpus_is_made_anew(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(corpus, "documents", lambda: TEXTS)
+    manifest = corpus.build_embedded(tmp_path, 300)
+    path = Path(manifest["directory"]) / name
+    path.write_bytes(path.read_bytes()[:-1] + b"\7" if path.exists() else b"")
+    assert corpus.build_embedded(tmp_path, 300) == manifest
+    assert damage(Path(manifest["directory"])) == ""
+
+
+def test_a_manifest_names_nothing_outside_its_directory(built):
+    manifest = json.loads((built / "manifest.json").read_text())
+    for change in ({"tokenizer": {**manifest["tokenizer"], "file": "../tokenizer.model"}}, {"train": None}, {"val": {}}):
+        (built / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(GolfError, match=r"manifest\.json: "):
+            verify_directory(built)

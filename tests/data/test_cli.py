@@ -2,6 +2,7 @@
 
 import pytest
 
+from golf_jax import cli
 from golf_jax.data.__main__ import main
 
 
@@ -26,7 +27,9 @@ def test_build_then_verify(tmp_path, capsys):
 )
 def test_mistakes_end_in_one_line_and_status_two(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
+    monkeypatch.setattr("sys.argv", ["data", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(main)
     error = capsys.readouterr().err
     assert error.startswith(message) and error.count("\n") == 1
 

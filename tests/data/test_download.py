@@ -72,7 +72,11 @@ def test_what_was_asked_for_arrives_and_is_sound(hub, tmp_path):
     directory = download("sp300", tmp_path / "data", train_shards=2, hub=hub, log=lines.append)
     assert directory == tmp_path / "data/datasets/fineweb10B_sp300"
     names = {path.name for path in directory.iterdir()}
-    assert names == {"manifest.json", *(f"fineweb_{name}.bin" for name in ("train_000000", "train_000001", "val_000000", "val_000001"))}
+    assert names == {
+        "manifest.json",
+        "tokenizer.model",
+        *(f"fineweb_{name}.bin" for name in ("train_000000", "train_000001", "val_000000", "val_000001")),
+    }
     assert len(lines) == 5 and lines[0].startswith("[1/5] tokenizers/fineweb_300_bpe.model")
     report = verify_directory(directory)
     assert report.problems == [] and any("0 of 20 validation documents" in fact for fact in report.facts)

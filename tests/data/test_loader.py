@@ -18,7 +18,7 @@ def arrays():
 
 def batches(loader, count):
     pairs = [loader.next_batch() for _ in range(count)]
-    return np.stack([x for x, _ in pairs]), np.stack([y for _, y in pairs])
+    return np.stack([b.inputs for b in pairs]), np.stack([b.targets for b in pairs])
 
 
 def test_stream_wraps_spans_shards_and_leaves_span_ends_as_targets_only(arrays):
@@ -125,7 +125,7 @@ def test_a_process_gets_its_rows_of_the_global_batch(arrays, order, rows):
     part = make_loader(order, arrays, ranks=4, rows=2, seq_len=16, row_slice=rows)
     part.restore(whole.state())
     for _ in range(3):
-        for all_rows, some in zip(whole.next_batch(), part.next_batch(), strict=True):
+        for all_rows, some in zip(whole.next_batch()[:2], part.next_batch()[:2], strict=True):
             np.testing.assert_array_equal(all_rows[rows], some)
     assert whole.state() == part.state()
 

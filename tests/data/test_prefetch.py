@@ -32,7 +32,7 @@ def test_batches_arrive_in_order_sharded_over_the_devices(mesh):
     reference = make()
     with Prefetcher(make(), mesh) as ahead:
         for _ in range(4):
-            for placed, rows in zip(next(ahead), reference.next_batch(), strict=True):
+            for placed, rows in zip(next(ahead)[:2], reference.next_batch()[:2], strict=True):
                 assert placed.sharding.spec == PartitionSpec("data") and placed.dtype == np.int32
                 for shard in placed.addressable_shards:
                     np.testing.assert_array_equal(shard.data, rows[shard.index])
@@ -82,7 +82,7 @@ mine = local_rows(mesh, 16)
 loader = StreamLoader([np.arange(5000, dtype=np.uint16)], ranks=8, rows=2, seq_len=16, row_slice=mine)
 with Prefetcher(loader, mesh) as ahead:
     next(ahead)
-    x, y = next(ahead)
+    x, y, _ = next(ahead)
     whole = [{str(s.index): np.asarray(s.data).tolist() for s in a.addressable_shards} for a in (x, y)]
     print(json.dumps([x.shape, [mine.start, mine.stop], ahead.state()["batches"], whole]))
 """
@@ -104,7 +104,7 @@ def test_two_processes_place_their_halves_of_the_same_batch():
     batch = reference.next_batch()
     for number, (shape, rows, batches, halves) in enumerate(reports):
         assert (shape, rows, batches) == ([16, 16], [8 * number, 8 * number + 8], 2)
-        for half, expected in zip(halves, batch, strict=True):
+        for half, expected in zip(halves, batch[:2], strict=True):
             assert sorted(half.values()) == [expected[row : row + 2].tolist() for row in range(rows[0], rows[1], 2)]
 
 

@@ -20,14 +20,40 @@ def test_header_and_tokens_have_the_challenges_layout(shard):
     assert np.frombuffer(raw[HEADER_BYTES:], "<u2").tolist() == list(range(100))
 
 
-def test_open_maps_the_file_instead_of_reading_it(shard):
+def test_a_shard_is_read_in_parts(shard):
     tokens = open_shard(shard)
-    assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and not tokens.flags.writeable
-    assert tokens.tolist() == list(range(100))
+    assert len(tokens) == 100 and tokens[:].dtype == np.uint16
+    for part in (slice(None), slice(3, 8), slice(95, 300), slice(40, 40)):
+        assert tokens[part].tolist() == list(range(100))[part]
+
+
+def test_a_shard_may_be_deleted_or_replaced_while_it_is_read(shard):
+    tokens = open_shard(shard)
+    write_shard(shard, np.zeros(100, int))
+    assert tokens[:].tolist() == list(range(100))
+    shard.unlink()
+    assert tokens[5:7].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.truncate(HEADER_BYTES + 20), lambda file: file.write(bytes(HEADER_BYTES + 200))])
+def test_a_shard_truncated_or_overwritten_while_it_is_read_is_an_error(shard, damage):
+    os.utime(shard, ns=(0, 0))
+    tokens = open_shard(shard)
+    with open(shard, "r+b") as file:
+        damage(file)
+    for part in (slice(0, 5), slice(90, 100)):
+        with pytest.raises(GolfError, match="val_000000.bin: was truncated or altered while in use"):
+            tokens[part]
+
+
+def test_a_fifo_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe.bin")
+    with pytest.raises(GolfError, match="not a regular file"):
+        open_shard(tmp_path / "pipe.bin")
 
 
 def test_official_shards_open(shared):
-    tokens = open_shard(shared / "data" / "fineweb_sp1024" / "fineweb_val_000000.bin")
+    tokens = open_shard(shared / "data" / "fineweb_sp1024" / "fineweb_val_000000.bin")[:]
     assert tokens[0] == 1 and np.count_nonzero(tokens == 1) == 181
 
 

@@ -4,39 +4,51 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from evaluation.golden_models import Portable, Tiny
+from evaluation.reference_models import Portable, Tiny
 
 from golf_jax.evaluation import Facts, legality
-from golf_jax.evaluation.legality import changed_before_flip, check_model
+from golf_jax.evaluation.legality import changed_before_flip
 from golf_jax.mesh import make_mesh
 
 FACTS = Facts(targets=10, covered=10, duplicates=0, order_violations=0, updates=0, causal=True, normalization_error=1e-7)
 
 
+def check_model(case):
+    return legality.check_model(case.model, case.tokens, make_mesh(1), case.seq_len)
+
+
 @pytest.mark.parametrize("pr", [1182])
-def test_models_are_causal_and_normalized(golden, pr):
-    case = Portable(pr, golden)
-    causal, error = check_model(case.config, case.params, case.tokens, make_mesh(1), seq_len=32)
+def test_models_are_causal_and_normalized(references, pr):
+    case = Portable(pr, references)
+    causal, error = check_model(case)
     assert causal and error < 1e-5
 
 
 def test_a_look_ahead_is_found(monkeypatch):
     tiny, real = Tiny(), legality.hidden
 
-    def leaks(config, params, tokens):
-        x = real(config, params, tokens)
+    def leaks(config, params, tokens, **keywords):
+        x = real(config, params, tokens, **keywords)
         return x.at[:, :-1].add(1e-3 * x[:, 1:])
 
     monkeypatch.setattr(legality, "hidden", leaks)
-    causal, _ = check_model(tiny.config, tiny.params, tiny.tokens, make_mesh(1), seq_len=16)
+    causal, _ = check_model(tiny)
     assert not causal
 
 
 def test_an_unnormalized_score_is_found(monkeypatch):
     tiny, real = Tiny(), legality.softcap_cross_entropy
     monkeypatch.setattr(legality, "softcap_cross_entropy", lambda *a, **k: real(*a, **k) - 0.01)
-    _, error = check_model(tiny.config, tiny.params, tiny.tokens, make_mesh(1), seq_len=16)
+    _, error = check_model(tiny)
     assert error == pytest.approx(0.01, rel=1e-2)
+
+
+def test_what_is_not_a_number_is_not_normalized():
+    tiny = Tiny()
+    tiny.params["tok_emb"][3, 5] = np.nan
+    causal, error = check_model(tiny)
+    facts = replace(FACTS, normalization_error=error)
+    assert not causal and np.isnan(error) and not facts.legal and "VIOLATED" in facts.lines()[1]
 
 
 def test_a_flip_without_effect_proves_nothing():
@@ -46,7 +58,7 @@ def test_a_flip_without_effect_proves_nothing():
 
 @pytest.mark.parametrize(
     ("change", "line"),
-    [({"causal": False}, 0), ({"normalization_error": 1e-3}, 1), ({"order_violations": 2}, 2)],
+    [({"causal": False}, 0), ({"normalization_error": 1e-3}, 1), ({"normalization_error": float("nan")}, 1), ({"order_violations": 2}, 2)],
 )
 def test_every_violation_makes_the_result_illegal(change, line):
     facts = replace(FACTS, **change)

@@ -4,20 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from evaluation.golden_models import Tiny
+from evaluation.reference_models import Tiny
 
-from golf_jax.config import EvalConfig, GolfError, ModelConfig, TTTConfig
-from golf_jax.evaluation import evaluate_sliding, evaluate_ttt
+from golf_jax.config import AdaptFirstConfig, GolfError, ModelConfig, ScoreFirstConfig, SlidingConfig
+from golf_jax.evaluation import METHODS, Stream
+from golf_jax.evaluation.adapt_first import adam_rule
+from golf_jax.evaluation.adapter import Plan
 from golf_jax.evaluation.legality import changed_before_flip
-from golf_jax.evaluation.ttt import Plan, lr_scales
 from golf_jax.interop.checks import Set
 from golf_jax.interop.checks.evaluation import check_ttt
 from golf_jax.mesh import make_mesh
 from golf_jax.model import leaves
 
-SCORE_FIRST = TTTConfig(kind="score_first", lr=0.05, epochs=2, chunk_tokens=96, ranks=2, batch_rows=2)
-ADAPT_FIRST = TTTConfig(kind="adapt_first", optimizer="adamw", lr=0.01, epochs=2, ranks=3, batch_rows=3, proj_lr_scale=3.0)
-EVAL = EvalConfig(stride=4, windows="exact", batch_rows=4)
+SCORE_FIRST = ScoreFirstConfig(stride=4, lr=0.05, epochs=2, chunk_tokens=96, ranks=2, batch_rows=2)
+ADAPT_FIRST = AdaptFirstConfig(stride=4, lr=0.01, epochs=2, ranks=3, batch_rows=3, proj_lr_scale=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +25,10 @@ def tiny():
     return Tiny()
 
 
-def run(tiny, ttt, devices=1, tokens=None, **keywords):
-    tokens = tiny.tokens if tokens is None else tokens
-    settings = replace(EVAL, ttt=ttt, windows=keywords.pop("windows", "exact"))
-    common = dict(seq_len=16, mesh=make_mesh(devices), eval=settings, keep_scores=True)
-    return evaluate_ttt(tiny.config, tiny.params, tokens, tiny.tables, **common, **keywords)
+def run(tiny, ttt, devices=1, tokens=None):
+    stream = Stream.of(tiny.tokens if tokens is None else tokens, tiny.tables, 16, 4)
+    method = "score_first" if isinstance(ttt, ScoreFirstConfig) else "adapt_first"
+    return METHODS[method](tiny.model, replace(stream, keep_scores=True), make_mesh(devices), ttt)
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +60,17 @@ def test_the_reference_run_is_reproduced(references, pr, name):
     assert [f"{r.name}: {r.max_rel:.1e} at {r.worst}" for r in results if not r.ok] == []
 
 
-@pytest.mark.parametrize("ttt", [SCORE_FIRST, ADAPT_FIRST], ids=lambda t: t.kind)
+@pytest.mark.parametrize("ttt", [SCORE_FIRST, ADAPT_FIRST], ids=["score_first", "adapt_first"])
 def test_devices_do_not_matter(tiny, ttt):
-    (one, after_one), (eight, after_eight) = (run(tiny, ttt, devices) for devices in (1, 8))
+    one, eight = (run(tiny, ttt, devices) for devices in (1, 8))
     assert eight.score.nll_nats == pytest.approx(one.score.nll_nats, rel=1e-6)
     assert (eight.score.tokens, eight.score.bytes, eight.facts) == (one.score.tokens, one.score.bytes, one.facts)
-    for name, weights in after_one.items():
-        np.testing.assert_allclose(after_eight[name], weights, rtol=1e-4, atol=1e-5, err_msg=name)
+    for name, weights in one.trace.params.items():
+        np.testing.assert_allclose(eight.trace.params[name], weights, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_score_first_is_legal_and_learns(tiny, legal_run):
-    before = evaluate_sliding(tiny.config, tiny.params, tiny.tokens, tiny.tables, seq_len=16, mesh=make_mesh(1), eval=EVAL)
-    result, _ = legal_run
+    before, result = METHODS["sliding"](tiny.model, tiny.stream(), make_mesh(1), SlidingConfig(stride=4)), legal_run
     assert result.facts.legal and result.facts.exactly_once and result.facts.updates == 3 * 2 * 2
     assert result.score.nll_nats < before.score.nll_nats
     assert "ILLEGAL" not in result.line()
@@ -80,7 +78,7 @@ def test_score_first_is_legal_and_learns(tiny, legal_run):
 
 
 def test_the_order_log_shows_scores_before_updates(legal_run):
-    result, _ = legal_run
+    result = legal_run
     scored = np.zeros(result.facts.targets, bool)
     updates = 0
     for event, start, stop in result.trace.order:
@@ -92,25 +90,25 @@ def test_the_order_log_shows_scores_before_updates(legal_run):
 
 
 def test_adapt_first_is_marked_illegal_wherever_it_appears(illegal_run):
-    result, _ = illegal_run
+    result = illegal_run
     facts = result.facts
     assert facts.order_violations == facts.targets and not facts.legal
-    assert result.line().startswith("ttt ILLEGAL val_loss:")
+    assert result.line().startswith("adapt_first ILLEGAL val_loss:")
     assert result.to_dict()["legal"] is False
     assert any(line.startswith("C3") and "VIOLATED" in line for line in result.lines())
 
 
 def test_flipping_a_token_changes_no_earlier_score(tiny):
     tokens = tiny.tokens[: 16 * 18 + 1]
-    changed = changed_before_flip(lambda t: run(tiny, SCORE_FIRST, tokens=t)[0].scores, tokens, (100, 191, 193), 40)
+    changed = changed_before_flip(lambda t: run(tiny, SCORE_FIRST, tokens=t).scores, tokens, (100, 191, 193), 40)
     assert changed == 0
-    with_leak = changed_before_flip(lambda t: run(tiny, ADAPT_FIRST, tokens=t)[0].scores, tokens, (191,), 40)
+    with_leak = changed_before_flip(lambda t: run(tiny, ADAPT_FIRST, tokens=t).scores, tokens, (191,), 40)
     assert with_leak > 100
 
 
 def test_the_callers_parameters_survive(tiny):
     kept = {name: value.copy() for name, value in tiny.params.items()}
-    _, after = run(tiny, SCORE_FIRST)
+    after = run(tiny, SCORE_FIRST).trace.params
     for name, value in kept.items():
         np.testing.assert_array_equal(tiny.params[name], value)
     assert any(not np.array_equal(after[name], value) for name, value in kept.items())
@@ -118,10 +116,10 @@ def test_the_callers_parameters_survive(tiny):
 
 def test_learning_rates_follow_the_recipe(legal_run, illegal_run):
     """A half cosine over chunks, or over all steps; constant over the epochs of a chunk."""
-    trace = legal_run[0].trace
+    trace = legal_run.trace
     expected = np.repeat([0.05 * 0.5 * (1 + np.cos(np.pi * c / 3)) for c in range(3)], 2 * 2)
     np.testing.assert_allclose(trace.lr, expected, rtol=1e-6)
-    trace = illegal_run[0].trace
+    trace = illegal_run.trace
     np.testing.assert_allclose(trace.lr, 0.01 * 0.5 * (1 + np.cos(np.pi * np.arange(6) / 6)), rtol=1e-6)
 
 
@@ -130,7 +128,7 @@ def test_bfloat16_tables_stay_bfloat16(tiny):
 
     case = Tiny()
     case.params["tok_emb"] = jnp.asarray(case.params["tok_emb"], jnp.bfloat16)
-    _, after = run(case, SCORE_FIRST)
+    after = run(case, SCORE_FIRST).trace.params
     assert after["tok_emb"].dtype == jnp.bfloat16 and after["q"].dtype == jnp.float32
 
 
@@ -151,16 +149,13 @@ def test_a_rank_without_sequences_counts_nothing():
 
 def test_learning_rate_groups_of_pr_562():
     config = ModelConfig(bigram_buckets=64, head_gate="linear")
-    scales = lr_scales(config, replace(ADAPT_FIRST, proj_lr_scale=3.0, fc_lr_scale=0.5))
+    scales = dict(adam_rule(replace(ADAPT_FIRST, proj_lr_scale=3.0, fc_lr_scale=0.5), config).scales)
     assert {n for n, s in scales.items() if s == 3.0} == {"o", "down", "bigram_proj"}
     assert {n for n, s in scales.items() if s == 0.5} == {"up"}
     assert scales.keys() == leaves(config).keys()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"kind": "off"}, "no test-time training"), ({"chunk_tokens": 8}, "less than one sequence of 16")],
-)
-def test_settings_that_cannot_work_are_refused(tiny, change, message):
-    with pytest.raises(GolfError, match=message):
-        run(tiny, replace(SCORE_FIRST, **change))
+@pytest.mark.parametrize("ttt", [SCORE_FIRST, ADAPT_FIRST], ids=["score_first", "adapt_first"])
+def test_a_method_that_the_recipe_leaves_out_is_refused(tiny, ttt):
+    with pytest.raises(GolfError, match=r"epochs is 0: this recipe has no \S+ test-time training"):
+        run(tiny, replace(ttt, epochs=0))

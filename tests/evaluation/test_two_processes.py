@@ -5,14 +5,15 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evaluation.golden_models import Tiny
+from evaluation.reference_models import Tiny
 
 import golf_jax
-from golf_jax.config import EvalConfig
-from golf_jax.evaluation import evaluate_sliding, evaluate_ttt
+from golf_jax.config import SlidingConfig
+from golf_jax.evaluation import METHODS
 from golf_jax.mesh import make_mesh
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -29,10 +30,8 @@ def scores(devices):
     from evaluation.test_ttt import SCORE_FIRST
 
     case = Tiny()
-    settings = EvalConfig(stride=4, windows="tail", batch_rows=4, ttt=SCORE_FIRST)
-    common = dict(seq_len=16, mesh=make_mesh(devices), eval=settings)
-    results = [evaluate_sliding(case.config, case.params, case.tokens, case.tables, **common)]
-    results.append(evaluate_ttt(case.config, case.params, case.tokens, case.tables, **common)[0])
+    settings = {"sliding": SlidingConfig(stride=4, windows="tail"), "score_first": replace(SCORE_FIRST, windows="tail_min")}
+    results = [METHODS[name](case.model, case.stream(), make_mesh(devices), config) for name, config in settings.items()]
     return [[r.score.nll_nats, r.score.tokens, r.score.bytes, r.facts.duplicates, r.facts.order_violations] for r in results]
 
 

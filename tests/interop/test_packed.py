@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import zstandard
-from golden_quant import RECIPES, portable_codes, reference_codes, reference_tensors
+from reference_quant import RECIPES, quant_case, stored
 
 from golf_jax.config import GolfError
 from golf_jax.interop.packed import read_checkpoint, read_packed, read_packed_codes, unshuffle_bytes
-from golf_jax.quant import dequantize
+from golf_jax.interop.torch_names import pr_names
 
 
 def assert_same(found, want):
@@ -29,44 +29,35 @@ def assert_same(found, want):
 
 
 @pytest.mark.parametrize("pr", RECIPES)
-def test_portable_artifacts(pr, golden):
+def test_the_scripts_files_are_read(pr, references):
     pytest.importorskip("torch")
-    z = np.load(golden / f"{pr}.npz")
-    data = z["artifact"].tobytes()
-    found, want = read_packed_codes(data), portable_codes(pr, z)
-    assert_same(found, want)
+    case = quant_case(pr, references)
+    data = case.own["artifact"].tobytes()
+    assert_same(read_packed_codes(data), stored(case))
     weights = read_packed(data)
     assert all(w.dtype == np.float32 for w in weights.values())
-    for key in z.files:
-        if key.startswith("dequant/"):
-            np.testing.assert_array_equal(weights[key[8:].replace("smear_gate", "smear.gate")], z[key])
+    for name, want in case.under("dequantized/").items():
+        np.testing.assert_array_equal(weights[name], want)
 
 
-@pytest.mark.parametrize("pr", RECIPES)
-def test_shared_artifacts(pr, shared):
-    pytest.importorskip("torch")
-    z = np.load(shared / "golden" / pr / "quant.npz")
-    root = "small_thr/" if pr == "pr1182" else ""
-    want = reference_codes(pr, z, root)
-    assert_same(read_packed_codes(z[root + "artifact"].tobytes()), want)
-    weights = read_packed(z[root + "artifact"].tobytes())
-    np.testing.assert_array_equal(weights["skip_weights"], dequantize(want["skip_weights"]))
+def test_byte_shuffle_is_undone():
+    """PR 2005: every byte of a stride together, 'BSHF' and the stride in front."""
+    data = bytes(range(11))
+    for stride in (1, 2, 3, 4):
+        shuffled = b"BSHF" + bytes([stride]) + b"".join(data[i::stride] for i in range(stride))
+        assert unshuffle_bytes(shuffled) == data
+    assert unshuffle_bytes(data) == data
 
 
-@pytest.mark.parametrize("i", range(4))
-def test_byte_shuffle_of_pr2005(i, shared):
-    z = np.load(shared / "golden" / "pr2005" / "quant.npz")
-    assert unshuffle_bytes(z[f"shuffle{i}/out"].tobytes()) == z[f"shuffle{i}/in"].tobytes()
-
-
-def test_checkpoints_become_canonical(tmp_path, golden):
+def test_checkpoints_become_canonical(tmp_path, references):
     torch = pytest.importorskip("torch")
-    z = np.load(golden / "pr1182.npz")
-    state = {k[6:]: torch.from_numpy(z[k]) for k in z.files if k.startswith("param/")}
+    case = quant_case("pr1182", references)
+    want = case.tensors
+    state = {n: torch.from_numpy(x) for n, x in pr_names("pr1182", case.model, want).items()}
     state["tok_emb.weight"] = state["tok_emb.weight"].bfloat16()
     state["smear_gate"] = state.pop("smear.gate")
     torch.save(state, tmp_path / "final_model.pt")
-    found, want = read_checkpoint(tmp_path / "final_model.pt"), reference_tensors("pr1182", z)
+    found = read_checkpoint(tmp_path / "final_model.pt")
     assert set(found) == set(want)
     assert found["tok_emb.weight"].dtype == ml_dtypes.bfloat16
     for name in want:
@@ -88,9 +79,9 @@ def test_pickles_that_execute_are_refused(tmp_path):
         read_packed(zstandard.compress(pickle.dumps({"w": Evil(), "m": {}})))
 
 
-def test_wrong_files_are_named(tmp_path, golden):
+def test_wrong_files_are_named(tmp_path, references):
     torch = pytest.importorskip("torch")
-    artifact = np.load(golden / "pr638.npz")["artifact"].tobytes()
+    artifact = quant_case("pr638", references).own["artifact"].tobytes()
     other = io.BytesIO()
     torch.save({"x": 1}, other)
     for data, message in [
@@ -108,10 +99,10 @@ def test_wrong_files_are_named(tmp_path, golden):
         read_checkpoint(tmp_path / "other.pt")
 
 
-def test_without_torch_the_extra_is_named(golden, monkeypatch):
+def test_without_torch_the_extra_is_named(references, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(GolfError, match=r"golf-jax\[torch\]"):
-        read_packed(np.load(golden / "pr638.npz")["artifact"].tobytes())
+        read_packed(quant_case("pr638", references).own["artifact"].tobytes())
 
 
 def saved(tmp_path, state, name="final_model.pt"):
@@ -152,9 +143,9 @@ def test_exotic_tensors_are_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_packings_that_scripts_fall_back_to(golden):
+def test_packings_that_scripts_fall_back_to(references):
     pytest.importorskip("torch")
-    data = np.load(golden / "pr638.npz")["artifact"].tobytes()
+    data = quant_case("pr638", references).own["artifact"].tobytes()
     raw = zstandard.decompress(data)
     for packed in (zlib.compress(raw), lzma.compress(raw)):
         assert_same(read_packed_codes(packed), read_packed_codes(data))

@@ -1,26 +1,26 @@
 """from_torch / to_torch: every tensor used once, what does not fit is named, hyperparameters in any of the PRs' spellings."""
 
-import json
-
 import numpy as np
 import pytest
 
 from golf_jax.config import GolfError, load_recipe
 from golf_jax.interop import export_safetensors, from_torch, import_safetensors, model_config, to_torch
+from golf_jax.interop.checks import Set
 from golf_jax.interop.hparams import RECIPES, hyperparameters
-from golf_jax.interop.torch_names import guess_recipe, tensor_shapes
+from golf_jax.interop.torch_names import guess_recipe, pr_names, tensor_shapes
 from golf_jax.model.params import count, to_tensors
 
 
-def load(golden, recipe):
-    z = np.load(golden / f"{recipe}.npz")
-    state = {k.removeprefix("param/"): z[k] for k in z.files if k.startswith("param/")}
-    return json.loads(str(z["config"])), state
+def load(references, recipe):
+    """Hyperparameters and state_dict as the PR's script has them."""
+    refs = Set(references / f"{recipe}.npz")
+    case = refs.case("params/main")
+    return refs.json["hyperparameters"], pr_names(recipe, case.model, case.own)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_round_trip_keeps_every_tensor(golden, recipe):
-    settings, state = load(golden, recipe)
+def test_round_trip_keeps_every_tensor(references, recipe):
+    settings, state = load(references, recipe)
     config, params = from_torch(recipe, settings, state)
     back = to_torch(recipe, config, params)
     assert set(back) == set(state)
@@ -30,8 +30,8 @@ def test_round_trip_keeps_every_tensor(golden, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_missing_an_unknown_and_a_misshaped_tensor_are_named(golden, recipe):
-    settings, state = load(golden, recipe)
+def test_a_missing_an_unknown_and_a_misshaped_tensor_are_named(references, recipe):
+    settings, state = load(references, recipe)
     name = "blocks.3.attn_scale"
     for broken, message in (
         ({k: v for k, v in state.items() if k != name}, f"missing.*{name}"),
@@ -42,8 +42,8 @@ def test_a_missing_an_unknown_and_a_misshaped_tensor_are_named(golden, recipe):
             from_torch(recipe, settings, broken)
 
 
-def test_banks_may_come_split(golden):
-    settings, state = load(golden, "pr1182")
+def test_banks_may_come_split(references):
+    settings, state = load(references, "pr1182")
     config, params = from_torch("pr1182", settings, state)
     _, again = from_torch("pr1182", settings, to_tensors(config, params))
     assert all(np.array_equal(params[k], again[k]) for k in params)
@@ -101,8 +101,8 @@ def test_the_recipe_is_told_by_names_and_shapes(recipe):
         guess_recipe(tensors | {"tok_emb.weight": np.zeros((3, 3), np.float32)}, "x.pt")
 
 
-def test_safetensors_round_trip_and_damage(golden, tmp_path):
-    settings, state = load(golden, "pr1182")
+def test_safetensors_round_trip_and_damage(references, tmp_path):
+    settings, state = load(references, "pr1182")
     config, params = from_torch("pr1182", settings, state)
     path = tmp_path / "model.safetensors"
     export_safetensors(config, params, path)

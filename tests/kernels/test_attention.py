@@ -17,6 +17,7 @@ from golf_jax.kernels.attention.xsa import exclude_self_value
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
 IMPLEMENTATIONS = {
     "xla": functools.partial(xsa_attention, backend="xla"),
+    "xla in blocks": functools.partial(xsa_attention, backend="xla", longest=161),
     "mosaic": functools.partial(mosaic_gpu.xsa_attention, interpret=True),
     "splash": functools.partial(splash_tpu.xsa_attention, interpret=True),
 }
@@ -34,7 +35,14 @@ def inputs(B, T, H, G, K, dtype="float32", zero_values=True, seed=0):
     return [jnp.asarray(a, dtype) for a in arrays]
 
 
-def attention_float64(q, k, v, xsa):
+def first_keys(B, T, borders):
+    """First visible keys when a document starts at each border; row b of the batch has them b positions later."""
+    position = np.arange(T)
+    rows = [np.where(np.isin(position, [0, *(border + b for border in borders)]), position, 0) for b in range(B)]
+    return jnp.asarray(np.maximum.accumulate(rows, axis=1), jnp.int32)
+
+
+def attention_float64(q, k, v, xsa, first=None):
     """The definition in float64; `xsa` off is plain attention."""
     S, H, K = q.shape[1:]
     T, G = k.shape[1:3]
@@ -42,6 +50,8 @@ def attention_float64(q, k, v, xsa):
     k, v = k[:, :, kv_head], v[:, :, kv_head]
     logits = jnp.einsum("bshk,bthk->bhst", q, k) / np.sqrt(K)
     logits = jnp.where(np.arange(S)[:, None] + T - S >= np.arange(T)[None], logits, -jnp.inf)
+    if first is not None:
+        logits = jnp.where(np.asarray(first)[:, None, :, None] <= np.arange(T), logits, -jnp.inf)
     o = jnp.einsum("bhst,bthk->bshk", jax.nn.softmax(logits, -1), v)
     if xsa:
         own = v[:, T - S :]
@@ -51,10 +61,10 @@ def attention_float64(q, k, v, xsa):
     return o
 
 
-def results_float64(q, k, v, dy, xsa):
+def results_float64(q, k, v, dy, xsa, first=None):
     with jax.enable_x64(True):
         arrays = [np.asarray(a, np.float64) for a in (q, k, v, dy)]
-        return [np.asarray(a) for a in results(functools.partial(attention_float64, xsa=xsa), *arrays)]
+        return [np.asarray(a) for a in results(functools.partial(attention_float64, xsa=xsa, first=first), *arrays)]
 
 
 def results(function, q, k, v, dy):
@@ -99,12 +109,45 @@ def test_forward_and_gradients_match_float64(implementation, shape, dtype, xsa):
     assert_close(got, results_float64(q, k, v, dy, xsa), dtype)
 
 
+# One row with a document of one token, documents inside a block, one that starts on its edge, and one longer than a block.
+BORDERS = (5, 6, 40, 128, 129, 290)
+DOCUMENTS = [
+    ("xla", (2, 70, 4, 2, 16), "float32", True),
+    ("xla in blocks", (2, 402, 4, 2, 16), "float32", True),  # the last block is shorter
+    ("splash", (2, 130, 4, 2, 64), "float32", True),
+    pytest.param("mosaic", (1, 256, 2, 1, 64), "bfloat16", True, marks=needs_interpreter),
+    pytest.param("mosaic", (2, 600, 2, 1, 64), "bfloat16", True, marks=[needs_interpreter, pytest.mark.slow]),  # padded, blocks skipped
+    pytest.param("mosaic", (1, 384, 2, 2, 128), "bfloat16", False, marks=[needs_interpreter, pytest.mark.slow]),
+]
+
+
+@pytest.mark.parametrize(("implementation", "shape", "dtype", "xsa"), DOCUMENTS)
+def test_inside_documents_forward_and_gradients_match_float64(implementation, shape, dtype, xsa):
+    q, k, v, dy = inputs(*shape, dtype)
+    first = first_keys(*shape[:2], BORDERS)
+    got = results(functools.partial(IMPLEMENTATIONS[implementation], xsa=xsa, first_BS=first), q, k, v, dy)
+    assert_close(got, results_float64(q, k, v, dy, xsa, first), dtype)
+
+
+@pytest.mark.parametrize("first", [None, first_keys(2, 100, BORDERS)])
 @pytest.mark.parametrize("queries", [1, 70])
-def test_suffix_of_queries_equals_the_suffix_of_all(queries):
+def test_suffix_of_queries_equals_the_suffix_of_all(queries, first):
     q, k, v, _ = inputs(2, 100, 4, 2, 16)
-    attention = jax.jit(functools.partial(xsa_attention, xsa=True))
-    whole, part = attention(q, k, v), attention(q[:, -queries:], k, v)
+    whole = jax.jit(functools.partial(xsa_attention, xsa=True))(q, k, v, first_BS=first)
+    part = jax.jit(functools.partial(xsa_attention, xsa=True))(
+        q[:, -queries:], k, v, first_BS=None if first is None else first[:, -queries:]
+    )
     np.testing.assert_allclose(part, whole[:, -queries:], atol=2e-6)
+
+
+def test_no_gradient_crosses_a_document_border():
+    q, k, v, _ = inputs(1, 72, 2, 1, 16)
+    first, document = first_keys(1, 72, (20, 50)), slice(20, 50)
+    total = lambda q, k, v: jnp.sum(xsa_attention(q, k, v, xsa=True, first_BS=first)[:, document] ** 2)  # noqa: E731
+    for gradient in map(np.array, jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)):
+        assert gradient[:, document].any()
+        gradient[:, document] = 0
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize("xsa", [True, False])
@@ -146,17 +189,19 @@ BAD_CALLS = {
     "suffix of queries": dict(S=8, backend="pallas"),
     "key positions": dict(S=32),
     "needs bfloat16": dict(backend="cudnn"),
+    "cannot stay inside documents: use 'pallas' or 'xla'": dict(backend="cudnn", first=jnp.zeros((1, 16), jnp.int32)),
+    "first must be int32": dict(first=jnp.zeros((1, 15), jnp.int32)),
     "has kernels for GPU and TPU": dict(backend="pallas"),
 }
 
 
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_unsupported_calls_are_refused(message):
-    options = dict(S=16, H=4, k_dtype="float32", backend="xla") | BAD_CALLS[message]
+    options = dict(S=16, H=4, k_dtype="float32", first=None, backend="xla") | BAD_CALLS[message]
     q = jnp.zeros((1, options["S"], options["H"], 64))
     k, v = jnp.zeros((1, 16, 2, 64), options["k_dtype"]), jnp.zeros((1, 16, 2, 64))
     with pytest.raises(ValueError, match=message):
-        xsa_attention(q, k, v, xsa=True, backend=options["backend"])
+        xsa_attention(q, k, v, xsa=True, first_BS=options["first"], backend=options["backend"])
 
 
 @pytest.mark.parametrize("module", [mosaic_gpu, splash_tpu])
@@ -171,6 +216,7 @@ def test_default_backends():
     assert default_backend("cpu", 64, jnp.bfloat16) == "xla"
     assert default_backend("cuda", 64, jnp.float32) == "xla"
     assert supported_backends("gpu", 64, jnp.bfloat16) == ("cudnn", "pallas", "xla")
+    assert supported_backends("gpu", 64, jnp.bfloat16, documents=True) == ("pallas", "xla")
     assert default_backend("tpu", 64, jnp.bfloat16) == "pallas"
     with pytest.raises(ValueError, match="unknown platform"):
         default_backend("rocm", 64, jnp.bfloat16)

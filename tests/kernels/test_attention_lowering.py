@@ -21,29 +21,36 @@ needs_plugin = pytest.mark.skipif(
 )
 
 
-def lowered_text(backend, device, *, head_dim=64, T=256, xsa=True):
+def lowered_text(backend, device, *, head_dim=64, T=256, xsa=True, documents=False):
     """Forward and gradients, lowered for the platform of a device that is not here."""
     q = jax.ShapeDtypeStruct((2, T, 4, head_dim), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((2, T, 2, head_dim), jnp.bfloat16)
-    total = lambda q, k, v: jnp.sum(xsa_attention(q, k, v, xsa=xsa, backend=backend).astype(jnp.float32))  # noqa: E731
+    first = jax.ShapeDtypeStruct((2, T), jnp.int32) if documents else None
+
+    def total(q, k, v, first):
+        return jnp.sum(xsa_attention(q, k, v, xsa=xsa, first_BS=first, backend=backend).astype(jnp.float32))
+
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
     platform = {"gpu": "cuda"}.get(device.platform, device.platform)
     # cuDNN's partitioning rule does not lower under an abstract mesh; only `pallas` needs to be told the platform.
     with jax.sharding.use_abstract_mesh(mesh) if backend != "cudnn" else contextlib.nullcontext():
-        return jax.jit(jax.value_and_grad(total, (0, 1, 2))).trace(q, kv, kv).lower(lowering_platforms=(platform,)).as_text()
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2))).trace(q, kv, kv, first).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize(("head_dim", "T", "xsa"), [(64, 256, True), (64, 1000, False), (32, 128, True), (128, 512, True)])
-def test_mosaic_kernels_lower_for_cuda(head_dim, T, xsa):
-    text = lowered_text("pallas", GPU, head_dim=head_dim, T=T, xsa=xsa)
+@pytest.mark.parametrize(
+    ("head_dim", "T", "xsa", "documents"),
+    [(64, 256, True, False), (64, 1000, False, False), (32, 128, True, False), (128, 512, True, False), (64, 1000, True, True)],
+)
+def test_mosaic_kernels_lower_for_cuda(head_dim, T, xsa, documents):
+    text = lowered_text("pallas", GPU, head_dim=head_dim, T=T, xsa=xsa, documents=documents)
     assert_backend(text, "pallas")
     for kernel in ("xsa_attention_forward", "xsa_attention_dq", "xsa_attention_dkv"):
         assert kernel in text
 
 
-@pytest.mark.parametrize("xsa", [True, False])
-def test_splash_lowers_for_tpu(xsa):
-    text = lowered_text("pallas", TPU, xsa=xsa)
+@pytest.mark.parametrize(("xsa", "documents"), [(True, False), (False, False), (True, True)])
+def test_splash_lowers_for_tpu(xsa, documents):
+    text = lowered_text("pallas", TPU, xsa=xsa, documents=documents)
     assert_backend(text, "pallas")
     assert text.count("tpu_custom_call") >= 3  # forward, dkv, dq
 
@@ -83,6 +90,7 @@ def test_kernels_compile_for_hopper_without_spills(tmp_path, devices):
     assert all(k["spill_store_bytes"] == k["spill_load_bytes"] == 0 for p in programs.values() for k in p["kernels"])
     assert max(both["shared_memory_bytes"]) <= 232448
     assert both["temporary_bytes"] < 130e6  # do in bf16 and the row statistics, per device
+    assert sum("documents" in name for name in programs) == 2
     for program in programs.values():
         expected = {"all-reduce"} if devices > 1 and "cross entropy" in program["name"] else set()
         assert set(program["collectives"]) == expected

@@ -53,6 +53,27 @@ def test_bfloat16_with_float32_table(case, chunk):
     assert relative(dx, expected[1]) < 6e-3 and relative(dtable, expected[2]) < 6e-3
 
 
+@pytest.mark.parametrize("chunk", [None, 16], ids=["whole", "padded pieces"])
+def test_a_softcap_for_either_sign_matches_autodiff(case, chunk):
+    x, table, targets, weights = case
+
+    def run(function):
+        def total(x, table, sides):
+            nll = function(x, table, targets, softcap=sides)
+            return jnp.sum(nll * weights), nll
+
+        sides = jnp.float32(3.0), jnp.float32(7.0)
+        (_, nll), (dx, dtable, dsides) = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(x, table, sides)
+        return nll, dx, dtable, *dsides
+
+    expected = run(softcap_cross_entropy_reference)
+    got = run(lambda *a, **k: softcap_cross_entropy(*a, **k, chunk=chunk))
+    for name, a, b in zip(("nll", "dx", "dtable", "dpositive", "dnegative"), got, expected, strict=True):
+        assert relative(a, b) < 2e-6, name
+    capped = softcap_logits(10 * x, table, softcap=(jnp.float32(3.0), jnp.float32(7.0)))
+    assert float(capped.max()) == 3.0 and float(capped.min()) == -7.0
+
+
 def test_large_logits_saturate_at_the_softcap():
     x, table = jnp.full((1, 1), 1e4), jnp.array([[1.0], [-1.0]])
     nll = softcap_cross_entropy(x, table, jnp.array([1]), softcap=30.0)

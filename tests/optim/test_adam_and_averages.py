@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from golf_jax.optim.adam import scale_by_adam
-from golf_jax.optim.averaging import ema_init, ema_update, swa_init, swa_mean, swa_update
+from golf_jax.optim.averaging import EMAScalars, ema_init, ema_update, swa_init, swa_mean, swa_update
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.95), (0.9, 0.999), (0.0, 0.95)])
@@ -23,7 +23,7 @@ def test_direction_is_bias_corrected_adam(b1, b2):
 
 
 def test_bfloat16_tables_round_once_per_step():
-    """Moments are stored in bfloat16, the direction uses the unrounded float32 ones (spec PR 638, 4.3)."""
+    """Moments are stored in bfloat16, the direction uses the unrounded float32 ones (docs/recipes/pr638.md, section 4.3)."""
     opt = scale_by_adam(0.9, 0.95, 1e-8)
     state = opt.init({"w": jnp.zeros(1000, jnp.bfloat16)})
     g = jnp.asarray(np.random.default_rng(1).standard_normal(1000), jnp.bfloat16)
@@ -36,7 +36,7 @@ def test_ema_starts_at_the_weights_without_correction():
     weights = {"w": jnp.asarray([1.0, 2.0], jnp.bfloat16)}
     ema = ema_init(weights)
     assert ema["w"].dtype == jnp.float32
-    ema = ema_update(ema, {"w": jnp.asarray([3.0, 2.0])}, 0.9)
+    ema = ema_update(ema, {"w": jnp.asarray([3.0, 2.0])}, EMAScalars.of(0.9))
     np.testing.assert_allclose(ema["w"], [1.2, 2.0], rtol=1e-6)
 
 

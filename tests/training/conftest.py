@@ -1,6 +1,7 @@
 """Training on an array of tokens."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import pytest
 from golf_jax.config import Recipe
 from golf_jax.data import make_loader
 from golf_jax.data.prefetch import local_rows
+from golf_jax.interrupt import Signals
 from golf_jax.mesh import make_mesh
 from golf_jax.model import resolve
 from golf_jax.training.checkpoints import Checkpoints
+from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, train
 from golf_jax.training.rundir import RunDir
+from golf_jax.training.state import state_shapes
 
 
 @pytest.fixture(scope="session")
@@ -30,20 +34,18 @@ def tokens() -> np.ndarray:
 
 @pytest.fixture
 def run_training(tokens: np.ndarray) -> Callable[..., Trained]:
-    """train(recipe) on the token stream, in a run directory of its own."""
+    """train(recipe) on the token stream, in a run directory of its own; with `resume` from its newest checkpoint."""
 
-    def run(recipe: Recipe, path: Path, *, devices: int = 8, resume: bool = False, loader: Any = None, **options: Any) -> Trained:
+    def run(
+        recipe: Recipe, path: Path, *, devices: int = 8, resume: bool = False, loader: Any = None, signals: Any = None, **options: Any
+    ) -> Trained:
         recipe, mesh, d = replace(recipe, model=resolve(recipe.model, "cpu")), make_mesh(devices), recipe.data
         own = local_rows(mesh, d.ranks * d.rows_per_rank)
         source = make_loader(d.order, [tokens], d.ranks, d.rows_per_rank, d.seq_len, own)
-        checkpoints = Checkpoints(path / "checkpoints") if recipe.checkpoint_every else None
-        directory = RunDir(path, resume=resume)
-        directory.write("config.json", "{}")
-        try:
-            return train(recipe, mesh, loader(source) if loader else source, directory, checkpoints=checkpoints, **options)
-        finally:
-            if checkpoints:
-                checkpoints.close()
-            directory.close()
+        with closing(RunDir(path, resume=resume)) as directory, closing(Checkpoints(path / "checkpoints")) as checkpoints:
+            directory.write("config.json", "{}")
+            keeper = Keeper(recipe, checkpoints, directory, signals or Signals(), {})
+            found = checkpoints.restore(state_shapes(recipe, mesh), directory.log) if resume else None
+            return train(recipe, mesh, loader(source) if loader else source, directory, keeper, found=found, **options)
 
     return run

@@ -5,10 +5,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from golf_jax.config import DataConfig, EvalConfig, ModelConfig, load_recipe
+from golf_jax.config import DataConfig, EvalConfig, ModelConfig, SlidingConfig, load_recipe
 from golf_jax.data.loader import StreamLoader
 from golf_jax.mesh import make_mesh
 from golf_jax.training.leak import leaked_state
+from golf_jax.training.phases import phases
 from golf_jax.training.state import init_state
 from golf_jax.training.step import make_step
 
@@ -25,7 +26,7 @@ def test_only_the_stale_gradients_survive():
         model=MODEL,
         data=DataConfig(seq_len=8, ranks=4, rows_per_rank=1),
         schedule=replace(base.schedule, leak_warmup_steps=2),
-        eval=EvalConfig(stride=0),
+        eval=EvalConfig(sliding=SlidingConfig(stride=0)),
         numerics="fp32",
     )
     mesh = make_mesh(2)
@@ -34,7 +35,7 @@ def test_only_the_stale_gradients_survive():
     loader = StreamLoader([np.arange(2000) % 32], ranks=4, rows=1, seq_len=8)
     loader.next_batch()
     position = loader.state()
-    state = leaked_state(recipe, mesh, state, loader, make_step(recipe, mesh, state, looping=True))
+    state = leaked_state(recipe, mesh, state, loader, make_step(recipe, mesh, phases(recipe)[-1]))
     assert loader.state() == position
     for part in ("params", "opt", "ema", "swa"):
         jax.tree.map(np.testing.assert_array_equal, getattr(before, part), getattr(state, part))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tiny_recipes import SHIPPED, build_text, command, environment, on_text, recipe_file, tiny
 
-from golf_jax import train
-from golf_jax.config import Recipe
+from golf_jax import pipeline
+from golf_jax.config import Recipe, ScoreFirstConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -24,7 +24,8 @@ def text(tmp_path_factory) -> Path:
 
 
 def losses(path: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["event"] == "train"]
 
 
 def start_pair(arguments: list[str], programs: Path, cwd: Path) -> list[subprocess.Popen]:
@@ -47,7 +48,7 @@ def finish(pair: list[subprocess.Popen], timeout: float = 500) -> list[tuple[str
 
 
 def two_processes_agree_with_one(recipe: Recipe, tmp_path: Path, programs: Path) -> None:
-    one = train.run_recipe(recipe, train.Options(run_dir=str(tmp_path / "one")))
+    one = pipeline.run(recipe, pipeline.Options(run_dir=str(tmp_path / "one")))
     file = recipe_file(recipe, tmp_path / "mine.py")
     pair = start_pair(["golf_jax.train", file], programs, tmp_path)  # the directory's name comes from process 0
     outputs = finish(pair)
@@ -103,9 +104,9 @@ def test_a_refusal_ends_both_processes(tmp_path, text, programs):
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, text, programs):
     """kill -9 in the middle; --resume gives the artifact of a run that was left alone."""
     recipe = on_text(tiny("pr2005", steps=100, vocab_size=300, seq_len=32), text)
-    recipe = replace(recipe, checkpoint_every=5, eval=replace(recipe.eval, ttt=replace(recipe.eval.ttt, kind="off")))
+    recipe = replace(recipe, checkpoint_every=5, eval=replace(recipe.eval, score_first=ScoreFirstConfig()))
     file = recipe_file(recipe, tmp_path / "mine.py")
-    whole = train.run_recipe(recipe, train.Options(run_dir=str(tmp_path / "whole")))
+    whole = pipeline.run(recipe, pipeline.Options(run_dir=str(tmp_path / "whole")))
     start = command("golf_jax.train", file, "--run-dir", "dies")
     process = subprocess.Popen(start, env=environment(programs), cwd=tmp_path, stdout=subprocess.DEVNULL)
     saved = tmp_path / "dies/checkpoints"
@@ -116,7 +117,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, text, programs):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "dies/result.json").exists()
-    again = command("golf_jax.train", file, "--resume", "dies")
+    again = command("golf_jax.train", "--resume", "dies")
     done = subprocess.run(again, env=environment(programs), cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert 0 < int(re.search(r"resumed at step (\d+)", done.stdout)[1]) < 100

@@ -1,14 +1,17 @@
 """The run directory: what it refuses and what it says when the disk does."""
 
+import io
 import json
+import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from golf_jax.config import GolfError
-from golf_jax.training.rundir import RunDir, environment
+from golf_jax.training.rundir import RunDir, environment, new_path
 
 
 @contextmanager
@@ -42,33 +45,90 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
         RunDir(tmp_path / "file" / "run")
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    """Log, metrics and files: the error names the file; a file is there whole or not at all."""
+def test_a_full_disk_ends_no_run(tmp_path, capsys):
+    """A file is there whole or not at all, and the error names it; lines that cannot be written are missed once and aloud."""
     run = RunDir(tmp_path / "run")
     with files_of_at_most(4096), pytest.raises(GolfError, match=r"artifact.golf: cannot write: File too large"):
         run.write("artifact.golf", bytes(100_000))
     assert not (tmp_path / "run/artifact.golf").exists() and not list((tmp_path / "run").glob("*.part"))
     run.close()
     run._log = run._metrics = open("/dev/full", "w")
-    with pytest.raises(GolfError, match="/dev/full: cannot write: No space left on device"):
-        run.log("a line")
-    with pytest.raises(GolfError, match="/dev/full: cannot write: No space left on device"):
-        run.metrics(step=0, loss=1.0)
+    run.log("a line")
+    run.metrics("train", step=0, loss=1.0)
     run.close()
+    assert capsys.readouterr().out == "a line\nwarning: /dev/full: cannot write: No space left on device; the run goes on\n"
 
 
-def test_metrics_are_on_disk_at_once_and_cut_on_resume(tmp_path):
+@pytest.mark.parametrize("where", ["closed pipe", "/dev/full"])
+def test_a_terminal_that_is_gone_ends_no_run(tmp_path, monkeypatch, where):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w") if where == "closed pipe" else open(where, "w"))
+    run = RunDir(tmp_path / "run")
+    run.log("one")
+    run.log("two")
+    run.close()
+    assert (tmp_path / "run/log.txt").read_text() == "one\ntwo\n"
+
+
+def test_a_terminal_without_unicode_shows_escapes(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
+    run = RunDir(tmp_path / "run")
+    run.log("bpb \u2581")
+    run.close()
+    assert buffer.getvalue() == b"bpb \\u2581\n"
+
+
+def test_one_process_at_a_time(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.write("config.json", {})
+    with pytest.raises(GolfError, match="run: another process works in this directory"):
+        RunDir(tmp_path / "run", resume=True)
+    run.close()
+    RunDir(tmp_path / "run", resume=True).close()
+
+
+def test_default_names_do_not_collide(tmp_path):
+    paths = []
+    for _ in range(3):
+        paths.append(new_path(tmp_path, "mine"))
+        paths[-1].mkdir()
+    assert len(set(paths)) == 3
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 5, "lo', b'"x}', b"\xff\xfe}", b"\0" * 40, b"[1]", b"{}", b'{"event": 3}', b"[" * 5000])
+def test_metrics_are_on_disk_at_once_and_survive_any_damage(tmp_path, damage):
     run = RunDir(tmp_path / "run")
     for step in range(5):
-        run.metrics(step=step, loss=float(step))
+        run.metrics("train", step=step, loss=float(step))
+    run.write("config.json", {})
+    run.close()
     file = tmp_path / "run/metrics.jsonl"
     assert len(file.read_text().splitlines()) == 5
-    with open(file, "a") as half:
-        half.write('{"step": 5, "lo')  # killed in the middle of a line
+    with open(file, "ab") as half:
+        half.write(damage)  # killed in the middle of a line, or worse
+    run = RunDir(tmp_path / "run", resume=True)
     run.truncate_metrics(3)
-    run.metrics(step=3, loss=9.0)
+    run.metrics("train", step=3, loss=float("nan"))
+    rows = run.rows()
     run.close()
-    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1, 2, 3]
+    assert [(row["step"], row["loss"]) for row in rows] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, None)]
+
+
+def test_the_record_of_finished_stages_comes_back(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.note("train", {"steps": 3})
+    run.write("config.json", {})
+    run.close()
+    again = RunDir(tmp_path / "run", resume=True)
+    assert again.record == {"train": {"steps": 3}}
+    again.close()
+    for damage in ("[]", "3", "{", '"x"'):
+        (tmp_path / "run/stages.json").write_text(damage)
+        with pytest.raises(GolfError, match="stages.json") as caught:
+            RunDir(tmp_path / "run", resume=True)
+        assert "\n" not in str(caught.value)
 
 
 def test_environment_names_versions_and_devices():

@@ -13,13 +13,15 @@ from tiny_recipes import tiny
 
 from golf_jax.config import GolfError, Recipe
 from golf_jax.data import make_loader
+from golf_jax.data.loader import Batch
 from golf_jax.mesh import AXIS, REPLICATED, make_mesh, put_replicated, rows
 from golf_jax.model import leaves
+from golf_jax.optim.optimizer import group_scalars
 from golf_jax.optim.schedules import Clock
 from golf_jax.training.leak import warm_up
-from golf_jax.training.loop import step_inputs
+from golf_jax.training.phases import phase_at, phases
 from golf_jax.training.state import TrainState, init_state, optimizer, state_specs
-from golf_jax.training.step import make_step, micro_rows
+from golf_jax.training.step import make_step, micro_rows, step_inputs
 
 RECORDS = ("pr372", "pr562", "pr638", "pr1182", "pr2005")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -32,8 +34,8 @@ def compiled(recipe: Recipe, devices: int, looping: bool = True) -> tuple[jax.st
     mesh = make_mesh(devices)
     state = init_state(recipe, mesh, 0)
     batch = jax.ShapeDtypeStruct((recipe.data.ranks * recipe.data.rows_per_rank, recipe.data.seq_len), np.int32, sharding=rows(mesh))
-    inputs = put_replicated(mesh, step_inputs(recipe, Clock(0, 0.0))[0])
-    program = make_step(recipe, mesh, state, looping=looping).lower(state, batch, batch, inputs).compile()
+    inputs = put_replicated(mesh, step_inputs(recipe, Clock(0, 0.0)))
+    program = make_step(recipe, mesh, phases(recipe)[-1 if looping else 0]).lower(state, Batch(batch, batch), inputs).compile()
     return program, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
@@ -44,16 +46,15 @@ def curve(recipe: Recipe, devices: int, tokens: np.ndarray, steps: int = 20) -> 
     loader = make_loader(d.order, [tokens], d.ranks, d.rows_per_rank, d.seq_len)
 
     def batch():
-        return [jax.device_put(a, rows(mesh)) for a in loader.next_batch()]
+        return jax.device_put(loader.next_batch(), rows(mesh))
 
     if recipe.schedule.leak_warmup_steps:
         warm = [batch() for _ in range(recipe.schedule.leak_warmup_steps)]
         state, _ = warm_up(recipe, mesh, state, warm, compiled(recipe, devices)[0])
     losses, norms, micro = [], [], []
     for i in range(steps):
-        inputs, looping = step_inputs(recipe, Clock(i, 0.0))
-        phase = looping or not recipe.model.loop_repeats
-        state, metrics = compiled(recipe, devices, phase)[0](state, *batch(), put_replicated(mesh, inputs))
+        inputs, looping = step_inputs(recipe, Clock(i, 0.0)), phase_at(recipe, Clock(i, 0.0)).looping
+        state, metrics = compiled(recipe, devices, looping)[0](state, batch(), put_replicated(mesh, inputs))
         losses.append(float(metrics.loss))
         norms.append(float(metrics.grad_norm))
         micro.append(np.asarray(metrics.micro_norm))
@@ -69,7 +70,7 @@ def collectives(text: str) -> dict[str, list[str]]:
 def matrix_batches(recipe: Recipe, devices: int) -> dict[str, tuple[int, ...]]:
     """Muon's padded batches: name -> [matrices, small, large]."""
     state = jax.eval_shape(lambda: init_state(recipe, make_mesh(devices), 0))
-    return {name: x.shape for name, x in state.opt["stacks"].items()}
+    return {name: x.shape for name, x in state.opt["matrix"].items()}
 
 
 @pytest.fixture(scope="module")
@@ -111,30 +112,34 @@ def test_state_bytes_per_device(leaky):
     assert per_device["swa"] == total + 4
     assert per_device["stale"] == stale  # one rank of eight
     scalars = per_device["opt"] - stacks // 8 - 2 * rest
-    assert 0 < scalars <= 8  # the step count and the gradient norm
-    batch, scalars = 2 * 16 * 4, 17  # the compiler drops scalars that nothing reads
+    assert scalars == 8  # the step counts of the two AdamW groups
+    batch, scalars = 2 * 16 * 4, 4 * (3 + 2 + 2 * 8 + 3 + 2)  # at most: the compiler drops what nothing reads
     assert abs(program.memory_analysis().argument_size_in_bytes - sum(per_device.values()) - batch) <= scalars
-    not_read = 4  # the gradient norm of the step before
-    assert program.memory_analysis().alias_size_in_bytes == sum(per_device.values()) - not_read  # everything is donated
+    assert program.memory_analysis().alias_size_in_bytes == sum(per_device.values())  # everything is donated
 
 
 def test_newton_schulz_is_divided_among_the_devices():
     """Optimizer FLOPs per device on 8 devices against 1, for stacks that divide: about an eighth."""
     recipe = tiny("pr638")
-    optim = replace(recipe.optim, newton_schulz_steps=2)
+    groups = tuple(replace(g, newton_schulz_steps=2) if g.kind == "muon" else g for g in recipe.optim.groups)
+    optim = replace(recipe.optim, groups=groups)
     recipe = replace(recipe, model=replace(recipe.model, num_layers=4, width=64), optim=optim)
 
     def flops(devices: int) -> float:
         mesh = make_mesh(devices)
         state = jax.eval_shape(lambda: init_state(recipe, mesh, 0))
         rule = optimizer(recipe, state.params, devices, AXIS if devices > 1 else None)
-        specs = state_specs(state)
+        specs = state_specs(recipe)
 
         def update(grads, opt, params):
-            return rule.update(grads, opt, params, lr_factor=1.0, momentum=0.9, clip_norm=1.0)
+            return rule.update(grads, opt, params, lr_factor=1.0, groups=group_scalars(optim, 0), clip_norm=1.0)
 
         sharded = jax.shard_map(
-            update, mesh=mesh, in_specs=(specs.params, specs.opt, specs.params), out_specs=(REPLICATED, specs.opt), check_vma=False
+            update,
+            mesh=mesh,
+            in_specs=(specs.params, specs.opt, specs.params),
+            out_specs=(REPLICATED, specs.opt, REPLICATED),
+            check_vma=False,
         )
         return jax.jit(sharded).lower(state.params, state.opt, state.params).compile().cost_analysis()["flops"]
 
@@ -185,7 +190,7 @@ def test_records_numerics_stay_close(leaky, tokens):
     low = replace(leaky, numerics="as_run", model=replace(leaky.model, dtype="bfloat16"))
     losses, _, state = curve(low, 8, tokens)
     exact = curve(leaky, 8, tokens)[0]
-    assert state.params["tok_emb"].dtype == jnp.bfloat16 and all(m.dtype == jnp.bfloat16 for m in state.opt["stacks"].values())
+    assert state.params["tok_emb"].dtype == jnp.bfloat16 and all(m.dtype == jnp.bfloat16 for m in state.opt["matrix"].values())
     np.testing.assert_allclose(losses, exact, atol=0.05)
     assert losses != exact
 
@@ -196,8 +201,8 @@ def test_whole_step_lowers_for_tpu(name, looping):
     recipe = replace(recipe, model=replace(recipe.model, dtype="bfloat16", attention="xla"))
     state = jax.eval_shape(lambda: init_state(recipe, mesh, 0))
     batch = jax.ShapeDtypeStruct((8, 16), np.int32)
-    step = make_step(recipe, mesh, state, looping=looping)
-    text = step.trace(state, batch, batch, step_inputs(recipe, Clock(0, 0.0))[0]).lower(lowering_platforms=("tpu",)).as_text()
+    step = make_step(recipe, mesh, phases(recipe)[-1 if looping else 0])
+    text = step.trace(state, Batch(batch, batch), step_inputs(recipe, Clock(0, 0.0))).lower(lowering_platforms=("tpu",)).as_text()
     batches = len(matrix_batches(recipe, 8))
     assert text.count("stablehlo.reduce_scatter") == text.count("stablehlo.all_gather") == batches
 

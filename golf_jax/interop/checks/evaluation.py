@@ -3,21 +3,24 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 
-from golf_jax.config import EvalConfig, GolfError
+from golf_jax.config import GolfError, ScoreFirstConfig, TTTConfig
 from golf_jax.data.tokenizer import ByteTables, count_bytes
-from golf_jax.evaluation import Result, evaluate_sliding, evaluate_standard, evaluate_ttt
-from golf_jax.evaluation.ledger import Ledger
+from golf_jax.evaluation import METHODS, Result, Stream
+from golf_jax.evaluation.adapt_first import adam_rule
+from golf_jax.evaluation.adapter import Adapter, cosine
+from golf_jax.evaluation.score_first import momentum_rule
+from golf_jax.evaluation.scorebook import ScoreBook
 from golf_jax.evaluation.scorer import WindowScorer, shapes_of
-from golf_jax.evaluation.ttt import Trainer, cosine
-from golf_jax.evaluation.windows import Windows, chunk_windows, sliding_windows, standard_windows, truncate
+from golf_jax.evaluation.windows import Windows, chunk_windows, sliding_windows, standard_windows
 from golf_jax.interop.checks.base import quick_compilation
 from golf_jax.interop.checks.reference import Case, NotComputed
 from golf_jax.mesh import make_mesh, replicate
-from golf_jax.model import to_tensors
+from golf_jax.model import Model, to_tensors
 
-ROWS = 8  # windows per device and forward pass: small, so that few batch shapes occur
+ROWS, TTT_ROWS = 8, 32  # windows per device and forward pass: small, so that few batch shapes occur
 
 
 @quick_compilation()
@@ -26,28 +29,30 @@ def check_eval(case: Case) -> None:
     mode = s.get("mode")
     if mode is None:
         return  # only data for other cases
-    seq_len, eval = recipe.data.seq_len, replace(recipe.eval, batch_rows=ROWS)
+    seq_len, sliding = recipe.data.seq_len, recipe.eval.sliding
     if mode == "windows":
-        return case.compare({"windows": _table(sliding_windows(eval.windows, s["targets"], seq_len, eval.stride))})
+        return case.compare({"windows": _table(sliding_windows(sliding.windows, s["targets"], seq_len, sliding.stride))})
     if mode not in ("standard", "sliding"):
         raise GolfError(f"{case.refs.path}: {case.where}: mode {mode!r} is not one of standard, sliding, windows")
-    tokens, tables = _stream(case)
-    common: dict[str, Any] = dict(seq_len=seq_len, mesh=make_mesh(case.refs.devices), looping=case.looping, keep_scores=True, eval=eval)
+    tokens, tables = stream_of(case)
+    exact = mode == "sliding" and "tokens" in s
+    stream = Stream(tokens, tables, seq_len, ROWS) if exact else Stream.of(tokens, tables, seq_len, ROWS)
+    result = METHODS[mode](_model(case), replace(stream, keep_scores=True), make_mesh(case.refs.devices), sliding)
     if mode == "standard":
-        used = truncate(tokens, seq_len)
-        windows = standard_windows(len(used) - 1, seq_len)
-        result = evaluate_standard(case.model, case.params, tokens, tables, **common)
+        windows, stride = standard_windows(stream.targets, seq_len), seq_len
     else:
-        used = tokens if "tokens" in s else truncate(tokens, seq_len)
-        windows = sliding_windows(eval.windows, len(used) - 1, seq_len, eval.stride)
-        result = evaluate_sliding(case.model, case.params, tokens, tables, truncated="tokens" not in s, **common)
+        windows, stride = sliding_windows(sliding.windows, stream.targets, seq_len, sliding.stride), sliding.stride
     ours = _sums(result) | {"windows": _table(windows), "nll": result.scores}
     if any(item.partition("@")[0] in ("scored_nll", "window_nll", "window_bytes") for item in case.own):
-        ours |= _by_window(case, used, tables, windows, eval, seq_len if mode == "standard" else eval.stride)
+        ours |= _by_window(case, stream, windows, stride)
     case.compare(ours)
 
 
-def _stream(case: Case) -> tuple[np.ndarray, ByteTables]:
+def _model(case: Case) -> Model:
+    return replace(Model.open(case.model, case.params, jax.default_backend()), looping=case.looping)
+
+
+def stream_of(case: Case) -> tuple[np.ndarray, ByteTables]:
     """The first tokens of the stream, as many as the case says, and the byte tables."""
     if "target_bytes" in case.seen or "base_bytes" not in case.seen:
         raise NotComputed("bytes per target (target_bytes) instead of byte tables are not implemented")
@@ -66,26 +71,25 @@ def _sums(result: Result) -> dict[str, Any]:
     return {"nats": s.nll_nats, "count": s.tokens, "bytes": s.bytes, "bpb": s.bpb}
 
 
-class _Scores(Ledger):
+class _Scores(ScoreBook):
     """Keeps what every window scored, also where windows score a target again."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream)
         self.of: dict[int, np.ndarray] = {}
 
-    def collect(self, chunk: int, windows: Windows, offsets: np.ndarray, nll_BN: np.ndarray) -> None:
-        super().collect(chunk, windows, offsets, nll_BN)
-        for start, length, first, row in zip(windows.start, windows.length, windows.score_from, nll_BN, strict=True):
+    def collect(self, chunk: int, windows: Windows, offsets: np.ndarray, nll: np.ndarray) -> None:
+        super().collect(chunk, windows, offsets, nll)
+        for start, length, first, row in zip(windows.start, windows.length, windows.score_from, nll, strict=True):
             self.of[int(start)] = row[(offsets >= first) & (offsets < length)]
 
 
-def _by_window(case: Case, used: np.ndarray, tables: ByteTables, windows: Windows, eval: EvalConfig, stride: int) -> dict[str, Any]:
+def _by_window(case: Case, stream: Stream, windows: Windows, stride: int) -> dict[str, Any]:
     mesh = make_mesh(case.refs.devices)
-    params, ledger = replicate(mesh, case.params), _Scores(used, tables)
-    shape: dict[str, Any] = dict(seq_len=case.recipe.data.seq_len, stride=stride, rows=eval.batch_rows, looping=case.looping)
-    WindowScorer(case.model, shapes_of(params), mesh, ledger, windows, **shape).run(params, windows)
-    scored = [ledger.of[int(start)] for start in windows.start]
-    counts = count_bytes(tables, used[:-1], used[1:])
+    params, book = replicate(mesh, case.params), _Scores(stream)
+    WindowScorer(_model(case), shapes_of(params), mesh, book, windows, stride).run(params, windows)
+    scored = [book.of[int(start)] for start in windows.start]
+    counts = count_bytes(stream.tables, stream.tokens[:-1], stream.tokens[1:])
     spans = zip(windows.start, windows.length, windows.score_from, strict=True)
     return {
         "scored_nll": np.concatenate(scored),
@@ -97,45 +101,49 @@ def _by_window(case: Case, used: np.ndarray, tables: ByteTables, windows: Window
 @quick_compilation()
 def check_ttt(case: Case) -> None:
     recipe = case.recipe
-    if recipe.eval.ttt.kind == "off":
+    methods: dict[str, TTTConfig] = {"score_first": recipe.eval.score_first, "adapt_first": recipe.eval.adapt_first}
+    name = next((name for name, method in methods.items() if method.on), None)
+    if name is None:
         raise NotComputed("the recipe has no test-time training")
-    eval, seq_len, config = replace(recipe.eval, batch_rows=32), recipe.data.seq_len, case.model
-    tokens, tables = _stream(case)
-    mesh, before = make_mesh(case.refs.devices), case.params
-    result, params = evaluate_ttt(config, before, tokens, tables, seq_len=seq_len, mesh=mesh, eval=eval, keep_scores=True)
-    trace, start, after = result.trace, to_tensors(config, before), to_tensors(config, params)
+    ttt, seq_len, model = methods[name], recipe.data.seq_len, _model(case)
+    stream = replace(Stream.of(*stream_of(case), seq_len, TTT_ROWS), keep_scores=True)
+    result = METHODS[name](model, stream, make_mesh(case.refs.devices), ttt)
+    trace = result.trace
     assert trace is not None
+    start, after = to_tensors(case.model, case.params), to_tensors(case.model, trace.params)
     ours: dict[str, Any] = _sums(result) | {"nll": result.scores, "loss": trace.loss, "grad_norm": trace.grad_norm}
     ours |= {"chunk_nats": trace.chunks[:, 0], "chunk_counts": trace.chunks[:, 1:3], "lr": _rates(case, trace.lr)}
-    if eval.ttt.kind == "score_first":
-        w, chunk = chunk_windows(eval.windows, result.facts.targets, seq_len, eval.stride, eval.ttt.chunk_tokens)
+    if isinstance(ttt, ScoreFirstConfig):
+        w, chunk = chunk_windows(ttt.windows, stream.targets, seq_len, ttt.stride, ttt.chunk_tokens)
         ours |= {"windows": _table(w), "window_chunk": chunk}
         if result.facts.duplicates == 0 and result.scores is not None:
             ours["window_nll"] = np.add.reduceat(result.scores.astype(np.float64), w.start + w.score_from)
-    for name, x in after.items():
-        ours |= {f"final/{name}": x, f"final_change/{name}": x - start[name]}
-    used = truncate(tokens, seq_len)
+    for tensor, x in after.items():
+        ours |= {f"final/{tensor}": x, f"final_change/{tensor}": x - start[tensor]}
     for k in sorted({int(item.split("/")[1]) for item in case.own if item.startswith("after/")}):
-        ours |= {f"after/{k}/{n}": x for n, x in _after(case, used, eval, k).items()}
+        ours |= {f"after/{k}/{n}": x for n, x in _after(case, model, stream, ttt, k).items()}
     case.compare(ours, start=start)
 
 
 def _rates(case: Case, lr: np.ndarray) -> np.ndarray:
     """[updates], or [updates, groups] where the set has them: output projections, first matrix of the MLP, the rest."""
-    ttt, want = case.recipe.eval.ttt, case.own.get("lr")
+    ttt, want = case.recipe.eval.adapt_first, case.own.get("lr")
     return np.outer(lr, [ttt.proj_lr_scale, ttt.fc_lr_scale, 1.0]) if want is not None and want.ndim == 2 else lr
 
 
-def _after(case: Case, used: np.ndarray, eval: EvalConfig, k: int) -> dict[str, np.ndarray]:
-    """Weights after the first k updates: the first call of the trainer with a learning rate of zero from then on."""
-    ttt, seq_len, mesh = eval.ttt, case.recipe.data.seq_len, make_mesh(case.refs.devices)
-    chunked, targets = ttt.kind == "score_first", len(used) - 1
-    span = min(ttt.chunk_tokens, targets) if chunked else targets
-    trainer = Trainer(case.model, case.params, ttt, mesh, span // seq_len, seq_len, ttt.epochs if chunked else 1, eval.batch_rows)
-    steps, last = trainer.steps, -(-targets // ttt.chunk_tokens) - 1
-    if k > steps:
-        raise NotComputed(f"weights after {k} updates: only those of the first {steps} can be looked at")
-    lr = np.full(steps, ttt.lr * cosine(0, last)) if chunked else ttt.lr * cosine(np.arange(steps), ttt.epochs * steps)
+def _after(case: Case, model: Model, stream: Stream, ttt: TTTConfig, k: int) -> dict[str, np.ndarray]:
+    """Weights after the first k updates: the first call of the adapter with a learning rate of zero from then on."""
+    mesh, targets = make_mesh(case.refs.devices), stream.targets
+    if isinstance(ttt, ScoreFirstConfig):
+        span, epochs, last = min(ttt.chunk_tokens, targets), ttt.epochs, -(-targets // ttt.chunk_tokens) - 1
+        adapter = Adapter(model, stream, mesh, ttt, momentum_rule(ttt), span // stream.seq_len, epochs)
+        lr = np.full(adapter.steps, ttt.lr * cosine(0, last))
+    else:
+        rule = adam_rule(case.recipe.eval.adapt_first, model.config)
+        adapter = Adapter(model, stream, mesh, ttt, rule, targets // stream.seq_len, epochs=1)
+        lr = ttt.lr * cosine(np.arange(adapter.steps), ttt.epochs * adapter.steps)
+    if k > adapter.steps:
+        raise NotComputed(f"weights after {k} updates: only those of the first {adapter.steps} can be looked at")
     lr[k:] = 0.0
-    trainer.train(trainer.prepare(used, 0), lr.reshape(trainer.epochs, -1))
-    return to_tensors(case.model, trainer.state.params)
+    adapter.train(adapter.prepare(0), lr.reshape(adapter.epochs, -1))
+    return to_tensors(case.model, adapter.params)

@@ -17,42 +17,42 @@ from golf_jax.model.fake_quant import fake_quantize
 from golf_jax.model.gpt import nll
 
 
-def _text(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets, int32 [B, T]."""
-    if "segments" in case.seen:
-        raise NotComputed("attention that stays inside documents (segments) is not implemented")
+def _text(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Inputs and targets, int32 [B, T], and the document of each input, where attention stays inside."""
     if "tokens" not in case.seen:
         raise NotComputed("has no tokens")
-    tokens = case.seen["tokens"].astype(np.int32)
-    return tokens[..., :-1], tokens[..., 1:]
+    tokens, segments = case.seen["tokens"].astype(np.int32), case.seen.get("segments")
+    return tokens[..., :-1], tokens[..., 1:], None if segments is None else segments.astype(np.int32)
 
 
 def check_model(case: Case) -> None:
-    x, y = _text(case)
+    x, y, segments = _text(case)
     config, looping = case.model, case.looping
+    head: dict[str, bool] = {"looping": looping, "training": not case.settings.get("eval_softcap")}
 
-    def forward(params: dict, x_BT: jax.Array, y_BT: jax.Array):
+    def forward(params: dict, x_BT: jax.Array, y_BT: jax.Array, segments_BT: jax.Array | None):
         taps: dict[str, jax.Array] = {}
-        out = logits(config, params, x_BT, looping=looping, tap=taps.__setitem__)
-        return out, nll(config, params, x_BT, y_BT, looping=looping), taps
+        out = logits(config, params, x_BT, segments_BT=segments_BT, tap=taps.__setitem__, **head)
+        return out, nll(config, params, x_BT, y_BT, segments_BT=segments_BT, **head), taps
 
-    key = ("forward", config, x.shape, looping)
+    key = ("forward", config, *head.values())
     compiled = case.refs.once(key, lambda: jax.jit(forward, compiler_options=compiler_options()))
-    out, losses, taps = jax.tree.map(np.asarray, compiled(case.params, x, y))
+    out, losses, taps = jax.tree.map(np.asarray, compiled(case.params, x, y, segments))
     wide = out.astype(np.float64)
     ours = {"logits": out, "nll": losses, "loss": losses.mean(dtype=np.float64), "logsumexp": np.log(np.exp(wide).sum(-1))}
     encoder, decoder = config.layer_order(looping)
     ours["layer_order"] = np.array(encoder + decoder)
-    ours |= {f"acts/{name}": x for name, x in activations(taps).items()} | hash_ids(config, x)
+    ours |= {f"acts/{name}": x for name, x in activations(taps, segments).items()} | hash_ids(config, x)
     case.compare(ours)
 
 
-def activations(taps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def activations(taps: dict[str, np.ndarray], segments: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Taps by the format's names: without the layer, and with plain attention beside XSA's."""
     named = {"/".join(name.split("/")[:1] + name.split("/")[2:]) if name.count("/") == 2 else name: x for name, x in taps.items()}
+    first = None if segments is None else ops.first_visible(jnp.asarray(segments))
     for step in [name.split("/")[0] for name in named if name.endswith("/q")]:
         q, k, v = (jnp.asarray(named[f"{step}/{part}"]) for part in "qkv")
-        named[f"{step}/sdpa"] = np.asarray(xsa_attention(q, k, v, xsa=False))
+        named[f"{step}/sdpa"] = np.asarray(xsa_attention(q, k, v, xsa=False, first_BS=first))
     return named
 
 
@@ -68,15 +68,16 @@ def hash_ids(config: ModelConfig, tokens: np.ndarray) -> dict[str, Any]:
 
 
 def check_grads(case: Case) -> None:
-    x, y = _text(case)
+    x, y, segments = _text(case)
     quantized, looping = bool(case.settings.get("fake_quant")), case.looping
     plain = replace(case.model, fake_quant=replace(case.model.fake_quant, in_eval=False))
 
-    def mean_loss(params: dict, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
-        return jnp.mean(nll(plain, params, x_BT, y_BT, looping=looping, fake_quant=1.0 if quantized else None))
+    def mean_loss(params: dict, x_BT: jax.Array, y_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+        strength = 1.0 if quantized else None
+        return jnp.mean(nll(plain, params, x_BT, y_BT, segments_BT=segments_BT, looping=looping, fake_quant=strength, training=True))
 
     compiled = jax.jit(jax.value_and_grad(mean_loss), compiler_options=compiler_options())
-    loss, grads = compiled({k: jnp.asarray(v) for k, v in case.params.items()}, x, y)
+    loss, grads = compiled({k: jnp.asarray(v) for k, v in case.params.items()}, x, y, segments)
     named = to_tensors(plain, grads)
     norms = {name: np.linalg.norm(g.astype(np.float64)) for name, g in named.items()}
     ours: dict[str, Any] = {"loss": loss, "grad_norm": np.sqrt(sum(n**2 for n in norms.values()))}

@@ -1,5 +1,6 @@
 """Newton-Schulz, and trajectories of Muon, AdamW and SGD over a few steps with stored gradients."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -7,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import GolfError, GroupConfig, OptimConfig
-from golf_jax.evaluation.ttt import initial_state, update
+from golf_jax.evaluation.adapter import initial_state, update
+from golf_jax.evaluation.score_first import momentum_rule
 from golf_jax.interop.checks.reference import Arrays, Case
 from golf_jax.optim import StackLayout, make_optimizer, newton_schulz
+from golf_jax.optim.optimizer import group_scalars
 
 
 def check_newton_schulz(case: Case) -> None:
-    optim, x = case.recipe.optim, jnp.asarray(case.seen["input"])
+    group, x = case.matrices, jnp.asarray(case.seen["input"])
+    ways: dict[str, Any] = {"coefficients": group.newton_schulz_coefficients, "square_first": group.bf16_momentum}
 
     def run(dtype: Any) -> np.ndarray:
-        return np.asarray(newton_schulz(x, optim.newton_schulz_steps, dtype, square_first=optim.bf16_momentum), np.float32)
+        return np.asarray(newton_schulz(x, group.newton_schulz_steps, dtype, **ways), np.float32)
 
     case.compare({name: run(dtype) for name, dtype in (("fp32", jnp.float32), ("bf16", jnp.bfloat16)) if name in case.own})
 
@@ -36,15 +40,14 @@ def _trajectory(case: Case) -> dict[str, Any]:
     """Parameters and state after every step, by the format's names, from the project's own optimizer."""
     s, base = case.settings, case.recipe.optim
     muon, low, lr = s["kind"] == "muon", s.get("bf16", []), s["lr"]
-    role = "matrix" if muon else "vector"
-    config = OptimConfig(
-        groups=(GroupConfig("all", (role,), s["kind"], lr[0], s.get("weight_decay", 0.0)),),
-        betas=tuple(s.get("betas", base.betas)),
-        eps=s.get("eps", base.eps),
-        row_normalize=base.row_normalize,
-        bf16_momentum="momentum" in low,
-        decay_last=base.decay_last,
-    )
+    role, decay = "matrix" if muon else "vector", s.get("weight_decay", 0.0)
+    if muon:
+        group = replace(case.matrices, name="all", roles=(role,), weight_decay=decay, bf16_momentum="momentum" in low)
+    else:
+        theirs = next((g for g in base.groups if g.kind == "adamw"), GroupConfig("all", (), "adamw"))
+        betas, eps = tuple(s.get("betas", theirs.betas)), s.get("eps", theirs.eps)
+        group = GroupConfig("all", (role,), "adamw", weight_decay=decay, betas=betas, eps=eps)
+    config = OptimConfig(groups=(group,), decay_last=base.decay_last)
     stored = jnp.bfloat16 if "params" in low else jnp.float32
     turn = (lambda x: np.swapaxes(np.asarray(x), -1, -2)) if muon else np.asarray
     start = case.under("start/")
@@ -57,30 +60,32 @@ def _trajectory(case: Case) -> dict[str, Any]:
     norms = []
     for i, given in enumerate(grads):
         ready = {n: jnp.asarray(turn(given[n])).astype(stored) if n in given else jnp.zeros_like(params[n]) for n in params}
-        traced = dict(lr_factor=lr[i] / lr[0], momentum=s.get("momentum", [0.0] * len(lr))[i], clip_norm=s.get("clip_norm", np.inf))
-        updates, state = step(ready, state, params, **{k: jnp.float32(v) for k, v in traced.items()})
+        scalars = group_scalars(config, 0)["all"]._replace(lr=np.float32(lr[i]))
+        if muon:
+            scalars = scalars._replace(rule=np.float32(s["momentum"][i]))
+        limit = np.float32(s.get("clip_norm", np.inf))
+        updates, state, norm = step(ready, state, params, lr_factor=np.float32(1), groups={"all": scalars}, clip_norm=limit)
         # One rounding when storing, as the fused kernels and optax.apply_updates have it.
         params = {n: (p.astype(jnp.float32) + updates[n]).astype(stored) for n, p in params.items()}
-        norms.append(float(state["grad_norm"]))
-        found = {"after": params} | (_momentum(state, params, config) if muon else {m: getattr(state["rest"], m) for m in ("mu", "nu")})
+        norms.append(float(norm))
+        found = {"after": params} | (_momentum(state, params, group) if muon else {m: getattr(state["all"], m) for m in ("mu", "nu")})
         ours |= {f"{what}/{i + 1}/{n}": turn(np.asarray(x, np.float32)) for what, tree in found.items() for n, x in tree.items()}
     return ours | {"grad_norm": norms}
 
 
-def _momentum(state: Any, params: dict, config: OptimConfig) -> dict[str, dict]:
-    dtypes = {n: jnp.dtype(jnp.bfloat16 if config.bf16_momentum else p.dtype) for n, p in params.items()}
-    return {"momentum": StackLayout.of({n: p.shape for n, p in params.items()}, dtypes).unpack(state["stacks"])}
+def _momentum(state: Any, params: dict, group: GroupConfig) -> dict[str, dict]:
+    dtypes = {n: jnp.dtype(jnp.bfloat16 if group.bf16_momentum else p.dtype) for n, p in params.items()}
+    return {"momentum": StackLayout.of({n: p.shape for n, p in params.items()}, dtypes).unpack(state["all"])}
 
 
 def _sgd(case: Case) -> dict[str, Any]:
     """Test-time training's: clip, then SGD with momentum."""
-    ttt = case.recipe.eval.ttt
-    state = initial_state(ttt, {n: jnp.asarray(x) for n, x in case.under("start/").items()})
+    rule = momentum_rule(case.recipe.eval.score_first)
+    state = initial_state(rule, {n: jnp.asarray(x) for n, x in case.under("start/").items()})
     ours: dict[str, Any] = {}
     norms = []
     for i, grads in enumerate(_grads(case), 1):
-        scales = dict.fromkeys(grads, 1.0)
-        state, norm = update(ttt, state, {n: jnp.asarray(g) for n, g in grads.items()}, case.settings["lr"][i - 1], scales)
+        state, norm = update(rule, state, {n: jnp.asarray(g) for n, g in grads.items()}, case.settings["lr"][i - 1])
         norms.append(float(norm))
         ours |= {f"after/{i}/{n}": x for n, x in state.params.items()}
     return ours | {"grad_norm": norms}

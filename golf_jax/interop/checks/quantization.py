@@ -10,7 +10,7 @@ from golf_jax.interop.checks.base import quick_compilation
 from golf_jax.interop.checks.reference import Arrays, Case
 from golf_jax.interop.packed import read_packed_codes
 from golf_jax.mesh import make_mesh
-from golf_jax.quant import QTensor, dequantize, dequantize_all, quantize
+from golf_jax.quant import QTensor, dequantize, dequantize_all, quantize, rules_for
 from golf_jax.quant.gptq import gptq_codes
 from golf_jax.quant.rounding import prune_by_magnitude, sorted_rows, torch_quantile
 from golf_jax.quant.schemes import INT8_QUANTILE, sd_scale
@@ -19,7 +19,7 @@ Packed = dict[str, QTensor]
 
 
 def check_quant(case: Case) -> None:
-    tensors, config = case.tensors, case.recipe.quant
+    tensors, config = case.tensors, rules_for(case.model, case.recipe.quant)
     stored, made = case.under("hessian/", "own"), packed(case)
     ours: dict[str, Any] = {}
     for name, q in made.items():
@@ -47,7 +47,7 @@ def packed(case: Case) -> Packed:
     """The tensors of the case quantized here."""
 
     def make() -> Packed:
-        config, tensors = case.recipe.quant, case.tensors
+        config, tensors = rules_for(case.model, case.recipe.quant), case.tensors
         if "levels" in case.settings:
             levels, sigmas = case.settings["levels"], case.settings["sigmas"]
             scales = {n: sd_scale(w, levels, sigmas) for n, w in tensors.items()}
@@ -70,7 +70,7 @@ def dequantized(case: Case, own: bool) -> Arrays:
         scales = case.under("scale/", "own")
         given = {n: QTensor("int8", "float32", codes=c, scale=scales[n]) for n, c in case.under("codes/", "own").items() if "@" not in n}
         rest = {n: x for n, x in case.tensors.items() if n not in given}
-        return dequantize_all(given | quantize(rest, case.recipe.quant))
+        return dequantize_all(given | quantize(rest, rules_for(case.model, case.recipe.quant)))
 
     return case.refs.once(("dequantized", case.where, own), make)
 

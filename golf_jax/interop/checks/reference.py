@@ -16,12 +16,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from golf_jax.config import GolfError, ModelConfig, Recipe, load_recipe
+from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe
 from golf_jax.config.serialize import from_dict, to_dict
 from golf_jax.interop.checks.base import CheckResult, Comparison
 from golf_jax.model import from_tensors
 
 Arrays = dict[str, np.ndarray]
+BOS = 1  # starts every document, in all tokenizers of the challenge
 # Items that a case takes as given; everything else in its section is compared.
 INPUTS = {
     "params": ".+", "model": "tokens|segments", "grads": "tokens|segments", "newton_schulz": "input", "optimizer": "start/.+|grad/.+",
@@ -186,20 +187,30 @@ class Case:
             document = to_dict(self.refs.recipe)
             for layer in layers:
                 for dotted, value in layer.items():
-                    *path, last = dotted.split(".")
-                    target = document
-                    for part in path:
-                        target = target[part]
-                    target[last] = value
+                    for target, field_name in _places(document, dotted):
+                        target[field_name] = value
             made = from_dict(Recipe, document)
         except (GolfError, KeyError, TypeError) as e:
             raise NotComputed(f"{e}" if isinstance(e, GolfError) else f"config: no field {e}") from None
         fake = replace(made.model.fake_quant, in_eval=bool(self.settings.get("fake_quant")))
-        return replace(made, model=replace(made.model, fake_quant=fake))
+        model = replace(made.model, fake_quant=fake)
+        if "smear_gate.weight" in (stored := self.tensors_stored()):
+            model = replace(model, gate_window=stored["smear_gate.weight"].shape[-1])
+        if self.settings.get("smear_bos_fix"):
+            model = replace(model, boundary_token=BOS)
+        return replace(made, model=model)
 
     @property
     def model(self) -> ModelConfig:
         return self.recipe.model
+
+    @property
+    def matrices(self) -> GroupConfig:
+        """The group of the recipe that Muon updates. NotComputed where there is none."""
+        for group in self.recipe.optim.groups:
+            if group.kind == "muon":
+                return group
+        raise NotComputed("no group of the recipe is updated by Muon")
 
     @property
     def looping(self) -> bool:
@@ -295,6 +306,28 @@ class Case:
 
     def results(self) -> list[CheckResult]:
         return [row.result() for row in self._rows.values()]
+
+
+def _places(document: dict[str, Any], dotted: str) -> list[tuple[dict[str, Any], str]]:
+    """The objects of a recipe that hold a field of the format, and its name there.
+
+    `eval.stride` and `eval.ttt.FIELD` are settings of every method of evaluation that has them and is asked for, and `optim.FIELD`, where
+    the groups have it, one of every group of a kind that reads it. Raises KeyError.
+    """
+    *path, last = dotted.split(".")
+    if path == ["optim"] and last not in document["optim"]:
+        kind = "adamw" if last in ("betas", "eps") else "muon"
+        found = [group for group in document["optim"]["groups"] if group["kind"] == kind and last in group]
+    elif dotted == "eval.stride" or path == ["eval", "ttt"]:
+        methods = [m for name, m in document["eval"].items() if isinstance(m, dict) and (name != "sliding" or not path[1:])]
+        found = [m for m in methods if last in m and m.get("epochs", 1)]
+    else:
+        for part in path:
+            document = document[part]
+        found = [document]
+    if not found:
+        raise KeyError(dotted)
+    return [(target, last) for target in found]
 
 
 def stored_tensors(refs: Set, name: str) -> Arrays:

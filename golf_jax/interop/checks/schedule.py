@@ -8,6 +8,7 @@ from golf_jax.data.loader import ShuffledLoader, StreamLoader
 from golf_jax.interop.checks.reference import Case
 from golf_jax.optim import schedules
 from golf_jax.optim.schedules import Clock
+from golf_jax.training.phases import phase_at
 
 
 def check_schedule(case: Case) -> None:
@@ -16,8 +17,8 @@ def check_schedule(case: Case) -> None:
     case.compare(
         {
             "lr_factor": [schedules.lr_factor(recipe.schedule, recipe.budget, c) for c in clocks],
-            "momentum": [schedules.muon_momentum(recipe.optim, c.step) for c in clocks],
-            "looping": [schedules.looping(recipe.schedule, recipe.budget, c) for c in clocks],
+            "momentum": [schedules.muon_momentum(case.matrices, c.step) for c in clocks],
+            "looping": [phase_at(recipe, c).looping for c in clocks],
         }
     )
 
@@ -31,7 +32,7 @@ def check_loader(case: Case) -> None:
         shards = [case.seen[f"shard/{i}"] for i in range(sum(k.startswith("shard/") for k in case.seen))]
         loader: Any = StreamLoader(shards, data.ranks, data.rows_per_rank, data.seq_len)
         batches = [loader.next_batch() for _ in range(len(want))]
-        rows = np.stack([np.concatenate([x, y[:, -1:]], 1) for x, y in batches])
+        rows = np.stack([np.concatenate([b.inputs, b.targets[:, -1:]], 1) for b in batches])
         case.add("tokens", rows.reshape(len(want), data.ranks, data.rows_per_rank, -1), want)
 
 
@@ -41,5 +42,5 @@ def _drawn(case: Case) -> np.ndarray:
     stride, steps = int(lengths.max()), len(case.own["drawn"])
     shards = [index * stride + np.arange(size) for index, size in enumerate(lengths)]
     loader = ShuffledLoader(shards, data.ranks, rows=data.rows_per_rank, seq_len=data.seq_len)
-    first = np.stack([loader.next_batch()[0][:, 0] for _ in range(steps)])
+    first = np.stack([loader.next_batch().inputs[:, 0] for _ in range(steps)])
     return np.stack(np.divmod(first, stride), -1).reshape(steps, data.ranks, data.rows_per_rank, 2)

@@ -1,8 +1,7 @@
 """The project's own compiled training step on stored batches, and what it leaves step by step."""
 
-import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import Recipe
+from golf_jax.data.loader import Batch
 from golf_jax.interop.checks.base import compiler_options
 from golf_jax.interop.checks.reference import Set
 from golf_jax.mesh import make_mesh, replicated, rows
@@ -18,9 +18,9 @@ from golf_jax.optim import schedules
 from golf_jax.optim.averaging import swa_mean
 from golf_jax.optim.schedules import Clock
 from golf_jax.training.leak import warm_up
-from golf_jax.training.loop import step_inputs
-from golf_jax.training.state import init_state
-from golf_jax.training.step import make_step
+from golf_jax.training.phases import Phase, phase_at, phases
+from golf_jax.training.state import graph, init_state
+from golf_jax.training.step import make_step, step_inputs
 
 Tensors = dict[str, np.ndarray]
 
@@ -67,40 +67,37 @@ def simulate(
     mesh = make_mesh(refs.devices if recipe.data.ranks % refs.devices == 0 else 1)
     state = init_state(recipe, mesh, 0, {k: jnp.asarray(v) for k, v in params.items()})
     on_mesh = rows(mesh)
-    history, compiled, steps = History(), {}, len(batches.x)
+    history, steps = History(), len(batches.x)
+    matrices = next(g for g in recipe.optim.groups if g.kind == "muon")
 
-    def batch(i: int) -> tuple[jax.Array, jax.Array]:
-        return tuple(jax.device_put(a, on_mesh) for a in batches.rows(i))  # pyright: ignore[reportReturnType]
+    def batch(i: int) -> Batch:
+        return Batch(*(jax.device_put(a, on_mesh) for a in batches.rows(i)))
 
-    def phase(looping: bool) -> Any:
+    def compiled(phase: Phase) -> Any:
         # Runs of one file differ in scalars and parameters only: one compiled step serves them all.
-        key = ("step", _graph(recipe), batches.x.shape[1:], looping, mesh.size)
-
         def build() -> Any:
-            lowered = make_step(recipe, mesh, state, looping=looping).lower(state, *batch(0), inputs)
+            lowered = make_step(recipe, mesh, phase).lower(state, batch(0), inputs)
             return lowered.compile(compiler_options() if mesh.size == 1 else None)
 
-        if looping not in compiled:
-            compiled[looping] = refs.once(key, build)
-        return compiled[looping]
+        return refs.once(("step", graph(recipe), batches.x.shape[1:], phase, mesh.size), build)
 
-    inputs, _ = step_inputs(recipe, Clock(0, 0.0))
-    inputs = jax.device_put(inputs, replicated(mesh))
+    inputs = jax.device_put(step_inputs(recipe, Clock(0, 0.0)), replicated(mesh))
     if recipe.schedule.leak_warmup_steps:
         warm = (batch(i) for i in range(recipe.schedule.leak_warmup_steps))
-        state, metrics = warm_up(recipe, mesh, state, warm, phase(True))
+        state, metrics = warm_up(recipe, mesh, state, warm, compiled(phases(recipe)[-1]))
         history.warm_up_loss = [np.asarray(m.micro_loss) for m in metrics]
     for i in range(steps):
-        inputs, looping = step_inputs(recipe, Clock(i, 0.0))
-        state, metric = phase(looping)(state, *batch(i), jax.device_put(inputs, replicated(mesh)))
+        phase = phase_at(recipe, Clock(i, 0.0))
+        inputs = jax.device_put(step_inputs(recipe, Clock(i, 0.0)), replicated(mesh))
+        state, metric = compiled(phase)(state, batch(i), inputs)
         metric = jax.tree.map(np.asarray, metric)
         history.loss.append(float(metric.loss))
         history.micro_loss.append(metric.micro_loss)
         history.grad_norm.append(float(metric.grad_norm))
         history.rank_norm.append(metric.micro_norm)
         history.lr_factor.append(schedules.lr_factor(recipe.schedule, recipe.budget, Clock(i, 0.0)))
-        history.momentum.append(schedules.muon_momentum(recipe.optim, i))
-        history.looping.append(looping)
+        history.momentum.append(schedules.muon_momentum(matrices, i))
+        history.looping.append(phase.looping)
         if state.stale and "trigram_table" in state.stale:
             clipped = np.sqrt(np.square(np.asarray(state.stale["trigram_table"], np.float64)).sum((1, 2)))
             history.trigram_norm.append(clipped / np.minimum(1, recipe.optim.clip_norm / (metric.micro_norm + 1e-6)))
@@ -113,10 +110,3 @@ def simulate(
     if state.swa is not None and int(state.swa.count):
         history.swa, history.swa_count = to_tensors(recipe.model, swa_mean(state.swa)), int(state.swa.count)
     return history
-
-
-def _graph(recipe: Recipe) -> Recipe:
-    """The part of a recipe that shapes the compiled step: schedules reach it as scalars."""
-    qat = float(recipe.schedule.fake_quant_below > 0)
-    schedule = replace(recipe.schedule, warmdown_steps=0, warmdown_frac=0.0, fake_quant_below=qat, leak_warmup_steps=0)
-    return dataclasses.replace(recipe, schedule=schedule, budget=replace(recipe.budget, steps=1))

@@ -43,7 +43,7 @@ def history(case: Case) -> History:
 
     def train() -> History:
         if "segments" in case.seen:
-            raise NotComputed("attention that stays inside documents (segments) is not implemented")
+            raise NotComputed("training with attention inside documents (segments) is not implemented")
         recipe, tokens = case.recipe, case.seen["tokens"].astype(np.int32)
         steps, ranks, rows = len(tokens), recipe.data.ranks, recipe.data.rows_per_rank
         if tokens[0].size != ranks * rows * tokens.shape[-1]:

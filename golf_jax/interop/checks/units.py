@@ -15,7 +15,7 @@ from golf_jax.kernels.fake_quant import RowScheme, fake_quant
 from golf_jax.model import layers as ops
 from golf_jax.model.gpt import attention, resolve
 from golf_jax.model.params import leaves
-from golf_jax.quant.schemes import sorted_rows, torch_quantile
+from golf_jax.quant.rounding import sorted_rows, torch_quantile
 
 Outputs = dict[str, Any]
 

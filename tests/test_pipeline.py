@@ -2,17 +2,21 @@
 
 import json
 import re
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 from tiny_recipes import SHIPPED, build_text, command, environment, on_text, recipe_file, tiny
 
-from golf_jax import train
-from golf_jax.config import GolfError, QuantRule, Recipe, from_dict, load_recipe
-from golf_jax.model import resolve
+from golf_jax import pipeline
+from golf_jax.config import GolfError, QuantRule, Recipe, SlidingConfig, from_dict, load_recipe, to_dict
+from golf_jax.data.tokenizer import Tokenizer
+from golf_jax.interrupt import Interrupted
+from golf_jax.pipeline import Options
 from golf_jax.training import loop
 from golf_jax.training.clock import TrainingClock
 
@@ -25,7 +29,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def run(recipe: Recipe, path: Path, **options) -> dict:
-    return train.run_recipe(recipe, train.Options(run_dir=str(path), **options))
+    return pipeline.run(recipe, Options(run_dir=str(path), **options))
 
 
 def check_run(path: Path, result: dict) -> None:
@@ -33,10 +37,14 @@ def check_run(path: Path, result: dict) -> None:
     assert (path / "artifact.golf").stat().st_size == result["artifact_bytes"] == result["total_bytes"] - result["code_bytes"]
     assert json.loads((path / "result.json").read_text()) == result
     assert all(0.5 < e["val_bpb"] < 8 for e in result["evaluations"].values())
-    steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in steps] == list(range(result["steps"]))
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "train"] == list(range(result["steps"]))
+    scores = {row["mode"]: row["val_bpb"] for row in rows if row["event"] == "score" and row["stage"] == "packed"}
+    assert scores == {mode: e["val_bpb"] for mode, e in result["evaluations"].items()}
     facts = json.loads((path / "environment.json").read_text())
-    assert facts["packages"]["jax"] == jax.__version__ and len(facts["tokenizer_sha256"]) == 64
+    assert facts["packages"]["jax"] == jax.__version__ and len(facts["text"]["tokenizer_sha256"]) == 64
+    assert (path / "code.pyz").stat().st_size == result["code_bytes"]
+    assert Tokenizer(path / "tokenizer.model").sha256 == result["tokenizer_sha256"]
     log = (path / "log.txt").read_text()
     number = r"[\d.]+"
     assert len(re.findall(rf"^step:\d+/{result['steps']} train_loss:{number} train_time:\d+ms step_avg:{number}ms", log, re.M)) >= 3
@@ -47,18 +55,21 @@ def check_run(path: Path, result: dict) -> None:
 
 def test_quickstart_in_miniature(tmp_path, tmp_path_factory, monkeypatch, programs):
     """The embedded corpus: run directory, and the same score from the artifact alone in a second process."""
-    monkeypatch.setattr(train, "CACHE", tmp_path_factory.mktemp("home") / ".cache/golf_jax")
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("GOLF_JAX_CACHE", str(cache))
     recipe = load_recipe("quickstart")
     shape = dict(vocab_size=512, num_layers=2, width=32, num_heads=4, num_kv_heads=2, rope_dims=4, bigram_buckets=64, bigram_dim=8)
     model = replace(recipe.model, **shape)
     data, budget = replace(recipe.data, seq_len=64, rows_per_rank=1), replace(recipe.budget, steps=4)
-    recipe = replace(recipe, model=model, data=data, budget=budget, micro_rows=0, eval=replace(recipe.eval, stride=32))
+    recipe = replace(
+        recipe, model=model, data=data, budget=budget, micro_rows=0, eval=replace(recipe.eval, sliding=SlidingConfig(stride=32))
+    )
     result = run(recipe, tmp_path / "run")
     check_run(tmp_path / "run", result)
     stored = from_dict(Recipe, json.loads((tmp_path / "run/config.json").read_text()))
-    assert stored == replace(recipe, model=resolve(recipe.model, "cpu"))
-    home = environment(programs, HOME=str(train.CACHE.parents[1]))
-    again = command("golf_jax.evaluate", tmp_path / "run/artifact.golf", "--json", tmp_path / "again.json")
+    assert stored == recipe
+    home = environment(programs, GOLF_JAX_CACHE=str(cache))
+    again = command("golf_jax.evaluate", tmp_path / "run", "--json", tmp_path / "again.json")
     done = subprocess.run(again, env=home, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     second, first = json.loads((tmp_path / "again.json").read_text()), result["evaluations"]["sliding"]
@@ -90,7 +101,7 @@ def test_nothing_compiles_inside_the_clock(tmp_path, text, monkeypatch):
     recipe = replace(recipe, eval=replace(recipe.eval, every=3), quant=replace(recipe.quant, rules=rules))
     result = run(recipe, tmp_path / "run")
     check_run(tmp_path / "run", result)
-    assert set(result["evaluations"]) == {"standard", "sliding", "ttt"} and result["evaluations"]["ttt"]["legal"]
+    assert set(result["evaluations"]) == {"standard", "sliding", "score_first"} and result["evaluations"]["score_first"]["legal"]
     last = len(events) - events[::-1].index("stop")
     assert any("backend_compile" in e for e in events[: events.index("start")])
     assert not [e for e in events[events.index("start") : last] if "compile" in e]
@@ -110,51 +121,54 @@ def test_every_shipped_recipe_runs_to_a_scored_artifact(name, tmp_path, text):
     result = run(recipe, tmp_path / "run")
     check_run(tmp_path / "run", result)
     modes = {"standard"}
-    modes |= {"sliding"} if recipe.eval.stride else set()
-    modes |= {"ttt"} if recipe.eval.ttt.kind != "off" else set()
+    modes |= {name for name in ("sliding", "score_first", "adapt_first") if getattr(recipe.eval, name).on}
     assert set(result["evaluations"]) == modes
     legal = {mode: e["legal"] for mode, e in result["evaluations"].items()}
-    assert legal == {mode: not (name == "pr562" and mode == "ttt") for mode in modes}
+    assert legal == {mode: mode != "adapt_first" for mode in modes}
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        ({"model": {"vocab_size": 512}}, {}, "model.vocab_size 512 differs from the 300 pieces of .*: set --model.vocab-size"),
-        ({"data": {"ranks": 3}}, {}, "a batch of 3 sequences .* does not divide over 8 devices"),
-        ({}, {"devices": 9}, "--devices 9: only 8 cpu"),
-        ({}, {"emulate_devices": 3}, "--emulate-devices 3 does not divide the 8 sequences"),
-        ({"data": {"train": "nowhere/*.bin"}}, {}, "nowhere"),
-        ({"data": {"tokenizer": "no.model"}}, {}, "no.model: no such tokenizer; give --data.tokenizer, or fetch"),
-        ({"data": {"seq_len": 4096}}, {}, "validation tokens are fewer than one window of data.seq_len 4096"),
-        ({"model": {"attention": "cudnn"}}, {}, "model.attention 'cudnn' does not run on cpu .*: choose auto or xla"),
-    ],
-)
-def test_impossible_combinations_are_refused_before_compilation(change, options, message, tmp_path, text, monkeypatch):
-    monkeypatch.setattr(train, "train_and_score", None)  # not reached
-    recipe = on_text(tiny("baseline", vocab_size=300), text)
-    for section, values in change.items():
-        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **values)})
-    with pytest.raises(GolfError, match=message) as caught:
-        run(recipe, tmp_path / "run", **options)
-    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monkeypatch):
+    """Ended after training, then after packing, then between two scores: nothing is done twice, and the result is the same."""
+    recipe = on_text(tiny("baseline", vocab_size=300, seq_len=32), text)
+    recipe = replace(recipe, eval=replace(recipe.eval, sliding=SlidingConfig(stride=16)))
+    whole = run(recipe, tmp_path / "whole")
+
+    def ends(*_, **__):
+        raise Interrupted(signal.SIGTERM)
+
+    def half(*arguments, **options):
+        yield next(iter(scores(*arguments, **options)))
+        ends()
+
+    path, scores = tmp_path / "run", pipeline.evaluation.score
+    for stage, substitute in (("pack_model", ends), ("load", ends), ("evaluation", SimpleNamespace(score=half))):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(pipeline, stage, substitute)
+            pipeline.run(recipe, Options(run_dir=str(path)) if stage == "pack_model" else Options(resume=str(path)))
+        log = (path / "log.txt").read_text()
+        assert log.count("step:1/") == 1 and "interrupted by SIGTERM" in log
+    result = pipeline.run(recipe, Options(resume=str(path)))
+    log = (path / "log.txt").read_text()
+    assert [log.count(line) for line in ("training complete, packing", "quantized and packed", "standard_exact", "sliding_exact")] == [
+        1
+    ] * 4
+    check_run(path, result)
+    assert {m: e["val_bpb"] for m, e in result["evaluations"].items()} == {m: e["val_bpb"] for m, e in whole["evaluations"].items()}
+    assert (path / "artifact.golf").read_bytes() == (tmp_path / "whole/artifact.golf").read_bytes()
+    assert pipeline.run(recipe, Options(resume=str(path))) == result
+    assert (path / "log.txt").read_text().endswith(f"finished: see {path / 'result.json'}\n")
 
 
-def test_resume_refuses_another_recipe_before_compilation(tmp_path, text, monkeypatch):
-    recipe = on_text(tiny("baseline", vocab_size=300), text)
-    (tmp_path / "run").mkdir()
-    stored = tmp_path / "run/config.json"
-    monkeypatch.setattr(train, "train_and_score", lambda *_: {"reached": True})
-    stored.write_text(json.dumps(train.to_dict(replace(recipe, model=resolve(recipe.model, "cpu")))))
-    resume = train.Options(resume=str(tmp_path / "run"))
-    assert train.run_recipe(replace(recipe, log_every=3), resume) == {"reached": True}
-    with pytest.raises(GolfError, match="run: was made by a recipe that differs in seed"):
-        train.run_recipe(replace(recipe, seed=7), resume)
-    stored.write_text("{")
-    with pytest.raises(GolfError, match=r"config.json: cannot be read"):
-        train.run_recipe(recipe, resume)
+def test_what_is_no_longer_there_is_said(tmp_path, text):
+    recipe = on_text(tiny("baseline", vocab_size=300, seq_len=32), text)
     with pytest.raises(GolfError, match="--resume .*nowhere: no run is there"):
-        train.run_recipe(recipe, train.Options(resume=str(tmp_path / "nowhere")))
+        pipeline.run(recipe, Options(resume=str(tmp_path / "nowhere")))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/config.json").write_text(json.dumps(to_dict(recipe)))
+    with pytest.raises(GolfError, match="new: no checkpoint: nothing to go on from"):
+        pipeline.run(recipe, Options(resume=str(tmp_path / "new")))
+    with pytest.raises(GolfError, match="new: seed is 1337 there and 7 here"):
+        pipeline.run(replace(recipe, seed=7), Options(resume=str(tmp_path / "new")))
 
 
 def test_errors_of_the_command_are_one_line_and_status_2(tmp_path, text, programs):

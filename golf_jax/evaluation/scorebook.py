@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from golf_jax.data.tokenizer import ByteTables, count_bytes
+from golf_jax.config import GolfError
+from golf_jax.data.tokenizer import count_bytes
 from golf_jax.evaluation.score import Facts, Score, sum_over_processes
+from golf_jax.evaluation.stream import Stream
 from golf_jax.evaluation.windows import Windows
 
 
@@ -13,20 +15,20 @@ def scored_positions(windows: Windows, offsets: np.ndarray) -> tuple[np.ndarray,
     return windows.start[:, None] + offsets, mask
 
 
-class Ledger:
-    """Accumulates one evaluation of `tokens` [targets + 1].
+class ScoreBook:
+    """Accumulates one evaluation of a stream, its sums by chunk.
 
     `issue` when scores are handed to the device, `update` when training on targets is, `collect` when the scores have come back:
     the first two in the order in which the device executes them, the third whenever convenient.
     """
 
-    def __init__(self, tokens: np.ndarray, tables: ByteTables, chunks: int = 1, keep_scores: bool = False) -> None:
-        targets = len(tokens) - 1
-        self.tokens, self.tables = tokens, tables
+    def __init__(self, stream: Stream, chunks: int = 1) -> None:
+        targets = stream.targets
+        self.stream = stream
         self.covered = np.zeros(targets, bool)
         self.used = np.zeros(targets, bool)
         self.sums = np.zeros((chunks, 3))  # nats, tokens, bytes of this process
-        self.scores = np.full(targets, np.nan, np.float32) if keep_scores else None
+        self.scores = np.full(targets, np.nan, np.float32) if stream.keep_scores else None
         self.order: list[tuple[str, int, int]] = []
         self.violations = 0
         self.duplicates = 0
@@ -55,10 +57,16 @@ class Ledger:
         self.order.append((event, start, stop))
 
     def collect(self, chunk: int, windows: Windows, offsets: np.ndarray, nll: np.ndarray) -> None:
-        """Add the scores of this process' rows. nll: float32 [windows, offsets]."""
+        """Add the scores of this process' rows. nll: float32 [windows, offsets]. Raises GolfError for a score that is not finite."""
         position, mask = scored_positions(windows, offsets)
         position, values = position[mask], nll[mask]
-        counted = count_bytes(self.tables, self.tokens[position], self.tokens[position + 1])
+        if not np.isfinite(values).all():
+            window, offset = np.argwhere(mask & ~np.isfinite(nll))[0]
+            start, length, target = windows.start[window], windows.length[window], windows.start[window] + offsets[offset]
+            where = f"target {target}, in the window of {length} tokens from {start} on"
+            raise GolfError(f"the score of {where}, is {nll[window, offset]}: the weights overflow in this dtype, or diverged")
+        tokens = self.stream.tokens
+        counted = count_bytes(self.stream.tables, tokens[position], tokens[position + 1])
         self.sums[chunk] += values.sum(dtype=np.float64), len(position), counted.sum(dtype=np.int64)
         if self.scores is not None:
             self.scores[position] = values

@@ -1,0 +1,74 @@
+"""Which data a run trained on and was scored on: a digest for environment, checkpoint, artifact and result."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from golf_jax.config import GolfError
+from golf_jax.data.manifest import NAME, read_manifest
+from golf_jax.data.shards import HEADER_BYTES
+
+SAMPLES, SAMPLE_BYTES = 32, 1 << 16  # evenly spread, with the first and the last bytes; a shard up to their sum is read whole
+
+
+def identify(tokenizer_sha256: str, train: Sequence[Path], val: Sequence[Path]) -> dict[str, Any]:
+    """JSON-able identity: tokenizer and, per split and shard, name, size, digest of header and sampled content.
+
+    Where a manifest of this package lies beside a shard, its SHA-256 of the whole file is taken over as `sha256`, unread. `digest`
+    sums all of it up in 16 hex digits. Costs 2 MB of reading per shard. GolfError when a file cannot be read.
+    """
+    identity: dict[str, Any] = {"tokenizer": tokenizer_sha256, "train": _shards(train), "val": _shards(val)}
+    return identity | {"digest": hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two identities, in a few words; empty if nothing does."""
+    if before.get("tokenizer") != now["tokenizer"]:
+        return f"tokenizer: SHA-256 {str(before.get('tokenizer'))[:12]} then, {now['tokenizer'][:12]} now"
+    for split in ("train", "val"):
+        then = {entry["name"]: entry for entry in before.get(split, [])}
+        here = {entry["name"]: entry for entry in now[split]}
+        if names := sorted(then.keys() ^ here.keys()):
+            return f"{split} shards: {', '.join(names[:3])} only {'then' if names[0] in then else 'now'}"
+        for name, entry in here.items():
+            if fields := [field for field in entry if field in then[name] and entry[field] != then[name][field]]:
+                return f"{split} shard {name}: another {' and '.join(fields)}"
+    return ""
+
+
+def _shards(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    manifests: dict[Path, dict[str, str]] = {}
+    entries = []
+    for path in paths:
+        if path.parent not in manifests:
+            manifests[path.parent] = _listed(path.parent)
+        entry = {"name": path.name, **_sample(path)}
+        if whole := manifests[path.parent].get(path.name):
+            entry["sha256"] = whole
+        entries.append(entry)
+    return entries
+
+
+def _listed(directory: Path) -> dict[str, str]:
+    if not (directory / NAME).is_file():
+        return {}
+    try:
+        manifest = read_manifest(directory / NAME)
+    except GolfError:
+        return {}  # of another program; `verify` is where a manifest has to be sound
+    return {entry["name"]: entry["sha256"] for split in ("train", "val") for entry in manifest[split]["files"]}
+
+
+def _sample(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(os.pread(file.fileno(), HEADER_BYTES, 0))
+            last = max(size - SAMPLE_BYTES, 0)
+            for number in range(SAMPLES):
+                digest.update(os.pread(file.fileno(), SAMPLE_BYTES, last * number // (SAMPLES - 1)))
+    except OSError as error:
+        raise GolfError(f"{path}: cannot be read ({error.strerror})") from error
+    return {"bytes": size, "content": digest.hexdigest()[:32]}

@@ -1,0 +1,202 @@
+"""Proofs about tokenized text: the tokens are the tokenizer's own, the byte count is the text's, validation is not trained on."""
+
+import hashlib
+import math
+import time
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from golf_jax.config import GolfError
+from golf_jax.data.shards import Shard
+from golf_jax.data.tokenizer import Tokenizer, check_tables, split_documents
+
+ENCODE_BATCH = 64
+PROVED_TOKENS = 1 << 22  # whose byte count is compared with the decoded text where time is limited
+SAMPLED_TOKENS = 1 << 16  # per block of the training shards
+OVERHANG = 1 << 14  # so that a document that goes on in the next block is whole
+PREFIX = 64  # tokens after BOS; documents that agree in them begin alike
+TOLERATED = 0.01  # of documents: a right model may fail on odd Unicode, another of the same size fails on 96 to 100 %
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found about sound text."""
+
+    facts: list[str]
+    val_bytes: int
+    """Bytes of validation text, proved document by document against the decoded text."""
+
+
+def prove_text(
+    tokenizer: Tokenizer,
+    train: Sequence[np.ndarray | Shard],
+    val_tokens: np.ndarray,
+    seconds: float = 5.0,
+    bos_id: int | None = None,
+    overlap: bool = True,
+) -> Proof:
+    """Proves that shards [tokens] and `val_tokens` [tokens] are text of `tokenizer`, and that its bytes are counted exactly.
+
+    Reads validation from its start and training at spread places, each for `seconds` at most. `bos_id`: the token that separates
+    documents (default: the tokenizer's BOS). `overlap`: look for validation text in training, too. GolfError when documents have no
+    start, when tokens are another tokenizer's or no text, when markers of a text transform count as text, when unknown characters are
+    lost, when validation text is trained on.
+    """
+    bos = tokenizer.bos_id if bos_id is None else bos_id
+    refuse_markers(tokenizer)
+    starts = np.flatnonzero(val_tokens == bos)
+    if not len(starts) or starts[0]:
+        where = "holds none" if not len(starts) else f"starts with token {val_tokens[0]}"
+        raise GolfError(
+            f"validation text: every document must start with BOS ({bos}), the file {where}; without document starts the "
+            "byte count cannot be proved (write the shards again, as `python -m golf_jax.data build` does)"
+        )
+    facts = []
+    if changes := tokenizer.changes():
+        facts.append(f"tokenizer changes text: {'; '.join(changes)}")
+    samples = {"train": sampled_documents(train, bos), "val": split_documents(val_tokens, bos)}
+    for split, documents in samples.items():
+        if split == "train" and not train:
+            continue
+        tried, failed = prove_round_trip(tokenizer, documents, seconds, split)
+        facts.append(f"{split}: {tried - failed:,} of {tried:,} documents tried are encode(decode(document))")
+    if unknown := int(np.count_nonzero(val_tokens == tokenizer.processor.unk_id())):
+        raise GolfError(
+            f"tokenizer {tokenizer.name}: {unknown} unknown tokens in the validation text: their characters are lost "
+            "(the vocabulary has no byte fallback), and the byte count with them"
+        )
+    counted = val_tokens[: PROVED_TOKENS if seconds < math.inf else None]
+    num_bytes = check_tables(tokenizer, counted, bos_id=bos)
+    part = "every document" if len(counted) == len(val_tokens) else f"the first {len(counted):,} tokens"
+    facts.append(f"val bytes: {num_bytes:,}, equal to the decoded text of {part}")
+    facts.append(vocabulary_use(tokenizer, val_tokens))
+    if train and overlap:
+        facts.append(refuse_overlap(train, val_tokens, tokenizer, bos, seconds))
+    return Proof(facts, num_bytes)
+
+
+def refuse_markers(tokenizer: Tokenizer) -> None:
+    """GolfError when user-defined pieces are private-use characters: markers of a text transform would be counted as text."""
+    markers = [
+        piece.piece
+        for piece in tokenizer.spec.pieces
+        if piece.type == piece.USER_DEFINED and any(unicodedata.category(character) == "Co" for character in piece.piece)
+    ]
+    if markers:
+        names = ", ".join(ascii(marker) for marker in markers[:4])
+        raise GolfError(
+            f"tokenizer {tokenizer.name}: {len(markers)} user-defined private-use pieces ({names}): markers of a text transform "
+            "would count as text; such shards need byte counts of the original text beside them"
+        )
+
+
+def without_ends(tokenizer: Tokenizer, document: np.ndarray) -> np.ndarray:
+    """`document` without the control tokens it ends with (EOS of other writers)."""
+    stop = len(document)
+    while stop > 1 and tokenizer.processor.is_control(int(document[stop - 1])):
+        stop -= 1
+    return document[:stop]
+
+
+def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seconds: float, where: str) -> tuple[int, int]:
+    """(documents tried, documents whose tokens encode(decode(document)) does not give back); GolfError above 1 %."""
+    end = time.monotonic() + seconds
+    tried, failures, batch = 0, [], []
+
+    def compare() -> int:
+        texts = [tokenizer.decode(document) for document in batch]
+        for document, text, tokens in zip(batch, texts, tokenizer.encode_documents(texts), strict=True):
+            if not np.array_equal(tokens[1:], document[1:]):
+                failures.append((text, tokens[1:], document[1:]))
+        return len(batch)
+
+    previous = None
+    for document in documents:  # one behind: the stream may stop inside the last
+        if previous is not None and not np.any(previous == tokenizer.processor.unk_id()):  # these are refused by themselves
+            batch.append(without_ends(tokenizer, previous))
+        previous = document
+        if len(batch) == ENCODE_BATCH:
+            tried, batch = tried + compare(), []
+            if time.monotonic() > end:
+                previous = None
+                break
+    if previous is not None and not tried and not batch:
+        batch.append(without_ends(tokenizer, previous))
+    tried += compare()
+    if len(failures) > TOLERATED * tried:
+        text, tokens, document = failures[0]
+        broken = sum("\ufffd" in text for text, _, _ in failures)
+        reason = (
+            f"the tokens are not text ({broken} decode to broken characters): random, damaged, or another tokenizer's"
+            if 2 * broken > len(failures)
+            else "the shards were made with another tokenizer"
+        )
+        raise GolfError(
+            f"tokenizer {tokenizer.name}: encode(decode(document)) differs for {len(failures)} of {tried} {where} documents: {reason}. "
+            f"Tokens {document[:6].tolist()} decode to {text[:40]!a}, which encodes to {tokens[:6].tolist()}"
+        )
+    return tried, len(failures)
+
+
+def sampled_documents(shards: Sequence[np.ndarray | Shard], bos_id: int) -> Iterator[np.ndarray]:
+    """Whole documents, each at most once: blocks of 65,536 tokens of all shards in an order that spreads over them at once."""
+    blocks = [(shard, start) for shard in shards for start in range(0, len(shard), SAMPLED_TOKENS)]
+    step = next(n for n in range(max(int(len(blocks) * 0.618), 1), len(blocks) + 2) if math.gcd(n, len(blocks)) == 1)
+    for number in range(len(blocks)):
+        shard, start = blocks[number * step % len(blocks)]
+        tokens = shard[start : start + SAMPLED_TOKENS + OVERHANG]
+        bounds = [*np.flatnonzero(tokens == bos_id).tolist(), *([len(tokens)] if start + len(tokens) == len(shard) else [])]
+        for first, stop in zip(bounds, bounds[1:], strict=False):
+            if first < SAMPLED_TOKENS:
+                yield tokens[first:stop]
+
+
+def vocabulary_use(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    """How much of the vocabulary occurs in `tokens`; says so when most of it never does in a text long enough."""
+    used = len(np.unique(tokens))
+    doubt = used < tokenizer.vocab_size / 2 and len(tokens) > 32 * tokenizer.vocab_size
+    note = ": most pieces never occur, is this the tokenizer of these shards?" if doubt else ""
+    return f"vocabulary: {used:,} of {tokenizer.vocab_size:,} pieces occur in validation{note}"
+
+
+def prefixes(tokens: np.ndarray, starts: np.ndarray, bos_id: int) -> np.ndarray:
+    """Hash of the first `PREFIX` tokens after each BOS at `starts`, uint64 [documents]; 0 for a document that is shorter."""
+    multipliers = np.random.Generator(np.random.PCG64(0)).integers(1, 2**63, PREFIX, dtype=np.uint64) | np.uint64(1)
+    whole = starts[starts + PREFIX < len(tokens)]
+    hashes = np.zeros(len(starts), np.uint64)
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, PREFIX)[whole + 1] if len(whole) else np.empty((0, PREFIX), np.uint16)
+    inside = ~(windows == bos_id).any(axis=1)
+    hashes[: len(whole)] = np.where(inside, windows.astype(np.uint64) @ multipliers, np.uint64(0))
+    return hashes
+
+
+def refuse_overlap(
+    train: Sequence[np.ndarray | Shard], val_tokens: np.ndarray, tokenizer: Tokenizer, bos_id: int, seconds: float = 2.0
+) -> str:
+    """The quick form: validation documents met, by their first 64 tokens, where training was read; GolfError from 1 % on."""
+    starts = np.flatnonzero(val_tokens == bos_id)
+    held_out = set(prefixes(val_tokens, starts, bos_id).tolist()) - {0}
+    short = {document_digest(tokenizer, d) for d in split_documents(val_tokens, bos_id) if 8 < len(d) <= PREFIX}
+    end, met, read = time.monotonic() + seconds, set(), 0
+    for document in sampled_documents(train, bos_id):
+        read += 1
+        if len(document) > PREFIX:
+            met.update(held_out.intersection(prefixes(np.append(document, bos_id), np.zeros(1, int), bos_id).tolist()))
+        elif (digest := document_digest(tokenizer, document)) in short:
+            met.add(digest)
+        if time.monotonic() > end:
+            break
+    if len(met) > TOLERATED * len(starts):
+        raise GolfError(
+            f"{len(met)} of {len(starts)} validation documents begin as training documents do (of {read:,} read): the score would be "
+            "of text that was trained on; see `python -m golf_jax.data verify`"
+        )
+    return f"overlap: {len(met)} of {len(starts):,} validation documents begin as one of {read:,} training documents read"
+
+
+def document_digest(tokenizer: Tokenizer, document: np.ndarray) -> bytes:
+    """Identity of a document's tokens, without BOS and the control tokens behind."""
+    return hashlib.blake2b(without_ends(tokenizer, document)[1:].tobytes(), digest_size=8).digest()

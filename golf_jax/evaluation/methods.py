@@ -1,0 +1,55 @@
+"""The methods of evaluation by name. A new one is a file with its function, a row here, and its settings in `EvalConfig`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from jax.sharding import Mesh
+
+from golf_jax.config import EvalConfig
+from golf_jax.data.text import Text
+from golf_jax.evaluation.adapt_first import evaluate_adapt_first
+from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
+from golf_jax.evaluation.legality import check_model
+from golf_jax.evaluation.score import Result
+from golf_jax.evaluation.score_first import evaluate_score_first
+from golf_jax.evaluation.stream import Stream
+from golf_jax.model import Model
+from golf_jax.progress import Log
+
+METHODS: dict[str, Callable[..., Result]] = {
+    "standard": evaluate_standard,
+    "sliding": evaluate_sliding,
+    "score_first": evaluate_score_first,
+    "adapt_first": evaluate_adapt_first,
+}
+"""name -> function of (model, stream, mesh, `eval.<name>`, log)."""
+
+
+def methods_of(eval: EvalConfig) -> list[str]:
+    """Names of the methods that a recipe asks for; `standard`, which has no settings, always."""
+    return [name for name in METHODS if (config := getattr(eval, name, None)) is None or config.on]
+
+
+def score(
+    model: Model,
+    text: Text,
+    mesh: Mesh,
+    eval: EvalConfig,
+    log: Log | None = None,
+    *,
+    seq_len: int,
+    methods: Sequence[str] = (),
+    max_targets: int = 0,
+) -> Iterator[Result]:
+    """Score `text` by each of `methods` (none given: all that `eval` asks for); yields every result as soon as it is there, C1-C4 in it.
+
+    seq_len: targets per row and tokens of context. max_targets: a quick look at about this many, marked PARTIAL (0: all). Raises
+    GolfError for settings that do not fit `seq_len`, a method that `eval` leaves out, text too short for a row, and scores that are
+    not finite.
+    """
+    eval.check_length(seq_len)
+    stream = Stream.of(text.val_tokens, text.tables, seq_len, eval.batch_rows, max_targets)
+    causal, error = check_model(model, stream.tokens, mesh, seq_len)
+    for name in methods or methods_of(eval):
+        result = METHODS[name](model, stream, mesh, getattr(eval, name, None), log)
+        yield replace(result, facts=replace(result.facts, causal=causal, normalization_error=error))

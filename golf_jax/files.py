@@ -1,0 +1,46 @@
+"""Reading and writing files whole: only regular files of a size that was agreed on, and never half a file."""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from golf_jax.config import GolfError
+
+
+def read_bytes(path: str | Path, limit: int = 1 << 31) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes. GolfError, naming it, for anything else (a pipe would block for ever)."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+            raise GolfError(f"{path}: cannot be read ({kind}, not a file)")
+        if status.st_size > limit:
+            raise GolfError(f"{path}: {status.st_size} bytes; at most {limit} are read")
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, GolfError):
+            raise
+        raise GolfError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
+    """Writes `chunks` to `path` so that readers see the old file or the whole new one, also when the disk fills up."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(descriptor, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except OSError as error:
+        raise GolfError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+    return path

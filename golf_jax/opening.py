@@ -1,0 +1,117 @@
+"""A model opened for use: from an artifact or a run directory, and scored."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from golf_jax.artifact.model import load_model
+from golf_jax.config import EvalConfig, GolfError, ModelConfig
+from golf_jax.data.text import Text
+from golf_jax.data.tokenizer import Tokenizer
+from golf_jax.evaluation import Result
+from golf_jax.evaluation import score as score_by_methods
+from golf_jax.files import read_bytes
+from golf_jax.mesh import make_mesh
+from golf_jax.model import Model as Network
+from golf_jax.model import logits, nll
+from golf_jax.model.inputs import check_tokens
+from golf_jax.progress import Log
+
+
+@dataclass(frozen=True)
+class Model(Network):
+    """A trained network and how it wants to be scored. Tokens are integers [batch, time]; scores are natural logarithms, float32."""
+
+    name: str = ""
+    """Where it comes from."""
+    eval: EvalConfig = EvalConfig()
+    seq_len: int = 2048
+    sha256: str = ""
+    tokenizer_sha256: str = ""
+    """Of the tokenizer it was trained with; empty where the file does not say."""
+    embedded: bool = False
+    """Trained on the corpus embedded in Python."""
+    tokenizer: Tokenizer | None = None
+
+    @cached_property
+    def _on_device(self) -> dict[str, jax.Array]:
+        return {name: jnp.asarray(value) for name, value in self.params.items()}
+
+    @cached_property
+    def _programs(self) -> tuple[Any, Any]:
+        return jax.jit(lambda p, x: logits(self.config, p, x)), jax.jit(lambda p, x, y: nll(self.config, p, x, y))
+
+    def logits(self, tokens: Any) -> jax.Array:
+        """Next-token logits [B, T, V] of tokens [B, T]."""
+        return self._programs[0](self._on_device, self._checked(tokens))
+
+    def nll(self, tokens: Any) -> jax.Array:
+        """Nats of every token but the first [B, T - 1], given those before it, of tokens [B, T]."""
+        tokens = self._checked(tokens)
+        return self._programs[1](self._on_device, tokens[:, :-1], tokens[:, 1:])
+
+    def _checked(self, tokens: Any) -> jax.Array:
+        return check_tokens(self.config, tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, with the document start before it."""
+        tokenizer = self._tokenizer()
+        return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+    def decode(self, tokens: Any) -> str:
+        return self._tokenizer().decode(np.asarray(tokens).reshape(-1))
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise GolfError(f"{self.name}: no tokenizer lies beside it; load(path, tokenizer='tokenizer.model')")
+        return self.tokenizer
+
+
+def opened_here(config: ModelConfig, params: Any, **facts: Any) -> Model:
+    """A model with its `auto` resolved for this machine and its parameters looked at (see `golf_jax.model.Model.open`)."""
+    network = Network.open(config, params, jax.default_backend())
+    return Model(network.config, network.params, network.looping, **facts)
+
+
+def load(path: str | Path, tokenizer: str | Path = "") -> Model:
+    """The model of an artifact file or of a run directory, with its tokenizer where one lies beside it or is given.
+
+    Raises GolfError naming the file: damaged, not an artifact, another tokenizer than the one it was trained with.
+    """
+    folder = Path(path)
+    file = folder / "artifact.golf" if folder.is_dir() else folder
+    if folder.is_dir() and not file.exists():
+        raise GolfError(f"{folder}: holds no artifact.golf; go on with the run first: python -m golf_jax.train --resume {folder}")
+    data = read_bytes(file)
+    try:
+        m = load_model(data)
+    except GolfError as error:
+        raise GolfError(f"{file}: {error}") from None
+    beside = file.with_name("tokenizer.model")
+    opened = Tokenizer(tokenizer) if tokenizer else Tokenizer(beside) if beside.is_file() else None
+    facts = {"eval": m.eval, "seq_len": m.seq_len, "tokenizer_sha256": m.tokenizer_sha256, "embedded": m.embedded}
+    model = opened_here(m.config, m.params, name=str(file), sha256=hashlib.sha256(data).hexdigest(), **facts)
+    return replace(model, tokenizer=opened and fitting(model, opened))
+
+
+def fitting(model: Model, tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer`, if it is the one that `model` was trained with. Raises GolfError."""
+    if tokenizer.vocab_size != model.config.vocab_size:
+        pieces = f"{tokenizer.vocab_size} pieces, {model.name} has a vocabulary of {model.config.vocab_size}"
+        raise GolfError(f"tokenizer {tokenizer.name}: {pieces}; give the tokenizer it was trained with")
+    if model.tokenizer_sha256 and tokenizer.sha256 != model.tokenizer_sha256:
+        hashes = f"SHA-256 {tokenizer.sha256[:12]}..., {model.name} was trained with {model.tokenizer_sha256[:12]}..."
+        raise GolfError(f"tokenizer {tokenizer.name}: {hashes}; give the tokenizer it was trained with")
+    return tokenizer
+
+
+def score(model: Model, text: Text, *, log: Log = print) -> dict[str, Result]:
+    """Every evaluation that the model's recipe asks for, on all devices of this process: name -> result."""
+    results = score_by_methods(model, text, make_mesh(), model.eval, log, seq_len=model.seq_len)
+    return {result.mode: result for result in results}

@@ -1,0 +1,321 @@
+"""A run is stages between values: check -> train -> keep -> pack -> score.
+
+Every stage takes values and leaves a file in the run directory (a checkpoint, `artifact.golf`, rows of `stages.json`) from which the next
+can start in another process: `--resume` goes on at the first stage that is not done.
+"""
+
+import contextlib
+import hashlib
+import lzma
+import platform as host
+import time
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import jax
+import zstandard
+from jax.sharding import Mesh
+
+from golf_jax import evaluation
+from golf_jax.artifact.calibration import collect_hessians
+from golf_jax.artifact.code import bundle, raw_code_bytes
+from golf_jax.artifact.ledger import estimate_bytes
+from golf_jax.artifact.model import Packed, pack_model
+from golf_jax.config import CAP_BYTES, GolfError, Recipe, recipe_names, to_dict
+from golf_jax.data import make_loader
+from golf_jax.data.identity import difference
+from golf_jax.data.prefetch import local_rows
+from golf_jax.data.text import Text, open_text
+from golf_jax.data.tokenizer import split_documents
+from golf_jax.evaluation import Result, Stream
+from golf_jax.evaluation.fixed import evaluate_standard
+from golf_jax.evaluation.methods import methods_of
+from golf_jax.interrupt import Interrupted, Signals, catching
+from golf_jax.mesh import make_mesh, platform
+from golf_jax.model import Model as Network
+from golf_jax.model import count, resolve, to_tensors
+from golf_jax.opening import load
+from golf_jax.plan import check_devices, check_plan, check_text
+from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
+from golf_jax.progress import Log
+from golf_jax.quant import quantize, rules_for, without_hessians
+from golf_jax.training.checkpoints import Checkpoints
+from golf_jax.training.keep import Keeper
+from golf_jax.training.loop import Trained, exported, train
+from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
+from golf_jax.training.rundir import RunDir, environment, new_path, read_json
+from golf_jax.training.state import state_shapes
+
+
+@dataclass(frozen=True)
+class Options:
+    run_dir: str = ""
+    """Directory of this run; default runs/<recipe>-<time>."""
+    resume: str = ""
+    """Run directory to go on with, at the first stage that is not done. Recipe and options come from there."""
+    accept: tuple[str, ...] = ()
+    """With --resume: fields that may differ although they change what has been trained (optim.groups.0.lr); the result says so."""
+    devices: int = 0
+    """Devices to use; 0: all. Of a CPU this many are made; 0: about one per core."""
+    emulate_devices: int = 0
+    """Reproduce the data order of this many ranks, with the same tokens per step (the recipes' own number is 8)."""
+    profile: int = 0
+    """Write a trace of this many training steps to the run directory (jax.profiler: TensorBoard, Perfetto); 0: none."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `check` has found possible: the recipe with every `auto` resolved, the devices, the proved text."""
+
+    asked: Recipe
+    """As it was given: what config.json and the artifact say."""
+    recipe: Recipe
+    mesh: Mesh
+    text: Text
+
+
+def check(recipe: Recipe, options: Options) -> Plan:
+    """All that can contradict is told here, before a run directory exists and before anything is compiled. Raises GolfError."""
+    d = recipe.data
+    if options.emulate_devices:
+        sequences = d.ranks * d.rows_per_rank
+        if sequences % options.emulate_devices:
+            raise GolfError(f"--emulate-devices {options.emulate_devices} does not divide the {sequences} sequences of a step")
+        d = replace(d, ranks=options.emulate_devices, rows_per_rank=sequences // options.emulate_devices)
+        recipe = replace(recipe, data=d)
+    check_plan(recipe)
+    keep_compiled_programs()
+    initialize_distributed()
+    before = devices_of(options.resume) if options.resume else 0
+    split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.ranks * d.rows_per_rank)
+    mesh = make_mesh(options.devices or min(before, jax.device_count()))
+    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh)))
+    check_devices(resolved, mesh.size)
+    text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
+    check_text(recipe, text)
+    return Plan(recipe, resolved, mesh, text)
+
+
+def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa: B008 - frozen
+    """The whole job, or what is left of it (`options.resume`); returns what result.json says.
+
+    Raises GolfError for whatever cannot be, Interrupted when a signal ends it: what was finished by then is kept.
+    """
+    plan = check(recipe, options)
+    changes = changed(stored_recipe(options.resume), plan.asked, options.accept, options.resume) if options.resume else []
+    path = from_main(options.resume or options.run_dir or str(new_path("runs", recipe.name)))
+    with catching() as signals, contextlib.closing(RunDir(path, resume=bool(options.resume))) as directory:
+        try:
+            with others_alive():
+                return _stages(plan, options, changes, directory, signals)
+        except Interrupted as stop:
+            advice = f": go on with: python -m golf_jax.train --resume {path}" if not stop.advice and "train" in directory.record else ""
+            directory.log(f"interrupted by {stop}{advice}")
+            raise
+
+
+def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: RunDir, signals: Signals) -> dict[str, Any]:
+    record, recipe = run.record, plan.recipe
+    for stage in stages_to_repeat(changes):
+        record.pop(stage, None)
+        run.remove("result.json")
+    if changes:
+        run.note("changes", record.get("changes", []) + changes)
+    run.write("config.json", to_dict(plan.asked))
+    run.write(
+        "environment.json", environment() | {"devices_used": plan.mesh.size, "text": plan.text.identity, "data": to_dict(recipe.data)}
+    )
+    run.write("tokenizer.model", plan.text.tokenizer.model)
+    code = bundle("golf_jax.train", *([f"golf_jax.configs.{recipe.name}"] if recipe.name in recipe_names() else []))
+    run.write("code.pyz", code)
+    with contextlib.suppress(FileNotFoundError):
+        result = read_json(run.path / "result.json")
+        run.log(f"finished: see {run.path / 'result.json'}")
+        return result
+    run.log(f"golf_jax {recipe.name} in {run.path}")
+    run.log(
+        f"on {plan.mesh.size} {platform(plan.mesh)} device(s), {recipe.model.dtype}, Python {host.python_version()}, jax {jax.__version__}"
+    )
+    run.log(f"model_params:{count(recipe.model)} batch_tokens:{recipe.data.batch_tokens} val_tokens:{len(plan.text.val_tokens)} "
+            f"val_bytes_checked:{plan.text.val_bytes}")  # fmt: skip
+    for fact in plan.text.facts:
+        run.log(f"text: {fact}")
+    if not _is_packed(run):
+        with contextlib.closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
+            trained = train_and_keep(plan, options, run, signals, checkpoints, len(code))
+        pack(plan, run, trained, len(code), raw_code_bytes(code))
+    score(plan, run)
+    return finish(plan, run)
+
+
+def _is_packed(run: RunDir) -> bool:
+    """Whether the artifact that `stages.json` speaks of lies there, whole."""
+    done, file = run.record.get("pack"), run.path / "artifact.golf"
+    whole = bool(done) and run.main and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == done["sha256"]
+    return from_main("packed" if whole else "") == "packed"
+
+
+def _make_loader(plan: Plan, rows: slice) -> Any:
+    d = plan.recipe.data
+    return make_loader(d.order, plan.text.train, d.ranks, d.rows_per_rank, d.seq_len, rows, plan.recipe.model.vocab_size)
+
+
+def _validator(plan: Plan) -> Any:
+    """(params, looping, rehearse) -> standard score; `rehearse`: of one batch, which compiles the program of all of them."""
+    recipe, text, mesh = plan.recipe, plan.text, plan.mesh
+    stream = Stream.of(text.val_tokens, text.tables, recipe.data.seq_len, recipe.eval.batch_rows)
+
+    def validate(params: dict[str, Any], looping: bool = True, rehearse: bool = False, log: Log | None = None) -> Result:
+        return evaluate_standard(Network(recipe.model, params, looping), stream.first_batch(mesh) if rehearse else stream, mesh, log=log)
+
+    return validate
+
+
+def _estimate(recipe: Recipe, params: dict[str, Any], run: RunDir, code_bytes: int) -> None:
+    """Says what the artifact would weigh now, while that can still be cured."""
+    rules = without_hessians(rules_for(recipe.model, recipe.quant))
+    quantized = quantize(to_tensors(recipe.model, params), rules)
+    total = code_bytes + estimate_bytes(quantized, recipe.quant.compressor)
+    over = " OVER THE CAP: the steps of quantization will be made coarser" if total > CAP_BYTES else ""
+    run.log(f"estimated artifact {total:,} bytes with code, headroom {CAP_BYTES - total:,}{over}")
+
+
+def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, checkpoints: Checkpoints, code_bytes: int) -> Trained:
+    """Train from the newest sound checkpoint on, or from the start; the final state is always saved."""
+    recipe, mesh, d = plan.recipe, plan.mesh, plan.recipe.data
+    facts = {"text": plan.text.identity, "dtype": recipe.model.dtype}
+    found = None
+    if options.resume:
+        found = checkpoints.restore(state_shapes(recipe, mesh), run.log)
+        if found is None:
+            raise GolfError(f"{run.path}: no checkpoint: nothing to go on from; start the run anew in another --run-dir")
+        if what := difference(found.meta["text"], plan.text.identity):
+            raise GolfError(f"--resume {run.path}: the data are not those of checkpoint {found.step}: {what}")
+        if found.meta["dtype"] != recipe.model.dtype:
+            raise GolfError(f"--resume {run.path}: was trained in {found.meta['dtype']}; give --model.dtype {found.meta['dtype']}")
+        done = run.record.get("train")
+        if done and done["steps"] == found.step:
+            run.log(f"checkpoint {found.step}: training complete, packing")
+            return Trained(exported(recipe, found.state), **done)
+        run.log(f"checkpoint {found.step:,} of {f'{recipe.budget.steps:,}' if recipe.budget.steps else f'{recipe.budget.seconds:.0f} s'}")
+    validate = _validator(plan)
+
+    def validate_and_estimate(params: dict[str, Any], looping: bool, rehearse: bool) -> Result:
+        if not rehearse:
+            _estimate(recipe, params, run, code_bytes)
+        return validate(params, looping, rehearse)
+
+    keeper = Keeper(recipe, checkpoints, run, signals, facts)
+    loader = _make_loader(plan, local_rows(mesh, d.ranks * d.rows_per_rank))
+    trained = train(recipe, mesh, loader, run, keeper, found=found, validate=validate_and_estimate, profile=options.profile)
+    run.note("train", {f.name: getattr(trained, f.name) for f in fields(trained) if f.name != "params"})
+    return trained
+
+
+def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: int) -> Packed:
+    """Score once more before quantization, quantize, fit under the cap, and write artifact.golf."""
+    recipe, text = plan.recipe, plan.text
+    validate = _validator(plan)
+    before = validate(trained.params, log=run.log)
+    run.log(f"pre_quantization_{recipe.schedule.export} {before.score.line()}")
+    run.metrics("score", stage="pre_quantization", **before.to_dict())
+    begin = time.perf_counter()
+    hessians = None
+    if recipe.quant.gptq_batches:  # over rank 0's first training batches (docs/recipes/pr2005.md, section 5.2)
+        loader = _make_loader(plan, slice(0, recipe.data.rows_per_rank))
+        batches = (loader.next_batch()[0] for _ in range(recipe.quant.gptq_batches))
+        hessians = collect_hessians(recipe.model, trained.params, batches, plan.mesh)
+    data_seconds = trained.seconds + (time.perf_counter() - begin if hessians is not None else 0.0)
+    if hessians is not None:  # they read training data, so their time counts with training
+        run.log(f"collected {len(hessians)} Hessians; training data read until {data_seconds:.1f} s on the clock")
+    packed = pack_model(
+        plan.asked,  # with its `auto`s: the artifact is scored on other machines, too
+        trained.params,
+        text.tokenizer.sha256,
+        text.identity["digest"],
+        code_bytes=code_bytes,
+        hessians=hessians,
+        score=lambda params: validate(params).score.bpb,
+    )
+    seconds = time.perf_counter() - begin
+    run.log(f"quantized and packed in {seconds:.1f} s; {packed.fit}")
+    run.log(packed.ledger.table())
+    run.log(f"code: {raw_code:,} bytes of source, {code_bytes:,} shipped as one compressed file")
+    run.write("artifact.golf", packed.data)
+    facts = {
+        "pre_quantization": before.to_dict(),
+        "train_and_calibration_seconds": data_seconds,
+        "quantization_seconds": seconds,
+        "artifact_bytes": len(packed.data),
+        "code_bytes": code_bytes,
+        "code_bytes_raw": raw_code,
+        "total_bytes": packed.ledger.total_bytes,
+        "headroom_bytes": packed.ledger.headroom_bytes,
+        "quant": to_dict(packed.quant),
+        "sha256": hashlib.sha256(packed.data).hexdigest(),
+    }
+    run.note("pack", facts)
+    return packed
+
+
+def score(plan: Plan, run: RunDir) -> dict[str, Any]:
+    """Every evaluation the recipe asks for, of the parameters read back from the artifact's bytes; each is kept when it ends."""
+    recipe = plan.recipe
+    done = run.record.get("evaluations", {})
+    label = f"{recipe.quant.rules[-1].scheme}_{recipe.quant.compressor}"
+    left = [name for name in methods_of(recipe.eval) if name not in done]
+    results = evaluation.score(load(run.path), plan.text, plan.mesh, recipe.eval, run.log, seq_len=recipe.data.seq_len, methods=left)
+    for result in results if left else ():
+        mark = "" if result.facts.legal else "ILLEGAL_"
+        seconds = result.seconds["score"] + result.seconds["train"]
+        run.log(f"final_{mark}{label}_{result.mode}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
+        run.metrics("score", stage="packed", **result.to_dict())
+        done = done | {result.mode: result.to_dict()}
+        run.note("evaluations", done)
+    return done
+
+
+def reference_compressors(text: Text) -> dict[str, float]:
+    """Bits per byte that zstd -22 and xz reach on the validation text: the scale for a small model's score."""
+    documents = split_documents(text.val_tokens[: 1 << 22], text.tokenizer.bos_id)
+    raw = "".join(text.tokenizer.decode(document) for document in documents).encode()
+    packed = {"zstd-22": zstandard.ZstdCompressor(level=22).compress(raw), "xz": lzma.compress(raw, preset=9)}
+    return {name: 8 * len(data) / len(raw) for name, data in packed.items()}
+
+
+def finish(plan: Plan, run: RunDir) -> dict[str, Any]:
+    """result.json, and the closing table."""
+    record = run.record
+    trained, packed = record["train"], record["pack"]
+    result = {
+        "recipe": plan.recipe.name,
+        "steps": trained["steps"],
+        "train_seconds": trained["seconds"],
+        "compile_seconds": trained["compile_seconds"],
+        "train_loss": trained["final_loss"],
+        **packed,
+        "evaluations": record["evaluations"],
+        "compressors_bits_per_byte": reference_compressors(plan.text),
+        "tokenizer_sha256": plan.text.tokenizer.sha256,
+        "text": plan.text.identity,
+        "changes": record.get("changes", []),
+    }
+    run.log(summary(result))
+    run.write("result.json", result)
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The closing table of result.json's facts."""
+    line = "{val_bpb:.5f} bits per byte, {val_loss:.5f} nats per token".format
+    rows = [
+        ("steps", "{steps:,} in {train_seconds:.1f} s of training, last loss {train_loss:.4f}".format(**result)),
+        ("before quantization", f"{line(**result['pre_quantization'])} (standard)"),
+    ]
+    for name, e in result["evaluations"].items():
+        rows.append((f"packed, {name}", line(**e) + ("" if e["legal"] else "\n" + " " * 26 + "ILLEGAL: see C1 to C4")))
+    rows += [(f"{name} on the same text", f"{bpb:.5f} bits per byte") for name, bpb in result["compressors_bits_per_byte"].items()]
+    rows.append(("artifact", "{artifact_bytes:,} model + {code_bytes:,} code = {total_bytes:,} bytes".format(**result)))
+    rows.append(("headroom to the cap", f"{result['headroom_bytes']:,} of {CAP_BYTES:,} bytes"))
+    rows += [("changed on --resume", "{field}: {before} -> {after}".format(**c)) for c in result["changes"]]
+    return "\n".join(f"{name:<26}{value}" for name, value in rows)

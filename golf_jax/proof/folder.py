@@ -1,0 +1,256 @@
+"""A submission as it lies on disk: its logs, claims and code, checked one by one and against each other."""
+
+import ast
+import base64
+import binascii
+import lzma
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import brotli
+
+from golf_jax.config import GolfError
+from golf_jax.proof.claims import Claims, read_claims
+from golf_jax.proof.compare import check_claims, select
+from golf_jax.proof.finding import Finding, fold
+from golf_jax.proof.logs import Run, digest, parse_log, read_text
+from golf_jax.proof.rules import check_run
+
+LOG_SUFFIXES = (".log", ".txt", ".out")
+NOT_LOGS = re.compile(r"^(?:requirements|readme|license|notes|verify)", re.I)
+OWN_SETTINGS = {"seed", "run_id", "logfile", "rank", "local_rank", "is_main_process", "model_path", "quantized_model_path", "artifact_dir"}
+
+
+@dataclass
+class Submission:
+    """What one path holds. digests: of every log's text, by file; copies: logs left out of `runs`, and the file they repeat."""
+
+    path: Path
+    runs: list[Run]
+    claims: Claims
+    digests: dict[str, str]
+    copies: dict[str, str]
+    script: str
+    sidecars: dict[str, int]
+    """Other programs in the folder that train_gpt.py names, with their bytes."""
+    script_bytes: int | None = None
+
+    @property
+    def shipped_code(self) -> int | None:
+        """Bytes of train_gpt.py and of what it names; None without one."""
+        return None if self.script_bytes is None else self.script_bytes + sum(self.sidecars.values())
+
+    @property
+    def record(self) -> bool:
+        return not (self.claims.non_record or "non_record" in str(self.path.resolve()))
+
+
+def is_submission(path: Path) -> bool:
+    """A folder with a submission.json, or with logs and no further submission below it."""
+    return (path / "submission.json").is_file() or (any(_logs(path)) and next(path.rglob("submission.json"), None) is None)
+
+
+def _logs(path: Path) -> list[Path]:
+    files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.match(p.name)]
+    return [p for p in files if p.parent == path or not (p.parent / "submission.json").exists()]
+
+
+def read_submission(path: Path) -> Submission:
+    """Reads a log file or a folder. Raises GolfError if there is nothing in it to check."""
+    files = _logs(path) if path.is_dir() else [path]
+    runs: list[Run] = []
+    digests: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    for file in sorted(files, key=lambda p: not _seed_in_name(p.name)):  # of a log and its copy, the one with the seed counts
+        name = str(file.relative_to(path)) if path.is_dir() else file.name
+        text = read_text(file)
+        parsed = parse_log(text, name)
+        own = digest(text)
+        if parsed and (original := next((n for n, d in digests.items() if d == own), None)):
+            copies[name] = original
+            continue
+        for run in parsed:
+            if run.seed is None and len(parsed) == 1 and (seed := _seed_in_name(file.name)):
+                run.settings["seed"] = (seed, run.first_line)
+        if parsed:
+            digests[name] = own
+        runs += parsed
+    claims, script, script_bytes = Claims(), "", None
+    if path.is_dir():
+        if (path / "submission.json").is_file():
+            claims = read_claims(path / "submission.json", "submission.json")
+        if (path / "train_gpt.py").is_file():
+            script, script_bytes = read_text(path / "train_gpt.py"), (path / "train_gpt.py").stat().st_size
+    if not runs and not claims.file:
+        raise GolfError(f"{path}: neither a log of a training run, nor a folder with one; give a log, a records folder or a run directory")
+    program = unwrap(script)
+    others = [p for p in path.glob("*") if p.suffix in (".py", ".c", ".cpp", ".cu") and p.name != "train_gpt.py"] if path.is_dir() else []
+    sidecars = {p.name: p.stat().st_size for p in sorted(others) if re.search(rf"\b{re.escape(p.stem)}\b", program)}
+    return Submission(path, runs, claims, digests, copies, script, sidecars, script_bytes)
+
+
+def _seed_in_name(name: str) -> str:
+    match = re.search(r"seed[_-]?(\d{1,9})", name)
+    return match[1] if match else ""
+
+
+def check_submission(s: Submission) -> list[Finding]:
+    """Every check on a submission, per run and over all of them."""
+    found = []
+    for run in s.runs:
+        found += check_run(run, s.shipped_code, s.record)
+    if not s.runs:
+        found.append(Finding("not checkable", "input", "no log: none of the claims can be checked", s.claims.file))
+    if s.runs and not any(r.finals for r in s.runs):
+        found.append(
+            Finding("not checkable", "input", "no run has a final score: the log is cut, or training did not end", s.runs[-1].file)
+        )
+    found += check_code(s)
+    found += check_seeds(s)
+    if s.claims.file:
+        found += check_claims(s.claims, select(s.runs, s.claims), found, s.shipped_code)
+    elif s.path.is_dir():
+        found.append(Finding("warning", "claims", "no submission.json", str(s.path)))
+    if not any(f.rule in ("C1", "C2", "C3", "C4") for f in found) and s.runs:
+        text = "no line of the logs speaks against them; only running the program can show that they hold"
+        found.append(Finding("not checkable", "C1-C4", text))
+    return fold(found)
+
+
+def check_shared_logs(s: Submission, others: Sequence[Submission]) -> list[Finding]:
+    """Logs that another submission ships as its own: of the two claims, at most one has a run behind it."""
+    found = []
+    for other in others:
+        for name, own in s.digests.items():
+            if other is not s and (theirs := next((n for n, d in other.digests.items() if d == own), None)):
+                found.append(Finding("warning", "seeds", f"the same log is in {other.path}: {theirs}", name))
+    return found
+
+
+def check_code(s: Submission) -> list[Finding]:
+    """Is the program in the log the one in the folder? Its size, where the log has no program."""
+    found = []
+    if s.sidecars:
+        listed = ", ".join(f"{name} {size:,}" for name, size in s.sidecars.items())
+        totals = [r.totals[-1].value for r in s.runs if r.totals]
+        over = bool(totals) and max(totals) <= 16_000_000 < max(totals) + sum(s.sidecars.values())
+        text = f"{sum(s.sidecars.values()):,} bytes of code beside train_gpt.py are not in the log's total: {listed}"
+        if over:
+            found.append(Finding("warning", "bytes", f"{text}; with them it is over the cap"))
+    if not s.script:
+        return found + [Finding("not checkable", "code", "no train_gpt.py beside the log")] * bool(s.path.is_dir() and s.runs)
+    program = unwrap(s.script)
+    for run in s.runs:
+        if run.sources:
+            changed = min(_changed(source, other) for source in run.sources for other in (s.script, program))
+            text = (
+                "the program in the log is the shipped train_gpt.py"
+                if not changed
+                else f"{changed} lines differ from the shipped train_gpt.py"
+            )
+            found.append(Finding("warning" if changed else "pass", "code", text, run.at(run.first_line)))
+        elif run.code:
+            sizes = {len(s.script.encode()), s.script_bytes, len(program.encode())}
+            said = {int(n.value) for n in run.code.values()}
+            text = f"{' / '.join(f'{n:,}' for n in sorted(said))} bytes by the log, {s.script_bytes:,} shipped"
+            status = "pass" if said & sizes else "warning"
+            found.append(Finding(status, "code", text, run.at(next(iter(run.code.values())))))
+    return found
+
+
+def _changed(a: str, b: str) -> int:
+    """Lines that are in one program and not in the other; blank lines and space at the end of a line do not count."""
+    left, right = (Counter(line.rstrip() for line in text.splitlines() if line.strip()) for text in (a, b))
+    return ((left - right) + (right - left)).total()
+
+
+def unwrap(script: str) -> str:
+    """The program inside a self-extracting script (base64 or base85 of lzma, zlib or brotli); the script itself if it is none.
+
+    Nothing is executed: literals are decoded, and what decodes to a Python program is it.
+    """
+    try:
+        literals = [node.value for node in ast.walk(ast.parse(script)) if isinstance(node, ast.Constant)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return script
+    for literal in literals:
+        data = literal.encode("ascii", "ignore") if isinstance(literal, str) else literal
+        if not isinstance(data, bytes) or len(data) < 1_000:
+            continue
+        for decode in (base64.b85decode, base64.b64decode, base64.a85decode, bytes):
+            for expand in (lzma.decompress, zlib.decompress, brotli.decompress, _raw_lzma):
+                try:
+                    text = expand(decode(data)).decode("utf-8")
+                except (ValueError, binascii.Error, lzma.LZMAError, zlib.error, brotli.error, EOFError):
+                    continue
+                if "import" in text:
+                    return text
+    return script
+
+
+def _raw_lzma(data: bytes) -> bytes:
+    return lzma.decompress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])
+
+
+def check_seeds(s: Submission) -> list[Finding]:
+    """Distinct seeds, a log for each, one set of settings, no copies."""
+    found = []
+    for copy, original in s.copies.items():
+        claimed_twice = _seed_in_name(copy) != _seed_in_name(original) and _seed_in_name(copy)
+        status, note = ("fail", ", under another seed") if claimed_twice else ("pass", ", counted once")
+        found.append(Finding(status, "seeds", f"{copy} is {original} again{note}"))
+    copied = [f"{a.at(a.first_line)} and {b.at(b.first_line)}" for a, b in combinations(s.runs, 2) if _same_course(a, b)]
+    if copied:
+        found.append(Finding("fail", "seeds", f"runs with other seeds have the same losses at every step: {'; '.join(copied[:3])}"))
+    finished = [r for r in select(s.runs, s.claims) if r.finals]
+    seeds = [r.seed for r in finished]
+    claimed, count = s.claims.seeds, s.claims.seed_count
+    if len(set(claimed)) < len(claimed):
+        found.append(Finding("fail", "seeds", f"seeds are claimed twice: {claimed}", s.claims.file))
+    known = {seed for seed in seeds if seed is not None}
+    lacking = sorted(set(claimed) - known) if known else []
+    have = len(finished)
+    if s.runs and have < count and count > 1:
+        text = f"{count} seeds are claimed, {have} finished run{'s' * (have != 1)} in the logs"
+        found.append(Finding("fail", "seeds", text + f", none of seed {', '.join(map(str, lacking))}" * bool(lacking), s.claims.file))
+    elif s.runs and lacking:
+        others = ", ".join(map(str, sorted(known - set(claimed)))) or "no other"
+        text = f"seed {', '.join(map(str, lacking))} is claimed, the logs are of seed {others} instead"
+        found.append(Finding("warning", "seeds", text, s.claims.file))
+    repeated = sorted(seed for seed, n in Counter(seeds).items() if seed is not None and n > 1)
+    if repeated and len(s.runs) > 1:
+        found.append(Finding("warning", "seeds", f"more than one run with seed {', '.join(map(str, repeated))}"))
+    if finished and all(f.status == "pass" for f in found):
+        if have >= 3:
+            found.append(Finding("pass", "seeds", f"{have} runs, seeds {', '.join(str(x) for x in seeds)}"))
+        else:
+            status = "warning" if s.path.is_dir() else "not checkable"
+            found.append(Finding(status, "seeds", f"{have} run{'s' * (have != 1)}; three seeds are customary"))
+    return found + check_settings(finished)
+
+
+def _same_course(a: Run, b: Run) -> bool:
+    ours, theirs = dict(a.steps), dict(b.steps)
+    shared = ours.keys() & theirs.keys()
+    return len(shared) >= 8 and a.seed != b.seed and all(ours[step] == theirs[step] for step in shared)
+
+
+def check_settings(runs: list[Run]) -> list[Finding]:
+    """Settings that two runs both print, and print differently."""
+    differ: dict[str, set[str]] = {}
+    for a, b in combinations(runs, 2):
+        for name in (a.settings.keys() & b.settings.keys()) - OWN_SETTINGS:
+            values = {a.settings[name][0], b.settings[name][0]}
+            if len(values) > 1 and not any("/" in v for v in values):  # paths are where, not what
+                differ.setdefault(name, set()).update(values)
+    if differ:
+        listed = "; ".join(f"{name}: {', '.join(sorted(values))}" for name, values in sorted(differ.items())[:5])
+        return [Finding("warning", "settings", f"{len(differ)} settings differ between the runs: {listed}")]
+    if len(runs) > 1 and all(r.settings for r in runs):
+        return [Finding("pass", "settings", f"{len(runs)} runs print the same settings")]
+    return []

@@ -1,0 +1,53 @@
+"""One of several processes, watched: when another one dies, jax's C++ runtime aborts this one with a stack dump; say it in one line.
+
+The abort happens in a thread of the runtime and cannot be caught in the process itself, so the work runs in a child and the parent
+passes on its error stream up to that point, its signals and its exit status.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+PR_SET_PDEATHSIG = 1
+LOST_STATUS = 3
+CHILD = "GOLF_JAX_SUPERVISED"
+NOISE = re.compile(rb"[EWIF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (coordination|preemption_sync|client\.cc|distributed|service)")
+FATAL = re.compile(rb"F\d{4} |terminate called after")
+LOST = "another process of this job has ended, or the coordinator cannot be reached"
+ADVICE = "start all processes again with: python -m golf_jax.train --resume RUN"
+
+
+def supervise() -> int | None:
+    """Run this command line again as a child and return its status; None where this is the child."""
+    if os.environ.get(CHILD):
+        with contextlib.suppress(OSError, AttributeError):  # Linux: end when the parent is killed
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        return None
+    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=os.environ | {CHILD: "1"}, stderr=subprocess.PIPE)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        del frame
+        child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, forward)
+    assert child.stderr is not None
+    fatal: list[bytes] = []
+    for line in child.stderr:
+        if fatal or FATAL.match(line):
+            fatal.append(line)
+        elif not NOISE.match(line):
+            sys.stderr.buffer.write(line)
+            sys.stderr.flush()
+    status = child.wait()
+    if not fatal:
+        return 128 - status if status < 0 else status
+    gone = re.findall(rb"/task:(\d+)", b"".join(fatal))
+    which = f"process {int(gone[0])} has ended" if gone else LOST
+    print(f"error: {which}; {ADVICE}", file=sys.stderr)
+    return LOST_STATUS

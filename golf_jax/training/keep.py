@@ -1,0 +1,55 @@
+"""When the state of a training is saved, and what happens when that fails or somebody asks the run to stop."""
+
+from typing import Any
+
+import jax
+
+from golf_jax.config import GolfError, Recipe
+from golf_jax.interrupt import Interrupted, Signals
+from golf_jax.processes import agreed
+from golf_jax.training.checkpoints import Checkpoints
+from golf_jax.training.rundir import RunDir
+from golf_jax.training.state import TrainState
+
+SECONDS = 60.0  # of training between two checkpoints, where the recipe does not count steps
+ASK_EVERY = 10  # steps; several processes have to ask each other
+
+
+class Keeper:
+    """Saves a run: at intervals, when it is asked to end, and at its end. `facts` go into every checkpoint (the data's identity)."""
+
+    def __init__(self, recipe: Recipe, checkpoints: Checkpoints, run: RunDir, signals: Signals, facts: dict[str, Any]) -> None:
+        self.recipe, self.checkpoints, self.run, self.signals, self.facts = recipe, checkpoints, run, signals, facts
+        self._saved_step, self._saved_at = 0, 0.0
+
+    def starts_at(self, step: int, seconds: float) -> None:
+        self._saved_step, self._saved_at = step, seconds
+
+    def asked(self, step: int, seconds: float) -> tuple[int, bool]:
+        """(signal that asks for the end or 0, whether a checkpoint is due), the same on every process."""
+        every = self.recipe.checkpoint_every
+        on_step = bool(every) and step % every == 0
+        if jax.process_count() > 1 and step % ASK_EVERY:
+            return 0, on_step
+        number, by_time = agreed(self.signals.number, not every and seconds - self._saved_at >= SECONDS)
+        return number, (on_step or by_time) and step > self._saved_step
+
+    def save(self, step: int, state: TrainState, seconds: float, position: dict[str, int], *, wait: bool = False) -> bool:
+        """Whether it could be saved: a full disk must not end a run that goes well without checkpoints."""
+        try:
+            if step == self._saved_step:
+                self.checkpoints.wait()
+                return True
+            self.checkpoints.save(self.recipe, step, state, wait=wait, position=position, seconds=seconds, **self.facts)
+        except GolfError as error:
+            self.run.log(f"warning: {error}; the run goes on")
+            return False
+        self.starts_at(step, seconds)
+        return True
+
+    def stop(self, number: int, step: int, state: TrainState, seconds: float, position: dict[str, int]) -> Interrupted:
+        """Save and say how to go on."""
+        saved = self.save(step, state, seconds, position, wait=True)
+        if not step or not saved:
+            return Interrupted(number, "nothing could be saved" if step else "nothing was trained yet")
+        return Interrupted(number, f"saved after step {step}; go on with: python -m golf_jax.train --resume {self.run.path}")

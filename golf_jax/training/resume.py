@@ -1,0 +1,60 @@
+"""What a run directory says about its run, and what may be changed when it goes on."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from golf_jax.config import GolfError, Recipe, differences, from_dict, to_dict
+from golf_jax.training.rundir import read_json
+
+FREE = ("log_every", "checkpoint_every", "micro_rows", "model.attention", "quant", "eval")  # cannot change what has been trained
+REPACKED = ("quant", "eval")  # the artifact holds both
+
+
+def stored_recipe(path: str | Path) -> Recipe:
+    """The recipe of the run in `path`. Raises GolfError."""
+    file = Path(path) / "config.json"
+    try:
+        return from_dict(Recipe, read_json(file))
+    except FileNotFoundError:
+        raise GolfError(f"--resume {path}: no run is there (config.json is missing)") from None
+    except GolfError as error:
+        raise error if str(file) in str(error) else GolfError(f"{file}: {error}") from None
+
+
+def devices_of(path: str | Path) -> int:
+    """How many devices the run in `path` used; 0 where it does not say."""
+    with contextlib.suppress(FileNotFoundError):
+        found = read_json(Path(path) / "environment.json")
+        return found.get("devices_used", 0) if isinstance(found, dict) else 0
+    return 0
+
+
+def _within(field: str, names: tuple[str, ...]) -> bool:
+    return any(field == name or field.startswith(f"{name}.") for name in names)
+
+
+def changed(stored: Recipe, recipe: Recipe, accept: tuple[str, ...], path: str | Path) -> list[dict[str, Any]]:
+    """What differs from the recipe of the run in `path`, as JSON data {field, before, after}.
+
+    Raises GolfError for a field that would change what has been trained, unless `accept` names it, and for a name in `accept` that
+    differs in nothing.
+    """
+    found = differences(to_dict(stored), to_dict(recipe))
+    for field, before, after in found:
+        if not _within(field, FREE + accept):
+            raise GolfError(
+                f"--resume {path}: {field} is {before!r} there and {after!r} here; that changes what has been trained: start a new run, "
+                f"or go on all the same with --accept {field}"
+            )
+    for name in accept:
+        if not any(_within(field, (name,)) for field, _, _ in found):
+            raise GolfError(f"--accept {name}: nothing of that name differs from the run in {path}")
+    return [{"field": field, "before": before, "after": after} for field, before, after in found]
+
+
+def stages_to_repeat(changes: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The finished stages that `changes` make void."""
+    if any(not _within(c["field"], FREE) for c in changes):
+        return ("train", "pack", "evaluations")
+    return ("pack", "evaluations") if any(_within(c["field"], REPACKED) for c in changes) else ()

@@ -1,0 +1,161 @@
+"""Proofs of text: what is not the tokenizer's own, not text, not countable or trained on is refused; sound text passes."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from golf_jax.config import GolfError
+from golf_jax.data.corpus import documents
+from golf_jax.data.documents import cut, find_files, read_documents
+from golf_jax.data.identity import difference, identify
+from golf_jax.data.proof import prove_text
+from golf_jax.data.shards import find_shards, load_val_tokens, open_shard, write_shard
+from golf_jax.data.tokenizer import Tokenizer, check_tables, train_bpe
+from golf_jax.processes import cache_directory
+
+TEXTS = documents()[:80]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(train_bpe(TEXTS[:60], 512))
+
+
+@pytest.fixture(scope="module")
+def split(tokenizer):
+    encoded = tokenizer.encode_documents([part for text in TEXTS for part in cut(text)])
+    return [np.concatenate(encoded[30:])], np.concatenate(encoded[:30])
+
+
+def trained(**options) -> Tokenizer:
+    model = io.BytesIO()
+    common = {"model_type": "bpe", "vocab_size": 512, "byte_fallback": True, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    lines = (line for text in TEXTS for line in text.splitlines() if line)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, minloglevel=2, **{**common, **options})
+    return Tokenizer(model.getvalue())
+
+
+def test_sound_text_is_proved(tokenizer, split):
+    proof = prove_text(tokenizer, *split)
+    assert proof.val_bytes == check_tables(tokenizer, split[1]) > 0
+    assert not any("changes" in fact for fact in proof.facts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text().filter(lambda text: "\u2581" not in text))
+def test_the_default_tokenizer_keeps_any_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(split):
+    with pytest.raises(GolfError, match=r"differs for \d+ of \d+ train documents: .*another tokenizer"):
+        prove_text(Tokenizer(train_bpe([text.upper() for text in TEXTS[20:]], 512)), *split)
+
+
+def test_random_tokens_are_no_text(tokenizer, split):
+    tokens = np.random.default_rng(0).integers(4, 512, 4000).astype(np.uint16)
+    tokens[::100] = 1
+    with pytest.raises(GolfError, match="not text"):
+        prove_text(tokenizer, [], tokens)
+
+
+def test_documents_without_a_start_are_refused(tokenizer, split):
+    for tokens in (np.where(split[1] == 1, 2, split[1]), split[1][3:]):
+        with pytest.raises(GolfError, match="must start with BOS"):
+            prove_text(tokenizer, [], tokens)
+
+
+def test_marker_pieces_are_refused_and_line_end_pieces_are_not(split):
+    markers = trained(user_defined_symbols=["\ue011"])
+    with pytest.raises(GolfError, match=r"private-use pieces \('\\ue011'\)"):
+        prove_text(markers, [], np.concatenate(markers.encode_documents(TEXTS[:3])))
+    ends = trained(user_defined_symbols=["\n"], normalization_rule_name="identity", remove_extra_whitespaces=False)
+    prove_text(ends, [], np.concatenate(ends.encode_documents(TEXTS[:3])))
+
+
+def test_lossy_normalisation_is_named():
+    folding = trained(normalization_rule_name="nmt_nfkc_cf")
+    assert len(folding.changes()) == 4 and "case is folded" in folding.changes()
+
+
+def test_unknown_characters_are_refused():
+    without = trained(byte_fallback=False)
+    with pytest.raises(GolfError, match="unknown tokens"):
+        prove_text(without, [], np.concatenate(without.encode_documents(["plain", "a 日 b"])))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split_by_whitespace": False},
+        {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
+        {"treat_whitespace_as_suffix": True, "add_dummy_prefix": False},
+    ],
+)
+def test_models_with_spaces_inside_pieces_are_counted(options):
+    model = trained(**options)
+    texts = [*TEXTS[:20], "the end of  the\n    end"]
+    tokens = np.concatenate(model.encode_documents(texts))
+    assert prove_text(model, [], tokens).val_bytes == sum(len(model.decode(model.encode(text)).encode()) for text in texts)
+
+
+@pytest.mark.parametrize("change", [lambda d: np.append(d, 2), lambda d: d[:-3], lambda d: d])
+def test_validation_text_in_training_is_refused(tokenizer, split, change):
+    leak = np.concatenate([change(np.array([1, *tokenizer.encode(TEXTS[0])])), [1, 40]]).astype(np.uint16)
+    val = np.concatenate(tokenizer.encode_documents(TEXTS[:5]))
+    with pytest.raises(GolfError, match="1 of 5 validation documents"):
+        prove_text(tokenizer, [split[0][0][-1:], leak], val)
+
+
+def test_identity_names_what_differs(tmp_path, tokenizer, split):
+    def now():
+        return identify(tokenizer.sha256, find_shards(tmp_path / "train_*.bin"), find_shards(tmp_path / "val_*.bin"))
+
+    write_shard(tmp_path / "train_0.bin", split[0][0])
+    write_shard(tmp_path / "val_0.bin", split[1])
+    before = json.loads(json.dumps(now()))
+    assert difference(before, now()) == ""
+    assert "tokenizer" in difference(before, {**now(), "tokenizer": "0" * 64})
+    write_shard(tmp_path / "train_0.bin", np.roll(split[0][0], 1))
+    assert difference(before, now()) == "train shard train_0.bin: another content" and now()["digest"] != before["digest"]
+    (tmp_path / "train_0.bin").rename(tmp_path / "train_1.bin")
+    assert "train_0.bin" in difference(before, now())
+    assert len(load_val_tokens(tmp_path / "val_0.bin")) == len(open_shard(tmp_path / "val_0.bin"))
+
+
+def test_long_texts_are_cut_without_loss():
+    for text in ("x" * 50_000, "word " * 20_000, "line\n" * 20_000, "a\n \n" * 20_000, "\n" * 200_000):
+        parts = list(cut(text))
+        assert "".join(parts) == text and len(parts) > 2 and max(map(len, parts)) <= 16_384
+
+
+def test_files_as_people_have_them(tmp_path):
+    (tmp_path / "a.JSONL").write_bytes(b'\xef\xbb\xbf{"content": "one"}\r\n{"content": "two"}\r\n')
+    (tmp_path / "b.ndjson").write_text('{"content": "three"}\n')
+    (tmp_path / "._a.jsonl").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "c.py").write_text("x = 1\r\n")
+    files, skipped = find_files([tmp_path])
+    assert list(read_documents(files, "content")) == ["one", "two", "three"]
+    assert [path.name for path in skipped] == ["._a.jsonl", "c.py"]
+    assert list(read_documents(find_files([tmp_path], "*.py")[0])) == ["x = 1\r\n"]
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(GolfError, match="deep.jsonl:1"):
+        list(read_documents([tmp_path / "deep.jsonl"]))
+
+
+def test_the_cache_has_a_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("GOLF_JAX_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == tmp_path / "xdg/golf_jax"
+    monkeypatch.setenv("GOLF_JAX_CACHE", str(tmp_path / "own"))
+    assert cache_directory() == tmp_path / "own"
+    monkeypatch.delenv("GOLF_JAX_CACHE")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cache_directory().parent == tmp_path and "GOLF_JAX_CACHE" in capsys.readouterr().err

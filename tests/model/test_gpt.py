@@ -1,0 +1,84 @@
+"""The Linen module is the network, and what it is called with is checked."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from golf_jax.config import GolfError, ModelConfig
+from golf_jax.model import GPT, init_params, logits, nll
+
+CONFIG = ModelConfig(vocab_size=40, num_layers=2, width=32, num_heads=2, num_kv_heads=1)
+TOKENS = np.arange(20).reshape(2, 10)
+PARAMS = init_params(CONFIG, jax.random.key(0))
+
+
+def test_init_and_apply_are_the_functions():
+    variables = GPT(CONFIG).init(jax.random.key(0), TOKENS)
+    assert variables["params"].keys() == PARAMS.keys()
+    assert all(np.array_equal(variables["params"][name], PARAMS[name]) for name in PARAMS)
+    np.testing.assert_array_equal(GPT(CONFIG).apply(variables, TOKENS), logits(CONFIG, PARAMS, TOKENS))
+
+
+def test_fine_tuning_with_optax():
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads = jax.value_and_grad(lambda p: nll(CONFIG, p, TOKENS[:, :-1], TOKENS[:, 1:]).mean())(params)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    params, state, losses = PARAMS, optimizer.init(PARAMS), []
+    for _ in range(10):
+        params, state, loss = step(params, state)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_numpy_parameters_work_under_jit():
+    host = {name: np.asarray(x) for name, x in PARAMS.items()}
+    out = jax.jit(lambda x: logits(CONFIG, host, x))(TOKENS)
+    np.testing.assert_allclose(out, jax.jit(lambda p, x: logits(CONFIG, p, x))(PARAMS, TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (TOKENS[0], r"\[batch, time\], got shape \(10,\); add the batch axis"),
+        (TOKENS.astype(np.float32), "must be integers, got float32"),
+        (TOKENS + 30, "token 49 is outside the vocabulary of 40"),
+        (TOKENS - 1, "token -1 is outside"),
+    ],
+)
+def test_tokens_that_cannot_be(tokens, message):
+    with pytest.raises(GolfError, match=message):
+        logits(CONFIG, PARAMS, tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": None}, "leaf 'q' is missing"),
+        ({"q_gian": jnp.ones(2)}, "unknown leaf 'q_gian'; did you mean 'q_gain'"),
+        ({"q_gain": jnp.ones(2)}, r"leaf 'q_gain' has shape \(2,\), the model configuration needs \(2, 2\)"),
+    ],
+)
+def test_leaves_that_cannot_be(change, message):
+    params = {name: x for name, x in (PARAMS | change).items() if x is not None}
+    with pytest.raises(GolfError, match=message):
+        GPT(CONFIG).apply({"params": params}, TOKENS)
+
+
+def test_constant_tokens_may_be_closed_over():
+    """Inside a trace: their values are known, the operations on them are not."""
+    params = init_params(CONFIG, jax.random.key(0))
+    closed = jax.jit(lambda p: logits(CONFIG, p, TOKENS))(params)
+    np.testing.assert_array_equal(closed, jax.jit(lambda p, x: logits(CONFIG, p, x))(params, TOKENS))
+
+
+def test_the_parts_have_names_in_a_profile():
+    params = init_params(CONFIG, jax.random.key(0))
+    text = jax.jit(lambda p: nll(CONFIG, p, TOKENS, TOKENS)).lower(params).as_text(debug_info=True)
+    assert all(f"/{name}/" in text for name in ("embed", "attention", "mlp", "head"))

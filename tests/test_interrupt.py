@@ -1,0 +1,35 @@
+"""Signals: noted where a stage holds them, raised elsewhere, and the second one ends at once."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from golf_jax.interrupt import SIGNALS, Interrupted, catching
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_where_it_is_held_and_raised_elsewhere(number):
+    before = signal.getsignal(number)
+    with catching() as signals:
+        with signals.held():
+            signal.raise_signal(number)
+        assert signals.number == number
+    with pytest.raises(Interrupted) as stop, catching():
+        signal.raise_signal(number)
+    assert stop.value.status == 128 + number and signal.getsignal(number) is before
+
+
+def test_the_second_signal_ends_at_once():
+    program = """
+import signal
+from golf_jax.interrupt import catching
+with catching() as signals, signals.held():
+    signal.raise_signal(signal.SIGTERM)
+    print("noted", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("never")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 143 and done.stdout == "noted\n"

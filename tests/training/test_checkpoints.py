@@ -1,0 +1,132 @@
+"""Checkpoints: what comes back is what was saved, or it is refused; a damaged one costs no more than itself."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from tiny_recipes import tiny
+
+from golf_jax.config import GolfError
+from golf_jax.mesh import REPLICATED, ROWS, make_mesh
+from golf_jax.model import resolve
+from golf_jax.training.checkpoints import Checkpoints, check_same_shapes, digests
+from golf_jax.training.state import TrainState, init_state, state_shapes
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+RECIPE = tiny("baseline")
+RECIPE = replace(RECIPE, model=resolve(RECIPE.model, "cpu"))
+
+
+@pytest.fixture(scope="module")
+def state() -> TrainState:
+    return init_state(RECIPE, make_mesh(2), 0)
+
+
+@pytest.fixture(scope="module")
+def saved(state, tmp_path_factory) -> Path:
+    """Steps 5 and 10."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    checkpoints = Checkpoints(folder)
+    for step in (5, 10):
+        changed = state._replace(params={name: p + step for name, p in state.params.items()})
+        checkpoints.save(RECIPE, step, changed, position={"batches": step}, seconds=1.5 * step, wait=True)
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def restore(folder: Path, lines: list[str] | None = None):
+    checkpoints = Checkpoints(folder)
+    try:
+        return checkpoints.restore(state_shapes(RECIPE, make_mesh(2)), (lines if lines is not None else []).append)
+    finally:
+        checkpoints.close()
+
+
+def test_the_newest_comes_back_whole(state, copy):
+    found = restore(copy)
+    assert found.step == 10 and found.meta["position"] == {"batches": 10} and found.meta["seconds"] == 15.0
+    for name, p in state.params.items():
+        np.testing.assert_array_equal(found.state.params[name], p + 10)
+    assert restore(copy.parent / "none") is None
+
+
+def test_any_changed_element_changes_the_digest(state):
+    base = jax.device_get(digests(state.params)[0])
+    for name, p in state.params.items():
+        for bit in (0, 31):
+            flipped = np.asarray(p).copy().reshape(-1)
+            flipped.view(np.uint32)[len(flipped) // 2] ^= np.uint32(1 << bit)
+            other = jax.device_get(digests({name: flipped.reshape(p.shape)})[0])
+            assert (other[name] != base[name]).all()
+    matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
+    padded = np.concatenate([matrix, np.zeros((2, 3), np.float32)])
+    np.testing.assert_array_equal(digests({"x": matrix})[0]["x"], digests({"x": padded})[0]["x"])
+
+
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(copy):
+    """The arrays of orbax carry no checksum of their own."""
+    file = max((f for f in (copy / "10").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    for at in range(len(data) // 3, len(data) - 1, len(data) // 3):
+        data[at] ^= 16
+    file.write_bytes(bytes(data))
+    lines: list[str] = []
+    assert restore(copy, lines).step == 5
+    assert len(lines) == 1 and lines[0].startswith("checkpoint 10 is damaged and set aside as ") and "\n" not in lines[0]
+    assert (copy / "10.damaged").is_dir() and not (copy / "10").exists()
+
+
+def test_arrays_of_one_step_with_the_facts_of_another_are_refused(copy):
+    shutil.rmtree(copy / "10/state")
+    shutil.copytree(copy / "5/state", copy / "10/state")
+    lines: list[str] = []
+    assert restore(copy, lines).step == 5 and "is not what was saved" in lines[0]
+
+
+@pytest.mark.parametrize("value", [7, -3, "x", None])
+def test_altered_facts_are_refused(copy, value):
+    (file,) = (copy / "10/meta").rglob("metadata")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"step": value}))
+    lines: list[str] = []
+    assert restore(copy, lines).step == 5 and "checkpoint 10 is damaged" in lines[0]
+
+
+def test_nothing_sound_is_an_error(copy):
+    for step in ("5", "10"):
+        for file in (copy / step / "state").rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"")
+    with pytest.raises(GolfError, match=r"no checkpoint can be read \(10, 5 are damaged\)"):
+        restore(copy)
+
+
+def test_a_state_that_is_not_finite_is_never_saved(state, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    bad = state._replace(params=state.params | {"q": state.params["q"] * np.nan})
+    with pytest.raises(GolfError, match="step 3: the weights are not finite"):
+        checkpoints.save(RECIPE, 3, bad)
+    assert checkpoints.steps() == []
+    checkpoints.close()
+
+
+def test_only_the_padding_of_batches_may_differ_on_resume():
+    def state(matrices: int, width: int) -> dict:
+        lies = lambda spec, *shape: jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(make_mesh(1), spec))  # noqa: E731
+        return {"opt": {"matrix": {"8x8": lies(ROWS, matrices, 8, width)}}, "params": {"q": lies(REPLICATED, 3, width)}}
+
+    check_same_shapes(state(8, 8), state(6, 8))
+    for other in (state(8, 4), state(8, 8) | {"params": {"q": state(8, 8)["opt"]["matrix"]["8x8"]}}):
+        with pytest.raises(ValueError, match=r"has the shape \(.*\) there and \(.*\) here"):
+            check_same_shapes(state(8, 8), other)
+    with pytest.raises(ValueError, match="zip"):
+        check_same_shapes(state(8, 8), {"opt": {}})

@@ -1,0 +1,60 @@
+"""What may be changed when a run goes on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny_recipes import tiny
+
+from golf_jax.config import GolfError, to_dict
+from golf_jax.training.resume import changed, stages_to_repeat, stored_recipe
+
+RECIPE = tiny("baseline")
+
+
+def with_lr(lr: float):
+    groups = (replace(RECIPE.optim.groups[0], lr=lr), *RECIPE.optim.groups[1:])
+    return replace(RECIPE, optim=replace(RECIPE.optim, groups=groups))
+
+
+def test_what_cannot_change_what_was_trained_is_taken():
+    other = replace(RECIPE, log_every=1, checkpoint_every=9, micro_rows=1, eval=replace(RECIPE.eval, batch_rows=1))
+    fields = {c["field"] for c in changed(RECIPE, other, (), "run")}
+    assert fields == {"log_every", "checkpoint_every", "micro_rows", "eval.batch_rows"}
+    assert changed(RECIPE, RECIPE, (), "run") == []
+
+
+def test_anything_else_is_refused_with_field_and_both_values():
+    with pytest.raises(GolfError, match=r"^--resume run: seed is 1337 there and 7 here; .* or go on all the same with --accept seed$"):
+        changed(RECIPE, replace(RECIPE, seed=7), (), "run")
+    before = RECIPE.optim.groups[0].lr
+    with pytest.raises(GolfError, match=rf"optim.groups.0.lr is {before} there and 0.5 here"):
+        changed(RECIPE, with_lr(0.5), (), "run")
+
+
+def test_a_named_field_is_accepted_and_recorded():
+    found = changed(RECIPE, with_lr(0.5), ("optim.groups.0.lr",), "run")
+    assert found == [{"field": "optim.groups.0.lr", "before": RECIPE.optim.groups[0].lr, "after": 0.5}]
+    with pytest.raises(GolfError, match="--accept optim.groups.1.lr: nothing of that name differs"):
+        changed(RECIPE, with_lr(0.5), ("optim.groups.0.lr", "optim.groups.1.lr"), "run")
+
+
+def test_changes_repeat_the_stages_they_touch():
+    assert stages_to_repeat([]) == stages_to_repeat([{"field": "log_every"}]) == ()
+    assert stages_to_repeat([{"field": "quant.level"}]) == stages_to_repeat([{"field": "eval.stride"}]) == ("pack", "evaluations")
+    assert stages_to_repeat([{"field": "optim.clip_norm"}]) == ("train", "pack", "evaluations")
+
+
+@pytest.mark.parametrize("damage", ["[]", "3", "null", '"x"', "{", "NaN", "[" * 100_000, '{"name": NaN}'])
+def test_a_damaged_config_is_one_line(tmp_path, damage):
+    (tmp_path / "config.json").write_text(damage)
+    with pytest.raises(GolfError, match="config.json") as caught:
+        stored_recipe(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_recipe_of_a_run_comes_back(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(RECIPE)))
+    assert stored_recipe(tmp_path) == RECIPE
+    with pytest.raises(GolfError, match="--resume .*: no run is there"):
+        stored_recipe(tmp_path / "nowhere")
