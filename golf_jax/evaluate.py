@@ -16,11 +16,11 @@ from golf_jax.config import EvalConfig, GolfError, load_recipe
 from golf_jax.data.text import Text, open_text
 from golf_jax.evaluation import score
 from golf_jax.files import read_bytes
-from golf_jax.interop import from_torch
-from golf_jax.interop.packed import read_checkpoint, read_packed
+from golf_jax.interop import open_torch
 from golf_jax.mesh import make_mesh
 from golf_jax.opening import Model, load, opened_here
 from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
+from golf_jax.progress import Log
 from golf_jax.training.resume import stored_recipe
 
 WINDOWED = ("sliding", "score_first", "adapt_first")
@@ -59,27 +59,21 @@ class Options:
     json: str = ""
     """Write the result to this file, too."""
     recipe: str = ""
-    """With a PyTorch file: the PR it belongs to (default: guessed from the names and shapes of its tensors)."""
-    config: str = ""
-    """With a PyTorch file: JSON file with the PR's hyperparameters where they differ from its defaults."""
+    """With a PyTorch file: the recipe it belongs to, or a recipe file (default: told by the names and shapes of its tensors)."""
 
 
-def from_pytorch(path: str, recipe: str, config_path: str) -> Model:
-    """A PR's PyTorch file, computed on this platform as the PR ran: its dtypes and RoPE frequencies, its evaluation."""
+def opened(path: str, recipe: str, log: Log = print) -> Model:
+    """The model of an artifact, a run directory or a PyTorch file, which is computed and scored as its recipe says."""
+    if Path(path).suffix not in (".pt", ".pth", ".ptz", ".safetensors"):
+        if recipe:
+            raise GolfError(f"--recipe {recipe}: {path} is no PyTorch file and says its own configuration; leave --recipe out")
+        return load(path)
+    config, params, name = open_torch(path, recipe)
     if not recipe:
-        raise GolfError(f"{path}: give --recipe (pr372, pr562, pr638, pr1182 or pr2005)")
-    data = read_bytes(path)
-    try:
-        settings = json.loads(read_bytes(config_path)) if config_path else {}
-    except ValueError as error:
-        raise GolfError(f"{config_path}: not JSON ({error})") from None
-    tensors = read_packed(recipe, data) if path.endswith(".ptz") else read_checkpoint(path)
-    config, params = from_torch(recipe, settings, tensors)
-    run = load_recipe(recipe)
-    config = replace(config, dtype="auto", attention="auto", rope_bf16_frequencies=run.model.rope_bf16_frequencies)
-    lower = {k.lower(): v for k, v in settings.items()}
-    seq_len = int(lower.get("eval_seq_len") or lower.get("train_seq_len") or run.data.seq_len)
-    return opened_here(config, params, name=path, eval=run.eval, seq_len=seq_len, sha256=hashlib.sha256(data).hexdigest())
+        log(f"{path}: the tensors are those of recipe {name}")
+    run = load_recipe(name)
+    sha256 = hashlib.sha256(read_bytes(path)).hexdigest()
+    return opened_here(config, params, name=path, eval=run.eval, seq_len=run.data.seq_len, sha256=sha256)
 
 
 def text_of(model: Model, options: Options) -> Text:
@@ -119,15 +113,14 @@ def main(argv: Sequence[str]) -> int:
     keep_compiled_programs()
     initialize_distributed()
     split_cpu(options.devices, sequences=8)
-    torch = Path(options.model).suffix in (".pt", ".pth", ".ptz", ".safetensors")
-    model = from_pytorch(options.model, options.recipe, options.config) if torch else load(options.model)
+    say = print if jax.process_index() == 0 else lambda line: None
+    model = opened(options.model, options.recipe, say)
     text = text_of(model, options)
     mesh, eval = make_mesh(options.devices), replace(model.eval, batch_rows=options.batch_rows or model.eval.batch_rows)
     if options.stride:
         eval = replace(eval, **{name: replace(getattr(eval, name), stride=options.stride) for name in WINDOWED})
     documents = first_documents(text.val_tokens, text.tokenizer.bos_id, options.max_docs) if options.max_docs else 0
     most = min(filter(None, (options.max_tokens, documents)), default=0)
-    say = print if jax.process_index() == 0 else lambda line: None
     result = next(score(model, text, mesh, eval, say, seq_len=model.seq_len, methods=[method_of(eval, options.mode)], max_targets=most))
     say("\n".join(result.lines()))
     if options.json and jax.process_index() == 0:

@@ -9,7 +9,6 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_
 import pytest  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +20,9 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden() -> Path:
-    """The small reference tensors the repository carries."""
-    return GOLDEN
+def references() -> Path:
+    """The portable reference sets that the repository carries."""
+    return Path(__file__).resolve().parent / "reference"
 
 
 @pytest.fixture(scope="session")

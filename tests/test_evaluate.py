@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from evaluation.reference_models import Portable
 
 from golf_jax import evaluate
 from golf_jax.artifact.model import pack_model
@@ -15,11 +16,9 @@ from golf_jax.config import DataConfig, EvalConfig, GolfError, ModelConfig, Quan
 from golf_jax.data import text
 from golf_jax.data.shards import write_shard
 from golf_jax.data.tokenizer import Tokenizer, train_bpe
-from golf_jax.evaluation import METHODS, Stream
-from golf_jax.interop.checks.base import Reference
-from golf_jax.interop.checks.evaluation import byte_tables
+from golf_jax.evaluation import METHODS
 from golf_jax.mesh import make_mesh
-from golf_jax.model import Model, init_params
+from golf_jax.model import init_params
 
 SEQ_LEN = 32
 TEXT = [f"The {a} {b} of the {c} is {n}." for n in range(8) for a in ("old", "new") for b in ("king", "road") for c in ("sea", "hill")]
@@ -130,17 +129,21 @@ def test_a_fresh_process_in_another_folder_gives_the_same_score(folder, capsys, 
     assert wrong.returncode == 2 and wrong.stderr.strip() == "error: nowhere.golf: cannot be read (No such file or directory)"
 
 
-def test_a_pytorch_checkpoint_is_scored(golden, tmp_path):
+def test_a_pytorch_checkpoint_is_scored(references, tmp_path):
     torch = pytest.importorskip("torch")
-    z = Reference(golden / "pr638.npz")
-    torch.save({name: torch.from_numpy(x) for name, x in z.under("param/").items()}, tmp_path / "final_model.pt")
-    (tmp_path / "config.json").write_text(json.dumps(z.config() | {"train_seq_len": 32}))
-    subject = evaluate.from_pytorch(str(tmp_path / "final_model.pt"), "pr638", str(tmp_path / "config.json"))
+    case = Portable(638, references)
+    torch.save({n: torch.from_numpy(x) for n, x in case.refs.case("params/main").own.items()}, tmp_path / "final_model.pt")
+    (tmp_path / "small.py").write_text(
+        "from dataclasses import replace\nfrom golf_jax.config import load_recipe\n"
+        "def recipe():\n"
+        "    r = load_recipe('pr638')\n"
+        "    small = replace(r.model, vocab_size=48, width=24, num_heads=4, num_kv_heads=2, bigram_buckets=64, bigram_dim=8, rope_dims=4)\n"
+        "    return replace(r, model=small, data=replace(r.data, seq_len=32))\n"
+    )
+    subject = evaluate.opened(str(tmp_path / "final_model.pt"), str(tmp_path / "small.py"))
     assert subject.seq_len == 32 and subject.eval.sliding.windows == "tail"
-    tokens = z["eval_tokens"].astype(np.uint16)
-    stream = Stream.of(tokens, byte_tables(z), 32)
-    result = METHODS["standard"](Model.open(subject.config, subject.params, "cpu"), stream, make_mesh(1), None)
-    assert result.score.nll_nats == pytest.approx(float(z["standard/nll_sum"]), rel=1e-5)
+    result = METHODS["standard"](subject, case.stream(), make_mesh(1), None)
+    assert result.score.nll_nats == pytest.approx(case.sums("standard")[0], rel=1e-5)
 
 
 def test_the_embedded_corpus_is_the_default_text_of_models_trained_on_it(folder, tmp_path, monkeypatch, capsys):

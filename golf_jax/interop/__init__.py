@@ -1,6 +1,6 @@
-"""Exchange with PyTorch: checkpoints and hyperparameters of the five pull requests."""
+"""Exchange with PyTorch: checkpoints, packed files and hyperparameters of the records' scripts."""
 
-from golf_jax.interop.hparams import model_config, training_recipe
-from golf_jax.interop.torch_names import from_torch, to_torch
+from golf_jax.interop.hparams import model_config
+from golf_jax.interop.torch_names import export_safetensors, from_torch, import_safetensors, open_torch, to_torch
 
-__all__ = ["from_torch", "model_config", "to_torch", "training_recipe"]
+__all__ = ["export_safetensors", "from_torch", "import_safetensors", "model_config", "open_torch", "to_torch"]

@@ -5,22 +5,11 @@ are brought to one set of lower-case names, missing ones take the PR's value, an
 refused by name.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from golf_jax.config import (
-    BudgetConfig,
-    DataConfig,
-    EvalConfig,
-    FakeQuantConfig,
-    GolfError,
-    ModelConfig,
-    Recipe,
-    SlidingConfig,
-    load_recipe,
-)
+from golf_jax.config import FakeQuantConfig, GolfError, ModelConfig, load_recipe
 
 RECIPES = ("pr372", "pr562", "pr638", "pr1182", "pr2005")
 
@@ -211,60 +200,3 @@ def _values_and_gate(h: dict[str, Any]) -> dict[str, Any]:
 
 
 _PARTS_OF = {"pr372": _pr372, "pr562": _pr562, "pr638": _pr638, "pr1182": _pr1182, "pr2005": _pr2005}
-
-
-def training_recipe(recipe: str, config: Mapping[str, Any], *, ranks: int, rows_per_rank: int, seq_len: int) -> Recipe:
-    """The PR's training in float32 on steps: the shipped recipe (groups, clipping, averages) with the settings of `config`.
-
-    ranks, rows_per_rank, seq_len: how the stored batches are cut; every rank is one micro-batch.
-    """
-    h, base = hyperparameters(recipe, config), load_recipe(recipe)
-    lrs = {"matrix": h["matrix_lr"], "token": h["tied_embed_lr"], "vector": h["scalar_lr"], "trigram": 0.0}
-    shared_decay = h.get("weight_decay")  # PR 562 has one for all groups
-    muon, adam = (h["muon_wd"], h["adam_wd"]) if shared_decay is None else (shared_decay, shared_decay)
-    decays = {"matrix": muon, "token": h.get("embed_wd", adam), "vector": adam, "trigram": 0.0}
-    rules = {
-        "muon": {
-            "momentum": h["muon_momentum"],
-            "momentum_start": h["muon_momentum_warmup_start"],
-            "momentum_warmup_steps": h["muon_momentum_warmup_steps"],
-            "newton_schulz_steps": h["muon_backend_steps"],
-            "row_normalize": h.get("muon_row_normalize", False),
-        },
-        "adamw": {"betas": (h["beta1"], h["beta2"]), "eps": h["adam_eps"]},
-        "frozen": {},
-    }
-    groups = tuple(replace(g, lr=lrs[g.name], weight_decay=decays[g.name], **rules[g.kind]) for g in base.optim.groups)
-    optim = replace(base.optim, groups=groups, clip_norm=h["grad_clip_norm"])
-    schedule = replace(
-        base.schedule,
-        warmdown_steps=h["warmdown_iters"] if recipe != "pr2005" else 0,
-        warmdown_frac=h.get("warmdown_frac", 0.0),
-        lr_floor=h.get("warmdown_lr_floor", h.get("min_lr", 0.0)),
-        loop_from=h.get("enable_looping_at", 0.0),
-        ema_decay=h["ema_decay"] if base.schedule.ema_decay else 0.0,
-        swa_every=h["swa_every"] if base.schedule.swa_every else 0,
-        swa_below=h.get("swa_start_frac", base.schedule.swa_below),
-        leak_warmup_steps=h.get("compile_warmup_steps", 0),
-    )
-    return Recipe(
-        name=recipe,
-        model=model_config(recipe, config),
-        data=DataConfig(seq_len=seq_len, ranks=ranks, rows_per_rank=rows_per_rank),
-        optim=optim,
-        budget=BudgetConfig(steps=h["iterations"]),
-        schedule=schedule,
-        eval=EvalConfig(sliding=SlidingConfig(stride=0)),
-        numerics="fp32",
-    )
-
-
-def read_config(value: Any, where: str) -> dict[str, Any]:
-    """The JSON object of a `config` entry (a 0-d string array of a reference file, or text). Raises GolfError naming `where`."""
-    try:
-        found = json.loads(str(value))
-    except json.JSONDecodeError as e:
-        raise GolfError(f"{where}: config is not JSON ({e.msg})") from None
-    if not isinstance(found, dict):
-        raise GolfError(f"{where}: config is not a JSON object")
-    return found

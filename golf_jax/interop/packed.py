@@ -1,7 +1,8 @@
-"""Reading what the PRs' PyTorch scripts write: packed `.ptz` artifacts and `final_model.pt` checkpoints.
+"""Reading what PyTorch scripts write: packed `.ptz` artifacts and checkpoints (`.pt`, `.safetensors`), in the forms people have them.
 
-Both are pickles; they are opened only through `torch.load(weights_only=True)`, which builds tensors and plain containers and nothing
-else. torch comes with the extra `golf-jax[torch]`. Names are canonical: smear.gate in every recipe, banks split into layers.
+Pickles are opened only through `torch.load(weights_only=True)`, which builds tensors and plain containers and nothing else; torch
+comes with the extra `golf-jax[torch]`, and `.safetensors` needs neither. Names are canonical: prefixes of wrappers taken off,
+smear.gate in every recipe, banks split into layers. Whatever is wrong with a file is one GolfError.
 """
 
 import io
@@ -9,6 +10,7 @@ import lzma
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,45 +21,77 @@ import numpy as np
 import zstandard
 
 from golf_jax.config import GolfError
+from golf_jax.interop.safetensors import read_safetensors
 from golf_jax.quant import QTensor, dequantize_all
 
-PACKING = {"pr372": "zstd", "pr562": "zstd", "pr638": "zstd", "pr1182": "xz", "pr2005": "brotli"}
 MAX_RAW_BYTES = 1 << 30
-_BANKS = {
+NESTED = ("model", "model_state_dict", "state_dict")
+PREFIXES = ("_orig_mod.", "module.")
+BANKS = {
     "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
     "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
     "mlp_up_bank": ("mlp.fc.weight",),
     "mlp_down_bank": ("mlp.proj.weight",),
 }
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def read_packed(recipe: str, data: bytes) -> dict[str, np.ndarray]:
-    """The dequantized weights, float32 by canonical name, of a `.ptz` file that the script of `recipe` (pr372, ...) wrote."""
-    return dequantize_all(read_packed_codes(recipe, data))
+def read_packed(data: bytes) -> dict[str, np.ndarray]:
+    """The dequantized weights, float32 by canonical name, of a `.ptz` file that one of the records' scripts wrote."""
+    return dequantize_all(read_packed_codes(data))
 
 
-def read_packed_codes(recipe: str, data: bytes) -> dict[str, QTensor]:
-    """The codes, scales and pass-through values in such a file. Raises GolfError for anything that is not one."""
-    if recipe not in PACKING:
-        raise GolfError(f"no packed format known for recipe {recipe!r}; known: {', '.join(PACKING)}")
-    where = f"packed file of {recipe}"
-    stored = _torch_load(io.BytesIO(_decompress(PACKING[recipe], data, where)), where)
+def read_packed_codes(data: bytes) -> dict[str, QTensor]:
+    """The codes, scales and pass-through values in such a file. Raises GolfError for anything that is not one.
+
+    The packing is told by the bytes: zstd, xz or zlib (what the scripts write where a library is missing), else brotli.
+    """
+    where = "packed file"
+    stored = _torch_load(io.BytesIO(_decompress(data, where)), where)
     try:
-        read = _codes_of_372 if recipe == "pr372" else _codes_of_w_and_m
+        read = _codes_of_372 if "quantized" in stored else _codes_of_w_and_m
         return {canonical_name(n): q for n, q in read(stored).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise GolfError(f"{where}: not the layout this recipe writes ({type(e).__name__}: {e})") from None
+        raise GolfError(f"{where}: not a layout that the records' scripts write ({type(e).__name__}: {e})") from None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a `final_model.pt` (a state_dict), float32 or bfloat16 as stored, by canonical name with banks split."""
+    """The tensors of a `.pt` or `.safetensors` checkpoint, float32 or bfloat16, by canonical name with banks split.
+
+    A state_dict may lie under `model`, `model_state_dict` or `state_dict`, every name may carry a wrapper's prefix (`_orig_mod.`,
+    `module.`), float16 and float64 become float32, and an `lm_head.weight` equal to the token table is taken for tied.
+    """
     path = Path(path)
     if not path.is_file():
         raise GolfError(f"{path}: no such checkpoint")
-    state = _torch_load(path, str(path))
-    if not isinstance(state, Mapping) or not all(hasattr(v, "dtype") for v in state.values()):
-        raise GolfError(f"{path}: not a state_dict of tensors")
-    return split_banks({canonical_name(n): _numpy(v) for n, v in state.items()})
+    if path.suffix == ".safetensors":
+        arrays = read_safetensors(path)
+    else:
+        arrays = {n: _numpy(v, f"{path}: {n}") for n, v in _state_dict(_torch_load(path, str(path)), path).items()}
+    return canonical_state(arrays, str(path))
+
+
+def _state_dict(stored: Any, path: Path) -> Mapping[str, Any]:
+    for _ in range(2):
+        if isinstance(stored, Mapping):
+            stored = next((stored[k] for k in NESTED if isinstance(stored.get(k), Mapping)), stored)
+    if not isinstance(stored, Mapping) or not stored or not all(hasattr(v, "dtype") for v in stored.values()):
+        found = f"keys {', '.join(map(str, list(stored)[:6]))}" if isinstance(stored, Mapping) else f"a {type(stored).__name__}"
+        raise GolfError(f"{path}: not a state_dict of tensors, nor one under {', '.join(NESTED)}; found {found}")
+    return stored
+
+
+def canonical_state(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """Tensors by canonical name: prefixes off, banks split, a tied head dropped; float32 or bfloat16."""
+    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in tensors)), ""):
+        tensors = {n.removeprefix(prefix): x for n, x in tensors.items()}
+    tensors = {canonical_name(n): x if x.dtype.name == "bfloat16" else x.astype(np.float32) for n, x in tensors.items()}
+    head, table = tensors.get("lm_head.weight"), tensors.get("tok_emb.weight")
+    if head is not None and table is not None:
+        if head.shape != table.shape or not np.array_equal(head, table):
+            raise GolfError(f"{where}: lm_head.weight differs from tok_emb.weight, and an untied head is not implemented")
+        del tensors["lm_head.weight"]
+    return split_banks(tensors)
 
 
 def canonical_name(name: str) -> str:
@@ -68,7 +102,7 @@ def split_banks(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """PR 1182's banks [layers * parts, out, in] as one matrix per layer; everything else unchanged."""
     result: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
-        parts = _BANKS.get(name)
+        parts = BANKS.get(name)
         if parts is None:
             result[name] = value
             continue
@@ -92,24 +126,36 @@ def unshuffle_bytes(data: bytes) -> bytes:
     return out.tobytes()
 
 
-def _decompress(packing: str, data: bytes, where: str) -> bytes:
+def _decompress(data: bytes, where: str) -> bytes:
+    """The raw bytes of a whole stream; cut short, too large or followed by more bytes is refused."""
+    magic = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zX": "xz", b"\x78": "zlib"}
+    packing = next((name for start, name in magic.items() if data.startswith(start)), "brotli")
+    rest = b""
     try:
         if packing == "zstd":
+            decoder = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
             complete = zstandard.get_frame_parameters(data).content_size <= MAX_RAW_BYTES
-            raw = zstandard.ZstdDecompressor().decompress(data) if complete else b""
+            raw = decoder.decompress(data) if complete else b""
+            complete, rest = complete and decoder.eof, decoder.unused_data
         elif packing == "xz":
             decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_RAW_BYTES)
             raw = decoder.decompress(data, max_length=MAX_RAW_BYTES)
-            complete = decoder.eof
+            complete, rest = decoder.eof, decoder.unused_data
+        elif packing == "zlib":
+            decoder = zlib.decompressobj()
+            raw = decoder.decompress(data, MAX_RAW_BYTES)
+            complete, rest = decoder.eof, decoder.unused_data
         else:
             decoder = brotli.Decompressor()
             raw = decoder.process(data, output_buffer_limit=MAX_RAW_BYTES)
             complete = decoder.is_finished()
-    except (zstandard.ZstdError, lzma.LZMAError, brotli.error) as e:
+    except (zstandard.ZstdError, lzma.LZMAError, zlib.error, brotli.error) as e:
         raise GolfError(f"{where}: not a whole {packing} stream ({e})") from None
     if not complete:
         raise GolfError(f"{where}: the {packing} stream is cut short or larger than {MAX_RAW_BYTES} bytes")
-    return unshuffle_bytes(raw) if packing == "brotli" else raw
+    if rest:
+        raise GolfError(f"{where}: {len(rest)} bytes behind the {packing} stream: not the file that a script wrote")
+    return unshuffle_bytes(raw)
 
 
 def _torch_load(source: Any, where: str) -> Any:
@@ -119,16 +165,22 @@ def _torch_load(source: Any, where: str) -> Any:
         raise GolfError(f"{where}: reading PyTorch files needs torch; install the extra: pip install 'golf-jax[torch]'") from None
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, IndexError) as e:
-        raise GolfError(f"{where}: not a torch file that holds only tensors ({str(e).splitlines()[0] if str(e) else e!r})") from None
+    except pickle.UnpicklingError:  # torch's own advice is to run whatever code the file holds
+        raise GolfError(f"{where}: not a torch file that holds only tensors: its pickle asks for code; save model.state_dict()") from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as e:
+        raise GolfError(f"{where}: not a torch file that holds only tensors ({type(e).__name__})") from None
 
 
-def _numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor as numpy; bfloat16 through its bits."""
+def _numpy(tensor: Any, where: str = "tensor") -> np.ndarray:
+    """A dense torch tensor as numpy; bfloat16 through its bits. Raises GolfError for quantized, sparse, meta and 8-bit float ones."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if str(tensor.layout) != "torch.strided" or tensor.device.type == "meta" or dtype not in (*_DTYPES, "int8", "uint8"):
+        kind = f"{str(tensor.layout).removeprefix('torch.')} tensor of {dtype} on {tensor.device.type}"
+        raise GolfError(f"{where}: a {kind} cannot be read; save a dense tensor of {', '.join(_DTYPES)}")
     tensor = tensor.detach().contiguous()
-    if str(tensor.dtype) == "torch.bfloat16":
-        import torch  # pyright: ignore[reportMissingImports]
-
+    if dtype == "bfloat16":
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 

@@ -1,52 +1,31 @@
-"""PyTorch state_dicts of the five pull requests <-> our parameters.
+"""PyTorch state_dicts of the records <-> our parameters, and checkpoints and packed files opened whatever wrote them.
 
 Our canonical tensor names (golf_jax.model.params) are the PRs' own, with two exceptions: PR 372 calls the smear gate `smear_gate`, and
 PR 1182 keeps its matrices in four banks, `[layers, out, in]`, queries before outputs and keys before values.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from golf_jax.config import GolfError, ModelConfig
-from golf_jax.interop.hparams import model_config
-from golf_jax.model.params import from_tensors, to_tensors
-
-_BANKS = {
-    "qo_bank": ("attn.c_q", "attn.proj"),
-    "kv_bank": ("attn.c_k", "attn.c_v"),
-    "mlp_up_bank": ("mlp.fc",),
-    "mlp_down_bank": ("mlp.proj",),
-}
-
-
-def canonical_names(recipe: str, config: ModelConfig, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A PR's state_dict under canonical names, banks split into one matrix per layer. Raises GolfError for a mis-shaped bank."""
-    tensors: dict[str, np.ndarray] = {}
-    for name, value in state.items():
-        if recipe == "pr372" and name == "smear_gate":
-            tensors["smear.gate"] = value
-        elif recipe == "pr1182" and name in _BANKS:
-            parts, layers = _BANKS[name], config.num_layers
-            if value.ndim != 3 or len(value) != len(parts) * layers:
-                want = f"({len(parts) * layers}, out, in)"
-                raise GolfError(f"tensor {name} has shape {value.shape}, the model configuration needs {want}")
-            for j, part in enumerate(parts):
-                tensors |= {f"blocks.{i}.{part}.weight": value[j * layers + i] for i in range(layers)}
-        else:
-            tensors[name] = value
-    return tensors
+from golf_jax.config import GolfError, ModelConfig, load_recipe
+from golf_jax.interop.hparams import RECIPES, model_config
+from golf_jax.interop.packed import BANKS, canonical_state, read_checkpoint, read_packed
+from golf_jax.interop.safetensors import read_safetensors, write_safetensors
+from golf_jax.model.params import from_tensors, leaves, to_tensors
 
 
 def pr_names(recipe: str, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inverse of `canonical_names`: the PR's own names, PR 1182 in banks."""
+    """The PR's own names, PR 1182 in banks."""
     state = dict(tensors)
     if recipe == "pr372" and "smear.gate" in state:
         state["smear_gate"] = state.pop("smear.gate")
     if recipe == "pr1182":
-        for bank, parts in _BANKS.items():
-            names = [f"blocks.{i}.{part}.weight" for part in parts for i in range(config.num_layers)]
+        for bank, parts in BANKS.items():
+            names = [f"blocks.{i}.{part}" for part in parts for i in range(config.num_layers)]
             state[bank] = np.stack([state.pop(name) for name in names])
     return state
 
@@ -62,7 +41,7 @@ def from_torch(recipe: str, config: Mapping[str, Any], state: Mapping[str, Any])
     model = model_config(recipe, config)
     arrays = {name: np.asarray(value, dtype=np.float32) for name, value in state.items()}
     try:
-        return model, from_tensors(model, canonical_names(recipe, model, arrays))
+        return model, from_tensors(model, canonical_state(arrays, "state_dict"))
     except GolfError as e:
         raise GolfError(f"{recipe}: {e}") from None
 
@@ -70,3 +49,60 @@ def from_torch(recipe: str, config: Mapping[str, Any], state: Mapping[str, Any])
 def to_torch(recipe: str, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Parameters (or anything of their structure: gradients, averages) as the PR's state_dict, PR 1182 in banks. Host arrays."""
     return pr_names(recipe, config, to_tensors(config, params))
+
+
+def open_torch(path: str | Path, recipe: str = "") -> tuple[ModelConfig, dict[str, np.ndarray], str]:
+    """(model configuration, parameters float32, recipe) of a `.pt`, `.ptz` or `.safetensors` file of a full-size record.
+
+    recipe: a shipped recipe; empty: the one whose tensors have these names and shapes. The configuration is the recipe's with `auto`
+    dtype and attention. Raises GolfError naming the file for whatever does not fit.
+    """
+    path = Path(path)
+    if path.suffix == ".ptz":
+        if not path.is_file():
+            raise GolfError(f"{path}: no such packed file")
+        try:
+            tensors = canonical_state(read_packed(path.read_bytes()), str(path))
+        except GolfError as e:
+            raise GolfError(f"{path}: {e}") from None
+    else:
+        tensors = {n: x.astype(np.float32) for n, x in read_checkpoint(path).items()}
+    name = recipe or guess_recipe(tensors, str(path))
+    config = replace(load_recipe(name).model, dtype="auto", attention="auto")
+    try:
+        return config, from_tensors(config, tensors), name
+    except GolfError as e:
+        raise GolfError(f"{path}: as {name}: {e}") from None
+
+
+def guess_recipe(tensors: Mapping[str, np.ndarray], where: str) -> str:
+    """The record whose model has exactly these tensor names and shapes. Raises GolfError naming the nearest where none has."""
+    shapes = {name: x.shape for name, x in tensors.items()}
+    differing = {}
+    for name in RECIPES:
+        want = tensor_shapes(load_recipe(name).model)
+        differing[name] = [n for n in {**want, **shapes} if want.get(n) != shapes.get(n)]
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    if differing[nearest]:
+        odd = differing[nearest]
+        raise GolfError(f"{where}: the tensors are of no shipped recipe; nearest is {nearest}, where {len(odd)} differ ({odd[0]}, ...)")
+    return nearest
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model, by name."""
+    table = leaves(config)
+    return {leaf.tensor.format(i=i): leaf.tensor_shape() for leaf in table.values() for i in range(leaf.shape[0] if leaf.stacked else 1)}
+
+
+def export_safetensors(config: ModelConfig, params: Mapping[str, Any], path: str | Path) -> None:
+    """Write parameters by the challenge's names, linear weights (out, in), in their dtypes."""
+    write_safetensors(to_tensors(config, params), path)
+
+
+def import_safetensors(config: ModelConfig, path: str | Path) -> dict[str, np.ndarray]:
+    """Inverse of `export_safetensors`, bit for bit. Raises GolfError naming what does not fit."""
+    try:
+        return from_tensors(config, read_safetensors(path))
+    except GolfError as e:
+        raise GolfError(f"{path}: {e}") from None

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import zstandard
-from golden_quant import RECIPES, portable_codes, recipe_quant, reference_codes
+from reference_quant import RECIPES, quant_case, stored
 
 from golf_jax.artifact import ArtifactError, pack, read_artifact, unpack
 from golf_jax.artifact.codecs import exactly
@@ -194,22 +194,11 @@ def test_bytes_behind_a_stream_are_refused():
 
 
 @pytest.mark.parametrize("pr", RECIPES)
-def test_no_larger_than_the_prs_own_packing(pr, golden):
-    z = np.load(golden / f"{pr}.npz")
-    config = recipe_quant(pr, 65_536)
-    theirs = len(z["artifact"])
-    ours = len(pack({"model": {"width": 24}}, portable_codes(z=z, pr=pr), config.compressor, config.level))
-    assert ours <= theirs, (ours, theirs)
-
-
-@pytest.mark.parametrize("pr", RECIPES)
-def test_no_larger_than_the_prs_own_packing_shared(pr, shared):
-    z = np.load(shared / "golden" / pr / "quant.npz")
-    config = recipe_quant(pr, 65_536)
-    root = "small_thr/" if pr == "pr1182" else ""
-    codes = reference_codes(pr, z, root)
-    data = pack({"model": {"width": 64}}, codes, config.compressor, config.level)
-    assert len(data) <= len(z[root + "artifact"])
+def test_no_larger_than_the_prs_own_packing(pr, references):
+    case = quant_case(pr, references)
+    codes, config = stored(case), case.recipe.quant
+    data, theirs = pack({"model": {"width": 24}}, codes, config.compressor, config.level), case.own["artifact"]
+    assert len(data) <= len(theirs), (len(data), len(theirs))
     assert_same(codes, unpack(data)[1])
 
 

@@ -5,13 +5,14 @@ import sys
 
 import numpy as np
 import pytest
-from golden_quant import RECIPES, recipe_quant, reference_codes
+from reference_quant import RECIPES, stored
 
 from golf_jax.artifact import pack
 from golf_jax.artifact.__main__ import main
 from golf_jax.artifact.code import bundle
 from golf_jax.artifact.ledger import HEADER_ALLOWANCE, ByteLedger, estimate_bytes, ledger
 from golf_jax.config import CAP_BYTES
+from golf_jax.interop.checks import Set
 from golf_jax.quant import QTensor
 
 
@@ -42,8 +43,8 @@ def test_every_byte_is_in_the_ledger(compressor, level):
 def test_the_estimate_is_close_for_the_reference_models(shared):
     """Tiny models have large headers, so that allowance is taken out on both sides."""
     for pr in RECIPES:
-        config = recipe_quant(pr, 65_536)
-        codes = reference_codes(pr, np.load(shared / "golden" / pr / "quant.npz"), "small_thr/" if pr == "pr1182" else "")
+        case = Set(shared / "reference" / pr).case("quant/main")
+        config, codes = case.recipe.quant, stored(case)
         book = ledger(pack({}, codes, config.compressor, config.level))
         actual = book.model_bytes - book.header_bytes
         assert estimate_bytes(codes, config.compressor) - HEADER_ALLOWANCE == pytest.approx(actual, rel=0.03), pr

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from evaluation.golden_models import Portable, Tiny
+from evaluation.reference_models import Portable, Tiny
 
 from golf_jax.evaluation import Facts, legality
 from golf_jax.evaluation.legality import changed_before_flip
@@ -18,8 +18,8 @@ def check_model(case):
 
 
 @pytest.mark.parametrize("pr", [1182])
-def test_models_are_causal_and_normalized(golden, pr):
-    case = Portable(pr, golden)
+def test_models_are_causal_and_normalized(references, pr):
+    case = Portable(pr, references)
     causal, error = check_model(case)
     assert causal and error < 1e-5
 

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from evaluation.golden_models import Tiny
+from evaluation.reference_models import Tiny
 
 from golf_jax.config import AdaptFirstConfig, GolfError, ModelConfig, ScoreFirstConfig, SlidingConfig
 from golf_jax.evaluation import METHODS, Stream
 from golf_jax.evaluation.adapt_first import adam_rule
 from golf_jax.evaluation.adapter import Plan
 from golf_jax.evaluation.legality import changed_before_flip
-from golf_jax.interop.checks import evaluation
-from golf_jax.interop.checks.base import Context
+from golf_jax.interop.checks import Set
+from golf_jax.interop.checks.evaluation import check_ttt
 from golf_jax.mesh import make_mesh
 from golf_jax.model import leaves
 
@@ -42,21 +42,21 @@ def illegal_run(tiny):
 
 
 @pytest.mark.parametrize(
-    ("pr", "tag"),
+    ("pr", "name"),
     [
-        ("pr562", "ttt"),
-        ("pr1182", "ttt"),
-        ("pr2005", "ttt"),
-        pytest.param("pr562", "ttt_noqat", marks=pytest.mark.slow),
-        pytest.param("pr1182", "ttt_noqat", marks=pytest.mark.slow),
+        ("pr562", "main"),
+        ("pr1182", "main"),
+        ("pr2005", "main"),
+        pytest.param("pr562", "plain", marks=pytest.mark.slow),
+        pytest.param("pr1182", "plain", marks=pytest.mark.slow),
     ],
 )
-def test_the_reference_run_is_reproduced(golden, pr, tag):
+def test_the_reference_run_is_reproduced(references, pr, name):
     """Losses and norms of every step, sums of every chunk, weights at the end."""
-    ctx = Context(pr, golden / f"{pr}.npz")
-    case = evaluation.TTTCase(tag, fake_quant=pr != "pr2005" and tag == "ttt")
-    results = evaluation._check_run(ctx, "portable", case)
-    assert len(results) >= 5 - (pr == "pr2005")
+    case = Set(references / f"{pr}.npz").case(f"ttt/{name}")
+    check_ttt(case)
+    results = case.results()
+    assert len(results) >= 5
     assert [f"{r.name}: {r.max_rel:.1e} at {r.worst}" for r in results if not r.ok] == []
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evaluation.golden_models import Tiny
+from evaluation.reference_models import Tiny
 
 import golf_jax
 from golf_jax.config import SlidingConfig

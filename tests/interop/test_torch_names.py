@@ -3,21 +3,24 @@
 import numpy as np
 import pytest
 
-from golf_jax.config import GolfError
-from golf_jax.interop import from_torch, model_config, to_torch
-from golf_jax.interop.hparams import RECIPES, hyperparameters, read_config
+from golf_jax.config import GolfError, load_recipe
+from golf_jax.interop import export_safetensors, from_torch, import_safetensors, model_config, to_torch
+from golf_jax.interop.checks import Set
+from golf_jax.interop.hparams import RECIPES, hyperparameters
+from golf_jax.interop.torch_names import guess_recipe, pr_names, tensor_shapes
 from golf_jax.model.params import count, to_tensors
 
 
-def load(golden, recipe):
-    z = np.load(golden / f"{recipe}.npz")
-    state = {k.removeprefix("param/"): z[k] for k in z.files if k.startswith("param/")}
-    return read_config(z["config"], recipe), state
+def load(references, recipe):
+    """Hyperparameters and state_dict as the PR's script has them."""
+    refs = Set(references / f"{recipe}.npz")
+    case = refs.case("params/main")
+    return refs.json["hyperparameters"], pr_names(recipe, case.model, case.own)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_round_trip_keeps_every_tensor(golden, recipe):
-    settings, state = load(golden, recipe)
+def test_round_trip_keeps_every_tensor(references, recipe):
+    settings, state = load(references, recipe)
     config, params = from_torch(recipe, settings, state)
     back = to_torch(recipe, config, params)
     assert set(back) == set(state)
@@ -27,8 +30,8 @@ def test_round_trip_keeps_every_tensor(golden, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_missing_an_unknown_and_a_misshaped_tensor_are_named(golden, recipe):
-    settings, state = load(golden, recipe)
+def test_a_missing_an_unknown_and_a_misshaped_tensor_are_named(references, recipe):
+    settings, state = load(references, recipe)
     name = "blocks.3.attn_scale"
     for broken, message in (
         ({k: v for k, v in state.items() if k != name}, f"missing.*{name}"),
@@ -39,13 +42,13 @@ def test_a_missing_an_unknown_and_a_misshaped_tensor_are_named(golden, recipe):
             from_torch(recipe, settings, broken)
 
 
-def test_banks_may_come_split(golden):
-    settings, state = load(golden, "pr1182")
+def test_banks_may_come_split(references):
+    settings, state = load(references, "pr1182")
     config, params = from_torch("pr1182", settings, state)
     _, again = from_torch("pr1182", settings, to_tensors(config, params))
     assert all(np.array_equal(params[k], again[k]) for k in params)
     short = state | {"qo_bank": state["qo_bank"][:-1]}
-    with pytest.raises(GolfError, match=r"qo_bank has shape \(21"):
+    with pytest.raises(GolfError, match=r"qo_bank: shape \(21"):
         from_torch("pr1182", settings, short)
 
 
@@ -87,3 +90,26 @@ def test_parts_that_do_not_exist_here_are_refused_by_name(recipe, settings, name
 
 def test_switched_off_parts_are_no_part():
     assert model_config("pr372", {"value_residual": 0, "mtp_num_heads": "0", "normuon": "False"}).width == 512
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_recipe_is_told_by_names_and_shapes(recipe):
+    shapes = tensor_shapes(load_recipe(recipe).model)
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    assert guess_recipe(tensors, "x.pt") == recipe
+    with pytest.raises(GolfError, match=f"nearest is {recipe}.*tok_emb.weight"):
+        guess_recipe(tensors | {"tok_emb.weight": np.zeros((3, 3), np.float32)}, "x.pt")
+
+
+def test_safetensors_round_trip_and_damage(references, tmp_path):
+    settings, state = load(references, "pr1182")
+    config, params = from_torch("pr1182", settings, state)
+    path = tmp_path / "model.safetensors"
+    export_safetensors(config, params, path)
+    back = import_safetensors(config, path)
+    assert set(back) == set(params) and all(np.array_equal(back[k], params[k]) for k in params)
+    data = path.read_bytes()
+    for damaged in (data[:-1], data + b"x", b"", b"\xff" * 40):
+        path.write_bytes(damaged)
+        with pytest.raises(GolfError, match="model.safetensors"):
+            import_safetensors(config, path)

@@ -70,7 +70,7 @@ class ReferenceSet:
 
 @functools.cache
 def load(which: str) -> ReferenceSet:
-    path = HERE.parent / "golden/pr2135_model.npz" if which == "portable" else HERE.parents[2] / "shared/reference/pr2135"
+    path = HERE.parent / "reference/pr2135_model.npz" if which == "portable" else HERE.parents[2] / "shared/reference/pr2135"
     if not path.exists():
         pytest.skip("needs the reference data in ../shared, which is not part of the repository")
     return ReferenceSet(path)

@@ -3,9 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_quant import recipe_quant, reference_tensors
+from reference_quant import quant_case, rules
 
 from golf_jax.config import GolfError
+from golf_jax.interop.checks import Set
+from golf_jax.interop.checks.quantization import check_quant
 from golf_jax.quant import quantize
 from golf_jax.quant.gptq import accumulate_hessian, gptq_codes
 from golf_jax.quant.schemes import sd_scale
@@ -16,41 +18,23 @@ def gptq(w, hessian, high, sigmas):
     return gptq_codes(w, hessian, scale, high), scale
 
 
-def settings(name):
-    return (63, 15.0) if name.startswith("tok_emb") else (31, 12.85)
-
-
-def test_portable_codes_from_stored_hessians(golden):
-    z = np.load(golden / "pr2005.npz")
-    names = [k[8:] for k in z.files if k.startswith("hessian/")]
-    tensors = {n: w for n, w in reference_tensors("pr2005", z).items() if n in names}
-    found = quantize(tensors, recipe_quant("pr2005", 192), {n: z[f"hessian/{n}"] for n in names})
+def test_codes_from_stored_hessians(references):
+    case = quant_case("pr2005", references)
+    hessians = case.under("hessian/")
+    found = quantize({n: case.tensors[n] for n in hessians}, rules(case), hessians)
     assert len(found) == 3
     for name, q in found.items():
-        assert q.kind == str(z[f"kind/{name}"])
-        np.testing.assert_array_equal(q.codes, z[f"codes/{name}"], err_msg=name)
-        np.testing.assert_array_equal(q.scale, z[f"scale/{name}"], err_msg=name)
+        assert q.kind == case.settings["tensors"][name]["kind"]
+        np.testing.assert_array_equal(q.codes, case.own[f"codes/{name}"], err_msg=name)
+        np.testing.assert_array_equal(q.scale, case.own[f"scale/{name}"], err_msg=name)
 
 
-def test_shared_codes_from_stored_hessians(shared):
-    z = np.load(shared / "golden" / "pr2005" / "quant.npz")
-    weights = np.load(shared / "golden" / "pr2005" / "model.npz")
-    names = [k[8:] for k in z.files if k.startswith("hessian/")]
-    assert len(names) == 5
-    for name in names:
-        codes, scale = gptq(weights[f"param/{name}"], z[f"hessian/{name}"], *settings(name))
-        np.testing.assert_array_equal(scale, z[f"scale/{name}"], err_msg=name)
-        np.testing.assert_array_equal(codes, z[f"q/{name}"], err_msg=name)
-
-
-@pytest.mark.parametrize("case", ["dead", "clip", "tok", "lowrank"])
-def test_synthetic_cases(case, shared):
+@pytest.mark.parametrize("name", ["syn_dead", "syn_clip", "syn_tok", "syn_lowrank"])
+def test_synthetic_cases(name, shared):
     """Dead columns, heavy clipping over three column blocks, int7, a rank-deficient Hessian."""
-    z = np.load(shared / "golden" / "pr2005" / "quant.npz")
-    w, h, q, scale, sigmas, high = (z[f"syn/{case}/{k}"] for k in ("W", "H", "q", "scale", "clip_sigmas", "clip_range"))
-    codes, found_scale = gptq(w, h, int(high), float(sigmas))
-    np.testing.assert_array_equal(found_scale, scale)
-    np.testing.assert_array_equal(codes, q)
+    case = Set(shared / "reference" / "pr2005").case(f"quant/{name}")
+    check_quant(case)
+    assert case.results() and [r.name for r in case.results() if not r.ok] == []
 
 
 def textbook_gptq(w_RC, hessian_CC, high, scale_R):

@@ -10,9 +10,10 @@ import numpy as np
 
 from golf_jax.config import Recipe
 from golf_jax.data.loader import Batch
-from golf_jax.interop.checks.base import Context, compiler_options
-from golf_jax.interop.torch_names import to_torch
+from golf_jax.interop.checks.base import compiler_options
+from golf_jax.interop.checks.reference import Set
 from golf_jax.mesh import make_mesh, replicated, rows
+from golf_jax.model import to_tensors
 from golf_jax.optim import schedules
 from golf_jax.optim.averaging import swa_mean
 from golf_jax.optim.schedules import Clock
@@ -38,7 +39,7 @@ class Batches:
 
 @dataclass
 class History:
-    """What a run leaves, per step and at the end; tensors by the PR's names."""
+    """What a run leaves, per step and at the end; tensors by the challenge's names."""
 
     loss: list[float] = field(default_factory=list)
     micro_loss: list[np.ndarray] = field(default_factory=list)
@@ -57,13 +58,13 @@ class History:
 
 
 def simulate(
-    ctx: Context, recipe: Recipe, params: Tensors, batches: Batches, keep: Iterable[int] = (), *, clear_stale: bool = False
+    refs: Set, recipe: Recipe, params: Tensors, batches: Batches, keep: Iterable[int] = (), *, clear_stale: bool = False
 ) -> History:
     """Train `recipe` (float32) from `params` on the stored batches. keep: step counts after which to keep all tensors.
 
     clear_stale: PR 1182's frozen gradients cleared after every step (those of the warm-up still enter the first one).
     """
-    mesh = make_mesh(ctx.devices if recipe.data.ranks % ctx.devices == 0 else 1)
+    mesh = make_mesh(refs.devices if recipe.data.ranks % refs.devices == 0 else 1)
     state = init_state(recipe, mesh, 0, {k: jnp.asarray(v) for k, v in params.items()})
     on_mesh = rows(mesh)
     history, steps = History(), len(batches.x)
@@ -78,7 +79,7 @@ def simulate(
             lowered = make_step(recipe, mesh, phase).lower(state, batch(0), inputs)
             return lowered.compile(compiler_options() if mesh.size == 1 else None)
 
-        return ctx.once(("step", graph(recipe), batches.x.shape[1:], phase, mesh.size), build)
+        return refs.once(("step", graph(recipe), batches.x.shape[1:], phase, mesh.size), build)
 
     inputs = jax.device_put(step_inputs(recipe, Clock(0, 0.0)), replicated(mesh))
     if recipe.schedule.leak_warmup_steps:
@@ -103,9 +104,9 @@ def simulate(
         if clear_stale:
             state = state._replace(stale=jax.tree.map(jnp.zeros_like, state.stale))
         if i + 1 in {*keep, steps}:
-            history.after[i + 1] = to_torch(ctx.recipe, recipe.model, state.params)
+            history.after[i + 1] = to_tensors(recipe.model, state.params)
     if state.ema is not None:
-        history.ema = to_torch(ctx.recipe, recipe.model, state.ema)
+        history.ema = to_tensors(recipe.model, state.ema)
     if state.swa is not None and int(state.swa.count):
-        history.swa, history.swa_count = to_torch(ctx.recipe, recipe.model, swa_mean(state.swa)), int(state.swa.count)
+        history.swa, history.swa_count = to_tensors(recipe.model, swa_mean(state.swa)), int(state.swa.count)
     return history

@@ -1,4 +1,4 @@
-"""The small reference models of tests/golden, and a still smaller one for tests of structure."""
+"""The small reference models of tests/reference, and a still smaller one for tests of structure."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import numpy as np
 from golf_jax.config import ModelConfig
 from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation import Stream
-from golf_jax.interop.checks.base import Context
-from golf_jax.interop.checks.evaluation import byte_tables
-from golf_jax.model import Model, init_params
+from golf_jax.interop.checks import Set
+from golf_jax.interop.checks.evaluation import stream_of
+from golf_jax.model import Model, init_params, resolve
 
 
 class Case:
@@ -31,19 +31,20 @@ class Case:
 
 
 class Portable(Case):
-    """tests/golden/prN.npz: model, tokens and byte tables of one PR; rows of 32, stride 8."""
+    """tests/reference/prN.npz: model, tokens and byte tables of one PR; rows of 32, stride 8."""
 
     seq_len = 32
 
     def __init__(self, pr: int, folder: Path) -> None:
-        context = Context(f"pr{pr}", folder / f"pr{pr}.npz")
-        self.z, model = context.file("portable"), context.model("portable")
-        self.config, self.params = model.config, model.params
-        self.tokens = self.z["eval_tokens"].astype(np.uint16)
-        self.tables = byte_tables(self.z)
+        self.refs = Set(folder / f"pr{pr}.npz")
+        case = self.refs.case("eval/standard")
+        self.config, self.params = resolve(case.model, "cpu"), case.params
+        self.tokens, self.tables = stream_of(case)
 
-    def sums(self, tag: str) -> tuple[float, int, int]:
-        return float(self.z[f"{tag}/nll_sum"]), int(self.z[f"{tag}/token_count"]), int(self.z[f"{tag}/byte_count"])
+    def sums(self, name: str) -> tuple[float, int, int]:
+        """Nats, targets and bytes of a case of `eval`."""
+        own = self.refs.case(f"eval/{name}").own
+        return float(own["nats"]), int(own["count"]), int(own["bytes"])
 
 
 class Tiny(Case):

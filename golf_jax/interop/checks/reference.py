@@ -1,0 +1,339 @@
+"""Reference sets, format 1 (docs/reference-format.md): arrays by fixed names, settings and tolerances as data.
+
+`Set` is one directory or portable file in memory, `Case` one computation in it: its configuration, parameters and inputs in our terms,
+and the comparison of what we compute, by the format's names, with what is stored under the tolerances the set gives.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe
+from golf_jax.config.serialize import from_dict, to_dict
+from golf_jax.interop.checks.base import CheckResult, Comparison
+from golf_jax.model import from_tensors
+
+Arrays = dict[str, np.ndarray]
+BOS = 1  # starts every document, in all tokenizers of the challenge
+# Items that a case takes as given; everything else in its section is compared.
+INPUTS = {
+    "params": ".+", "model": "tokens|segments", "grads": "tokens|segments", "newton_schulz": "input", "optimizer": "start/.+|grad/.+",
+    "init": "", "schedule": "step|seconds", "loader": "shard/.+|shard_lengths", "train": "tokens|segments", "quant": "calibration",
+    "eval": "tokens|base_bytes|leading_space|boundary|target_bytes", "ttt": "tokens|base_bytes|leading_space|boundary|target_bytes",
+    "units": "in/.+",
+}  # fmt: skip
+
+
+class NotComputed(GolfError):
+    """Something a set holds that this implementation has no part for."""
+
+
+def is_input(section: str, item: str) -> bool:
+    return item.startswith("index/") or re.fullmatch(INPUTS[section], item.partition("@")[0]) is not None
+
+
+def tensor_of(item: str) -> str:
+    """The tensor an item is about: `after/3/tok_emb.weight` -> `tok_emb.weight`."""
+    return re.sub(r"^\w+/(\d+/)?", "", item)
+
+
+@dataclass
+class Set:
+    """One reference set. Raises GolfError naming what is damaged."""
+
+    path: Path
+    devices: int = 1
+    json: dict[str, Any] = field(default_factory=dict)
+    items: dict[str, Arrays] = field(default_factory=dict)
+    """By `section/case`, then by item."""
+    not_checked: dict[str, str] = field(default_factory=dict)
+    """What was not compared, and why."""
+    _cache: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        portable = self.path.is_file()
+        if not portable and not (self.path / "reference.json").is_file():
+            what = "holds no reference.json" if self.path.is_dir() else "no such file or directory"
+            raise GolfError(f"{self.path}: {what}; a reference set is a directory with reference.json, or one portable npz file")
+        arrays: Arrays = {}
+        for file in [self.path] if portable else sorted(self.path.glob("*.npz")):
+            arrays |= {key if portable else f"{file.stem}/{key}": array for key, array in read_npz(file).items()}
+        if portable and "reference" not in arrays:
+            raise GolfError(f"{self.path}: no entry 'reference': not a portable reference set of format 1")
+        self.json = _read_json(str(arrays.pop("reference")) if portable else (self.path / "reference.json").read_text(), self.path)
+        for section, about in self.json["sections"].items():
+            if section not in INPUTS:
+                raise GolfError(f"{self.path}: unknown section {section!r}; sections are {', '.join(INPUTS)}")
+            self.items |= {f"{section}/{case}": {} for case in about["cases"]}
+        for key, array in arrays.items():
+            section, case, item = ([*key.split("/", 2), "", ""])[:3]
+            if f"{section}/{case}" not in self.items or not item:
+                raise GolfError(f"{self.path}: entry {key!r} belongs to no case that reference.json lists")
+            self.items[f"{section}/{case}"][item] = array
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The shipped recipe, or the recipe file of the set."""
+        name = self.json["recipe"]
+        if not name.endswith(".py"):
+            return load_recipe(name)
+        if self.path.is_file() or Path(name).name != name:
+            raise GolfError(f"{self.path}: recipe {name!r}: a recipe file lies beside reference.json, and a portable set has none")
+        return load_recipe(str(self.path / name))
+
+    def cases(self, section: str) -> Iterator["Case"]:
+        for where in self.items:
+            if where.startswith(f"{section}/"):
+                yield self.case(where)
+
+    def case(self, where: str) -> "Case":
+        if where not in self.items:
+            raise GolfError(f"{self.path}: refers to {where}, which is not there")
+        return self.once(("case", where), lambda: Case(self, where))
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Compiled functions and results that several cases share."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+
+def read_npz(path: Path) -> Arrays:
+    """All entries of an npz file, nothing pickled."""
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            return {key: z[key] for key in z.files}
+    except Exception as e:  # damage of zip and npy raises half a dozen types
+        text = str(e).splitlines()[0] if str(e) and not isinstance(e, zipfile.BadZipFile) else type(e).__name__
+        raise GolfError(f"{path}: not a readable npz file without pickles ({text})") from None
+
+
+def _read_json(text: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+        if found.get("format") != 1:
+            raise GolfError(f"{path}: format is {found.get('format')!r}, this reader knows 1")
+        if not all(isinstance(s["cases"], dict) for s in found["sections"].values()) or not isinstance(found["recipe"], str):
+            raise GolfError(f"{path}: reference.json: sections hold `cases`, and `recipe` is a name")
+        return found
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as e:
+        raise GolfError(f"{path}: reference.json is not what the format asks for ({type(e).__name__}: {e})") from None
+
+
+class Case:
+    """One computation of a set."""
+
+    def __init__(self, refs: Set, where: str) -> None:
+        self.refs, self.where = refs, where
+        self.section, self.name = where.split("/", 1)
+        about = refs.json["sections"][self.section]
+        self.settings: dict[str, Any] = about["cases"][self.name]
+        self._given = (self.settings.get("tolerances", {}), about.get("tolerances", {}))
+        self._rows: dict[Any, Comparison] = {}
+        self.added: set[str] = set()
+        """Items and facts that were compared."""
+
+    @property
+    def own(self) -> Arrays:
+        return self.refs.items[self.where]
+
+    @cached_property
+    def seen(self) -> Arrays:
+        """Own items, and the inputs that `inputs` names elsewhere."""
+        found, (source, _, spec) = dict(self.own), self.settings.get("inputs", "").partition("@")
+        while source:
+            other = self.refs.case(source)
+            for item, array in other.own.items():
+                if is_input(self.section, item) or (self.section == "loader" and item == "tokens"):
+                    found.setdefault(item, array[self.index(spec)] if item == "tokens" else array)
+            source = other.settings.get("inputs", "").partition("@")[0]
+        return found
+
+    def index(self, spec: str) -> tuple:
+        """What `@spec` means to numpy."""
+        parts: tuple = ()
+        for p in filter(None, spec.split(",")):
+            if ":" in p:
+                parts += (slice(*(int(x) if x else None for x in p.split(":"))),)
+            elif re.fullmatch(r"-?\d+", p):
+                parts += (int(p),)
+            else:
+                if f"index/{p}" not in self.seen and f"index/{p}" not in self.own:
+                    raise GolfError(f"{self.refs.path}: {self.where}: @{p} needs the entry index/{p}")
+                found = self.own[f"index/{p}"]
+                parts += tuple(found.T) if found.ndim == 2 else (found,)
+        return parts
+
+    def under(self, prefix: str, of: str = "seen") -> Arrays:
+        """Items that start with `prefix`, without it."""
+        return {k[len(prefix) :]: v for k, v in getattr(self, of).items() if k.startswith(prefix)}
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe with the set's configuration, the parameter set's and the case's laid on it. NotComputed where a field is unknown."""
+        layers = [self.settings.get("config", {})]
+        if not self.settings.get("shipped"):
+            source = self.refs.case(f"params/{self._params_case()}").settings if self._has_params() else {}
+            layers = [self.refs.json["config"], source.get("config", {}), *layers]
+        try:
+            document = to_dict(self.refs.recipe)
+            for layer in layers:
+                for dotted, value in layer.items():
+                    for target, field_name in _places(document, dotted):
+                        target[field_name] = value
+            made = from_dict(Recipe, document)
+        except (GolfError, KeyError, TypeError) as e:
+            raise NotComputed(f"{e}" if isinstance(e, GolfError) else f"config: no field {e}") from None
+        fake = replace(made.model.fake_quant, in_eval=bool(self.settings.get("fake_quant")))
+        model = replace(made.model, fake_quant=fake)
+        if "smear_gate.weight" in (stored := self.tensors_stored()):
+            model = replace(model, gate_window=stored["smear_gate.weight"].shape[-1])
+        if self.settings.get("smear_bos_fix"):
+            model = replace(model, boundary_token=BOS)
+        return replace(made, model=model)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.recipe.model
+
+    @property
+    def matrices(self) -> GroupConfig:
+        """The group of the recipe that Muon updates. NotComputed where there is none."""
+        for group in self.recipe.optim.groups:
+            if group.kind == "muon":
+                return group
+        raise NotComputed("no group of the recipe is updated by Muon")
+
+    @property
+    def looping(self) -> bool:
+        return self.settings.get("looping", True)
+
+    def _has_params(self) -> bool:
+        return self.section == "params" or any(where.startswith("params/") for where in self.refs.items)
+
+    def _params_case(self) -> str:
+        """The case of `params` that this one is about in the end."""
+        name = self.name if self.section == "params" else self.settings.get("params", "main")
+        while "/" in name:
+            name = self.refs.case("/".join(name.removeprefix("own/").split("/")[:2])).settings.get("params", "main")
+        return name if f"params/{name}" in self.refs.items else next(w[7:] for w in self.refs.items if w.startswith("params/"))
+
+    def tensors_stored(self) -> Arrays:
+        """The stored parameters that the case is about in the end: their shapes are those of its weights."""
+        return stored_tensors(self.refs, self._params_case()) if self._has_params() else {}
+
+    @cached_property
+    def tensors(self) -> Arrays:
+        """The weights of the case, by the challenge's names and in its orientation."""
+        name = self.settings.get("params", "main")
+        if "/" not in name:
+            return stored_tensors(self.refs, name)
+        from golf_jax.interop.checks import quantization, training  # they read cases
+
+        own, where = name.startswith("own/"), name.removeprefix("own/")
+        if where.startswith("train/"):
+            run, which = where.rsplit("/", 1)
+            return training.weights(self.refs.case(run), which)
+        return quantization.dequantized(self.refs.case(where), own=own)
+
+    @cached_property
+    def params(self) -> Arrays:
+        """The weights as our parameters."""
+        return from_tensors(self.model, self.tensors)
+
+    def add(self, item: str, ours: Any, reference: Any, start: Any = None) -> None:
+        """Compare one array or fact under the set's tolerance for it."""
+        self.added.add(item)
+        done, name, reference = 0, tensor_of(item), np.asarray(reference)
+        key, bars = self._tolerance(item)
+        ours = np.asarray(ours)
+        for bar in bars:
+            if "names" in bar and not any(part in name for part in bar["names"].split("|")):
+                continue
+            part = slice(done, bar.get("until")) if "until" in bar or done else ()
+            done = bar.get("until", done)
+            label = f"{key}[:{done}]" if "until" in bar else f"{key} of {bar['names']}" if "names" in bar else key
+            row = self._rows.setdefault((key, id(bar)), Comparison(f"{self.where}: {label}", bar["value"], bar["measure"]))
+            if ours.shape != reference.shape:
+                row.add(item, ours, reference)
+            elif reference[part].size or not part:
+                row.add(item, ours[part], reference[part], start)
+            if "until" not in bar:
+                return
+
+    def _tolerance(self, item: str) -> tuple[str, list[dict[str, Any]]]:
+        if found := self.tolerated(item):
+            given, key = found
+            return key, given[key] if isinstance(given[key], list) else [given[key]]
+        raise GolfError(f"{self.refs.path}: {self.where}: no tolerance for {item}")
+
+    def tolerated(self, item: str) -> tuple[dict[str, Any], str] | None:
+        """The tolerances of the case, or of its section, and the longest key in them that the item begins with."""
+        for given in self._given:
+            if keys := [k for k in given if f"{item}/".startswith(f"{k}/")]:
+                return given, max(keys, key=len)
+        return None
+
+    def compare(self, ours: Mapping[str, Any], start: Mapping[str, Any] | None = None) -> None:
+        """Every stored item and fact that the section computes, by the format's names; the others are named as not checked.
+
+        start: by tensor, what `change` measures from.
+        """
+        for item, reference in {k: v for k, v in self.own.items() if not is_input(self.section, k)}.items():
+            base, _, spec = item.partition("@")
+            if base in ours:
+                pick = self.index(spec) if spec else ()
+                origin = (start or {}).get(tensor_of(base))
+                self.add(item, np.asarray(ours[base])[pick], reference, None if origin is None else np.asarray(origin)[pick])
+            elif item not in self.added:
+                self.refs.not_checked[f"{self.where}/{item}"] = "not computed here"
+        for name, facts in self.settings.get("tensors", {}).items():
+            for fact, value in facts.items():
+                item = f"{fact}/{name}"
+                if item in ours:
+                    same = isinstance(value, str)
+                    self.add(item, ours[item] == value if same else ours[item], True if same else value)
+                elif item not in self.added:
+                    self.refs.not_checked[f"{self.where}/{item}"] = "not computed here"
+
+    def results(self) -> list[CheckResult]:
+        return [row.result() for row in self._rows.values()]
+
+
+def _places(document: dict[str, Any], dotted: str) -> list[tuple[dict[str, Any], str]]:
+    """The objects of a recipe that hold a field of the format, and its name there.
+
+    `eval.stride` and `eval.ttt.FIELD` are settings of every method of evaluation that has them and is asked for, and `optim.FIELD`, where
+    the groups have it, one of every group of a kind that reads it. Raises KeyError.
+    """
+    *path, last = dotted.split(".")
+    if path == ["optim"] and last not in document["optim"]:
+        kind = "adamw" if last in ("betas", "eps") else "muon"
+        found = [group for group in document["optim"]["groups"] if group["kind"] == kind and last in group]
+    elif dotted == "eval.stride" or path == ["eval", "ttt"]:
+        methods = [m for name, m in document["eval"].items() if isinstance(m, dict) and (name != "sliding" or not path[1:])]
+        found = [m for m in methods if last in m and m.get("epochs", 1)]
+    else:
+        for part in path:
+            document = document[part]
+        found = [document]
+    if not found:
+        raise KeyError(dotted)
+    return [(target, last) for target in found]
+
+
+def stored_tensors(refs: Set, name: str) -> Arrays:
+    """A parameter set, with what it takes from its base, in its dtype."""
+    case = refs.case(f"params/{name}")
+    base = case.settings.get("base")
+    tensors = (dict(stored_tensors(refs, base)) if base else {}) | case.own
+    dtype = ml_dtypes.bfloat16 if case.settings.get("dtype") == "bfloat16" else np.float32
+    return {n: x.astype(dtype) for n, x in tensors.items()}
