@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from golf_jax.config import DataConfig, GolfError, Recipe, load_recipe
+from golf_jax.config import DataConfig, GolfError, Recipe, SlidingConfig, load_recipe
 from golf_jax.data.loader import Batch
 from golf_jax.mesh import make_mesh
 from golf_jax.model import init_params, leaves, to_tensors

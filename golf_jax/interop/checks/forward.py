@@ -28,7 +28,7 @@ def _text(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 def check_model(case: Case) -> None:
     x, y, segments = _text(case)
     config, looping = case.model, case.looping
-    head: dict[str, bool] = {"looping": looping, "training": not case.settings.get("eval_softcap")}
+    head: dict[str, Any] = {"looping": looping, "training": not case.settings.get("eval_softcap")}
 
     def forward(params: dict, x_BT: jax.Array, y_BT: jax.Array, segments_BT: jax.Array | None):
         taps: dict[str, jax.Array] = {}
