@@ -138,7 +138,8 @@ def test_a_pytorch_checkpoint_is_scored(references, tmp_path):
         "def recipe():\n"
         "    r = load_recipe('pr638')\n"
         "    small = replace(r.model, vocab_size=48, width=24, num_heads=4, num_kv_heads=2, bigram_buckets=64, bigram_dim=8, rope_dims=4)\n"
-        "    return replace(r, model=small, data=replace(r.data, seq_len=32))\n"
+        "    eval = replace(r.eval, sliding=replace(r.eval.sliding, stride=8))\n"
+        "    return replace(r, model=small, data=replace(r.data, seq_len=32), eval=eval)\n"
     )
     subject = evaluate.opened(str(tmp_path / "final_model.pt"), str(tmp_path / "small.py"))
     assert subject.seq_len == 32 and subject.eval.sliding.windows == "tail"

@@ -3,6 +3,7 @@
 import importlib.util
 from typing import Any
 
+import jax
 import numpy as np
 
 from golf_jax.artifact.calibration import collect_hessians
@@ -10,6 +11,7 @@ from golf_jax.interop.checks.base import quick_compilation
 from golf_jax.interop.checks.reference import Arrays, Case
 from golf_jax.interop.packed import read_packed_codes
 from golf_jax.mesh import make_mesh
+from golf_jax.model import resolve
 from golf_jax.quant import QTensor, dequantize, dequantize_all, quantize, rules_for
 from golf_jax.quant.gptq import gptq_codes
 from golf_jax.quant.rounding import prune_by_magnitude, sorted_rows, torch_quantile
@@ -80,7 +82,9 @@ def _hessians(case: Case) -> Arrays:
 
     def make() -> Arrays:
         with quick_compilation():
-            return collect_hessians(case.model, case.params, case.seen["calibration"], make_mesh(case.refs.devices))
+            return collect_hessians(
+                resolve(case.model, jax.default_backend()), case.params, case.seen["calibration"], make_mesh(case.refs.devices)
+            )
 
     return case.refs.once(("hessians", case.where), make)
 
