@@ -5,19 +5,63 @@ import random
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from killed_runs import NOTHING_KEPT, Runs
 from tiny_recipes import build_text, environment, on_text, tiny
 
-from golf_jax.config import Recipe
+from golf_jax import pipeline
+from golf_jax.config import GolfError, Recipe
 from golf_jax.pipeline import Options
+from golf_jax.training.resume import devices_of
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Recipe:
     text = build_text(tmp_path_factory.mktemp("text") / "data")
     return replace(on_text(tiny("baseline", vocab_size=300, seq_len=32), text), checkpoint_every=5)
+
+
+def spoil(path: str, content: str | bytes = "") -> Any:
+    """Writes `content` there before the run."""
+
+    def write(root: Path) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return write
+
+
+FAULTS = [  # what is done in a folder that holds `data`, the options, the message
+    (spoil("run"), {"run_dir": "run"}, "run: cannot write the run directory: File exists"),
+    (spoil("file"), {"run_dir": "file/run"}, "file/run: cannot write the run directory: Not a directory"),
+    (None, {"run_dir": "x" * 300}, "cannot write the run directory: File name too long"),
+    (None, {"resume": "x" * 300}, r"cannot be read \(.*File name too long"),
+    (None, {"resume": "nowhere"}, "--resume .*nowhere: no run is there"),
+    (spoil("run/config.json", "[]"), {"resume": "run"}, "run/config.json: "),
+    (spoil("data/train_000000.bin", b"\0" * 5000), {"run_dir": "run"}, r"train_000000.bin: not a token shard \(magic 0"),
+    (spoil("data/train_000000.bin", b"\0" * 500), {"run_dir": "run"}, "train_000000.bin: truncated, 500 bytes"),
+    (spoil("data/tokenizer.model"), {"run_dir": "run"}, "tokenizer.model"),
+]
+
+
+@pytest.mark.parametrize(("spoils", "options", "message"), FAULTS)
+def test_a_fault_is_one_line_before_anything_is_compiled(recipe, tmp_path, spoils, options, message):
+    shutil.copytree(Path(recipe.data.train).parent, tmp_path / "data")
+    if spoils:
+        spoils(tmp_path)
+    options = Options(**{name: str(tmp_path / value) for name, value in options.items()})
+    with pytest.raises(GolfError, match=message) as caught:
+        pipeline.run(on_text(recipe, tmp_path / "data"), options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["x", None, -1, [8], {"devices_used": "x"}])
+def test_a_damaged_number_of_devices_counts_as_unknown(tmp_path, value):
+    (tmp_path / "environment.json").write_text(json.dumps(value if isinstance(value, dict) else {"devices_used": value}))
+    assert devices_of(tmp_path) == 0
 
 
 KILLS, PER_RUN = 50, 3

@@ -92,6 +92,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         _quiet()
         with self._reported("cannot be opened"):
+            self.directory.mkdir(parents=True, exist_ok=True)  # orbax finds out that it is a file when the first save is due
             self._open()
 
     def _open(self) -> None:

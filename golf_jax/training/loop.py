@@ -104,7 +104,7 @@ def train(
         name = "validation_looping" if looping and len(flags) > 1 else "validation"
         compile_seconds[name] = time.perf_counter() - begin
         run.log(f"compiled {name} in {compile_seconds[name]:.1f} s")
-    watch, first = _Watch(recipe, run, keeper, found.meta["loss"] if found else math.nan), step
+    watch, first = _Watch(recipe, run, keeper, found.meta.get("loss", math.nan) if found else math.nan), step
     pending: tuple[int, StepInputs, StepMetrics] | None = None
 
     with Prefetcher(loader, mesh) as batches, keeper.signals.held(), jax.transfer_guard("disallow"):
