@@ -26,12 +26,14 @@ class Signals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """In here a signal is only noted (`number`): who asks decides when to end."""
+        """In here a signal is only noted (`number`): who asks decides when to end. One that nobody asked about is raised at the end."""
         self._held = True
         try:
             yield
         finally:
             self._held = False
+        if self.number:
+            raise Interrupted(self.number)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -114,8 +114,9 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
             with others_alive():
                 return _stages(plan, options, changes, directory, signals)
         except Interrupted as stop:
-            advice = f": go on with: python -m golf_jax.train --resume {path}" if not stop.advice and "train" in directory.record else ""
-            directory.log(f"interrupted by {stop}{advice}")
+            kept = any(p.name.isdigit() for p in (directory.path / "checkpoints").glob("*"))
+            rest = f"go on with: python -m golf_jax.train --resume {path}" if kept else "nothing was trained yet"
+            directory.log(f"interrupted by {stop}{'' if stop.advice else f': {rest}'}")
             raise
 
 

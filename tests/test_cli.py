@@ -81,6 +81,16 @@ def test_a_mistake_is_one_line_and_status_2(capsys, monkeypatch):
     assert stopped.value.code == 2 and capsys.readouterr().err == "error: the field, and the fix\n"
 
 
+def test_memory_that_runs_out_is_one_line_with_the_remedy(capsys, monkeypatch):
+    def main(argv):
+        raise MemoryError
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main)
+    assert stopped.value.code == 2 and "out of memory; --micro-rows 1" in capsys.readouterr().err
+
+
 def test_other_errors_keep_their_traceback(monkeypatch):
     def main(argv):
         raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""Signals: noted where a stage holds them, raised elsewhere, and the second one ends at once."""
+"""Signals: noted where a stage holds them, raised behind it and elsewhere, and the second one ends at once."""
 
 import signal
 import subprocess
@@ -10,12 +10,12 @@ from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_noted_where_it_is_held_and_raised_elsewhere(number):
+def test_a_signal_is_noted_where_it_is_held_and_raised_behind_it_or_elsewhere(number):
     before = signal.getsignal(number)
     with catching() as signals:
-        with signals.held():
+        with pytest.raises(Interrupted), signals.held():
             signal.raise_signal(number)
-        assert signals.number == number
+            assert signals.number == number
     with pytest.raises(Interrupted) as stop, catching():
         signal.raise_signal(number)
     assert stop.value.status == 128 + number and signal.getsignal(number) is before

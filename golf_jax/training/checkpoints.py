@@ -4,11 +4,14 @@ Orbax checks its own bookkeeping, not the arrays, so `meta` carries a digest of 
 arrays of one step beside the meta of another, are found before anything is trained on.
 """
 
+import functools
 import hashlib
 import json
 import logging
+import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +71,28 @@ def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
     return body | {"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
 
 
+@functools.cache
+def _quiet() -> None:
+    """A failure is raised here, as one line; orbax and asyncio log it, too, and tensorstore's threads print dozens of tracebacks of it."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def without_callbacks(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = without_callbacks
+
+
 class Checkpoints:
     """The newest checkpoints under `directory`: the train state as arrays, position and clock as JSON. Nothing is pickled."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).absolute()
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs tracebacks of what is raised here anyway
+        _quiet()
         with self._reported("cannot be opened"):
+            self.directory.mkdir(parents=True, exist_ok=True)  # orbax finds out that it is a file when the first save is due
             self._open()
 
     def _open(self) -> None:
@@ -92,7 +110,7 @@ class Checkpoints:
             raise GolfError(f"step {step}: the weights are not finite any more; nothing is saved from here on")
         meta = _sealed({"recipe": to_dict(recipe), "step": step, "digests": named, **facts})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
-        with self._reported(f"checkpoint {step} cannot be written"):
+        with self._written(f"checkpoint {step} cannot be written"):
             self._manager.save(step, args=args, force=True)
             if wait:
                 self._manager.wait_until_finished()
@@ -113,7 +131,7 @@ class Checkpoints:
                 return self._restore(step, like)
             except GolfError as error:
                 damaged.append(step)
-                aside = self._set_aside(step)
+                aside = self.set_aside(step, "damaged")
                 log(f"checkpoint {step} is damaged and set aside as {aside}: {error}")
         if damaged:
             raise GolfError(f"{self.directory}: no checkpoint can be read ({', '.join(map(str, damaged))} are damaged); start a new run")
@@ -135,9 +153,10 @@ class Checkpoints:
                 raise GolfError(f"checkpoint {step}: {wrong[0]} is not what was saved ({len(wrong)} of {len(named)} arrays)")
             return Found(state, meta)
 
-    def _set_aside(self, step: int) -> Path:
+    def set_aside(self, step: int, why: str) -> Path:
+        """Rename a checkpoint to `STEP.why`, where it is not looked for any more."""
         source = self.directory / str(step)
-        target = next(p for n in range(1000) if not (p := self.directory / f"{step}.damaged{n or ''}").exists())
+        target = next(p for n in range(1000) if not (p := self.directory / f"{step}.{why}{n or ''}").exists())
         self._manager.close()
         if jax.process_index() == 0:
             source.rename(target)
@@ -146,15 +165,25 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the save under way is on disk. Raises GolfError if it failed."""
-        with self._reported("the last checkpoint cannot be written"):
+        with self._written("the last checkpoint cannot be written"):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and let go."""
+        """Wait, and let go. A failure is told by `save` and `wait`; it must not hide here what else has happened."""
+        for last in (self._manager.wait_until_finished, self._manager.close):
+            with suppress(Exception):
+                last()
+
+    @contextmanager
+    def _written(self, what: str) -> Iterator[None]:
+        """Reported, and half a checkpoint takes no room on the full disk any more."""
         try:
-            self.wait()
-        finally:
-            self._manager.close()
+            with self._reported(what):
+                yield
+        except GolfError:
+            for half in self.directory.glob("*.orbax-checkpoint-tmp") if jax.process_index() == 0 else ():
+                shutil.rmtree(half, ignore_errors=True)
+            raise
 
     @contextmanager
     def _reported(self, what: str) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """When the state of a training is saved, and what happens when that fails or somebody asks the run to stop."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -34,22 +35,33 @@ class Keeper:
         number, by_time = agreed(self.signals.number, not every and seconds - self._saved_at >= SECONDS)
         return number, (on_step or by_time) and step > self._saved_step
 
-    def save(self, step: int, state: TrainState, seconds: float, position: dict[str, int], *, wait: bool = False) -> bool:
+    def save(self, step: int, state: TrainState, seconds: float, position: dict[str, int], loss: float, *, wait: bool = False) -> bool:
         """Whether it could be saved: a full disk must not end a run that goes well without checkpoints."""
         try:
             if step == self._saved_step:
                 self.checkpoints.wait()
                 return True
-            self.checkpoints.save(self.recipe, step, state, wait=wait, position=position, seconds=seconds, **self.facts)
+            self.checkpoints.save(self.recipe, step, state, wait=wait, position=position, seconds=seconds, loss=loss, **self.facts)
         except GolfError as error:
             self.run.log(f"warning: {error}; the run goes on")
             return False
         self.starts_at(step, seconds)
         return True
 
-    def stop(self, number: int, step: int, state: TrainState, seconds: float, position: dict[str, int]) -> Interrupted:
+    def stop(self, number: int, step: int, state: TrainState, seconds: float, position: dict[str, int], loss: float) -> Interrupted:
         """Save and say how to go on."""
-        saved = self.save(step, state, seconds, position, wait=True)
+        saved = self.save(step, state, seconds, position, loss, wait=True)
         if not step or not saved:
             return Interrupted(number, "nothing could be saved" if step else "nothing was trained yet")
         return Interrupted(number, f"saved after step {step}; go on with: python -m golf_jax.train --resume {self.run.path}")
+
+    def diverged(self, step: int, loss: float) -> GolfError:
+        """The state after `step` steps has a loss that is not finite: its checkpoint is good for nothing and set aside."""
+        with contextlib.suppress(GolfError):
+            self.checkpoints.wait()
+        if step in self.checkpoints.steps():
+            self.checkpoints.set_aside(step, "diverged")
+        left = self.checkpoints.steps()
+        resume = f"--resume {self.run.path} --accept optim.groups.0.lr --optim.groups.0.lr N"
+        on = f", or go on from checkpoint {left[0]} with lower ones: {resume}" if left else ""
+        return GolfError(f"step {step + 1}: the training loss is {loss}; lower the learning rates in a new run{on}")

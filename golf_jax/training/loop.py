@@ -107,7 +107,7 @@ def train(
         name = "validation_looping" if looping and len(flags) > 1 else "validation"
         compile_seconds[name] = time.perf_counter() - begin
         run.log(f"compiled {name} in {compile_seconds[name]:.1f} s")
-    watch, first = _Watch(recipe, run), step
+    watch, first = _Watch(recipe, run, keeper, found.meta.get("loss", math.nan) if found else math.nan), step
     pending: tuple[int, StepInputs, StepMetrics] | None = None
 
     with Prefetcher(loader, mesh) as batches, keeper.signals.held(), jax.transfer_guard("disallow"):
@@ -136,7 +136,7 @@ def train(
                 watch.step(*pending, clock)
                 pending = None
                 with clock.paused(), jax.transfer_guard("allow"):
-                    arguments = (step, state, clock.local_seconds, batches.state())
+                    arguments = (step, state, clock.local_seconds, batches.state(), watch.loss)
                     if signal:
                         raise keeper.stop(signal, *arguments)
                     keeper.save(*arguments)
@@ -144,9 +144,9 @@ def train(
             watch.step(*pending, clock)
         jax.block_until_ready(state.params)
         clock.stop()
-        position = batches.state()
-    if keeper.save(step, state, clock.local_seconds, position, wait=True):
-        run.log(f"training complete: step {step} is saved")
+        with jax.transfer_guard("allow"):
+            if keeper.save(step, state, clock.local_seconds, batches.state(), watch.loss, wait=True):
+                run.log(f"training complete: step {step} is saved")
     return Trained(exported(recipe, state), step, clock.local_seconds, watch.loss, compile_seconds)
 
 
@@ -176,10 +176,10 @@ def exported(recipe: Recipe, state: TrainState) -> dict[str, jax.Array]:
 class _Watch:
     """Reads metrics one step late, so that the device never waits for the host, and reports them."""
 
-    def __init__(self, recipe: Recipe, run: RunDir) -> None:
-        self.recipe, self.run = recipe, run
+    def __init__(self, recipe: Recipe, run: RunDir, keeper: Keeper, loss: float) -> None:
+        self.recipe, self.run, self.keeper = recipe, run, keeper
         self.total = recipe.budget.steps
-        self.loss = math.nan
+        self.loss = loss
         self._first: tuple[int, float] | None = None
 
     def step(self, step: int, inputs: StepInputs, metrics: StepMetrics, clock: TrainingClock) -> None:
@@ -187,10 +187,7 @@ class _Watch:
         seconds = clock.local_seconds  # read after the wait: the time at which this step was done
         if not math.isfinite(self.loss):
             self.run.metrics("train", step=step, loss=None, seconds=seconds)
-            raise GolfError(
-                f"step {step + 1}: the training loss is {self.loss}; lower the learning rates in a new run, or from the last good "
-                f"checkpoint on: --resume {self.run.path} --accept optim.groups.0.lr --optim.groups.0.lr N"
-            )
+            raise self.keeper.diverged(step, self.loss)
         factor = float(inputs.lr_factor)
         momentum = next((schedules.muon_momentum(g, step) for g in self.recipe.optim.groups if g.kind == "muon"), None)
         self.run.metrics("train", step=step, loss=self.loss, lr_factor=factor, momentum=momentum, grad_norm=norm, seconds=round(seconds, 4))

@@ -26,7 +26,8 @@ def devices_of(path: str | Path) -> int:
     """How many devices the run in `path` used; 0 where it does not say."""
     with contextlib.suppress(FileNotFoundError):
         found = read_json(Path(path) / "environment.json")
-        return found.get("devices_used", 0) if isinstance(found, dict) else 0
+        used = found.get("devices_used") if isinstance(found, dict) else 0
+        return used if isinstance(used, int) and used > 0 else 0
     return 0
 
 

@@ -101,6 +101,12 @@ def test_altered_facts_are_refused(copy, value):
     assert restore(copy, lines).step == 5 and "checkpoint 10 is damaged" in lines[0]
 
 
+def test_a_file_in_its_place_is_refused_at_once(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(GolfError, match="checkpoints: cannot be opened .*File exists"):
+        Checkpoints(tmp_path / "checkpoints")
+
+
 def test_nothing_sound_is_an_error(copy):
     for step in ("5", "10"):
         for file in (copy / step / "state").rglob("*"):

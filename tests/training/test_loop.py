@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from tiny_recipes import tiny
 from golf_jax.config import BudgetConfig, GolfError, Recipe
 from golf_jax.interrupt import Interrupted, Signals
 from golf_jax.training import loop
+from golf_jax.training.checkpoints import Checkpoints
+from golf_jax.training.keep import Keeper
+from golf_jax.training.rundir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -90,10 +94,23 @@ def test_a_run_on_steps_is_reproducible(run_training, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run_training, tmp_path):
     recipe = small()
     groups = tuple(replace(g, lr=1e30) for g in recipe.optim.groups)
-    with pytest.raises(GolfError, match=r"^step \d: the training loss is nan; lower the learning rates .*$"):
+    with pytest.raises(GolfError, match=r"^step \d: the training loss is nan; lower the learning rates in a new run$"):
         run_training(replace(recipe, optim=replace(recipe.optim, groups=groups)), tmp_path / "run")
     rows = metrics(tmp_path / "run")
     assert math.isfinite(rows[0]["loss"]) and rows[-1]["loss"] is None
+
+
+def test_a_diverged_state_is_set_aside_and_the_one_before_goes_on(run_training, tmp_path):
+    """Its weights are finite, its loss is not: the advice must not lead back to it."""
+    recipe, path = replace(small(), checkpoint_every=1), tmp_path / "run"
+    run_training(replace(recipe, budget=replace(recipe.budget, steps=2)), path)
+    with closing(RunDir(path, resume=True)) as run, closing(Checkpoints(path / "checkpoints")) as checkpoints:
+        error = Keeper(recipe, checkpoints, run, Signals(), {}).diverged(2, math.nan)
+    assert "step 3: the training loss is nan" in str(error) and "go on from checkpoint 1 with lower ones: --resume" in str(error)
+    assert (path / "checkpoints/2.diverged").is_dir()
+    run_training(recipe, path, resume=True)
+    assert "resumed at step 1," in (path / "log.txt").read_text()
+    assert [row["step"] for row in metrics(path)] == list(range(6))
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +168,10 @@ def test_a_signal_saves_and_says_how_to_go_on(run_training, tmp_path, saved):
 
 
 def test_the_final_state_is_kept_without_any_checkpoint(run_training, tmp_path):
-    """`checkpoint_every` 0 and a run of seconds: what was trained is on disk all the same."""
+    """`checkpoint_every` 0 and a run of seconds: what was trained is on disk all the same, and so is the loss it ended with."""
     trained = run_training(small(), tmp_path / "run")
     assert trained.steps == 6 and [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit()] == ["6"]
+    assert run_training(small(), tmp_path / "run", resume=True).final_loss == trained.final_loss
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(run_training, tmp_path, saved, monkeypatch):
