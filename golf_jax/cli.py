@@ -73,7 +73,9 @@ def run(main: Callable[[list[str]], int]) -> None:
         status = _fail(f"error: {error}", 2)
     except Interrupted as stop:
         status = stop.status
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # what XLA calls it
+            raise
         status = _fail("error: out of memory; --micro-rows 1 and --eval.batch-rows 1 need the least", 2)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)

@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
-import numpy as np
 import tyro
 
 from golf_jax import cli
-from golf_jax.config import EvalConfig, GolfError, load_recipe
-from golf_jax.data.text import Text, open_text
+from golf_jax.config import GolfError, load_recipe
 from golf_jax.evaluation import score
+from golf_jax.evaluation.methods import method_of
+from golf_jax.evaluation.stream import first_documents
 from golf_jax.files import read_bytes
 from golf_jax.interop import open_torch
 from golf_jax.mesh import make_mesh
-from golf_jax.opening import Model, load, opened_here
+from golf_jax.opening import Model, load, opened_here, text_for
 from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
 from golf_jax.progress import Log
-from golf_jax.training.resume import stored_recipe
 
 WINDOWED = ("sliding", "score_first", "adapt_first")
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
@@ -76,38 +75,6 @@ def opened(path: str, recipe: str, log: Log = print) -> Model:
     return opened_here(config, params, name=path, eval=run.eval, seq_len=run.data.seq_len, sha256=sha256)
 
 
-def text_of(model: Model, options: Options) -> Text:
-    """What the model is scored on: as the flags say, else as its run directory says, else the embedded corpus."""
-    val, tokenizer, beside = options.val, options.tokenizer, Path(model.name).with_name("config.json")
-    if not val and not model.embedded and beside.is_file():
-        val = stored_recipe(beside.parent).data.val
-    if not tokenizer and model.tokenizer and val:
-        tokenizer = model.tokenizer.name
-    if not val and not tokenizer and model.embedded:
-        return open_text("embedded", "", "", model.config.vocab_size, model.seq_len)
-    if not val or not tokenizer:
-        raise GolfError("give the validation shards and their tokenizer: --val 'GLOB' --tokenizer MODEL")
-    return open_text("", val, tokenizer, model.config.vocab_size, model.seq_len, sha256=model.tokenizer_sha256)
-
-
-def first_documents(tokens: np.ndarray, bos_id: int, documents: int) -> int:
-    """Targets in the first `documents` documents; 0 if there are no more than those."""
-    starts = np.flatnonzero(tokens == bos_id)
-    return int(starts[documents]) - 1 if documents < len(starts) else 0
-
-
-def method_of(eval: EvalConfig, mode: str) -> str:
-    """The method of evaluation that a mode stands for."""
-    if mode == "auto":
-        return "sliding" if eval.sliding.on else "standard"
-    if mode != "ttt":
-        return mode
-    trained = [name for name in ("score_first", "adapt_first") if getattr(eval, name).on]
-    if not trained:
-        raise GolfError("--mode ttt: the recipe of this model has no test-time training; use --mode sliding")
-    return trained[0]
-
-
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.evaluate", description=DESCRIPTION, args=argv)
     keep_compiled_programs()
@@ -115,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     split_cpu(options.devices, sequences=8)
     say = print if jax.process_index() == 0 else lambda line: None
     model = opened(options.model, options.recipe, say)
-    text = text_of(model, options)
+    text = text_for(model, options.val, options.tokenizer)
     mesh, eval = make_mesh(options.devices), replace(model.eval, batch_rows=options.batch_rows or model.eval.batch_rows)
     if options.stride:
         eval = replace(eval, **{name: replace(getattr(eval, name), stride=options.stride) for name in WINDOWED})

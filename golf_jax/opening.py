@@ -14,7 +14,7 @@ import numpy as np
 
 from golf_jax.artifact.model import load_model
 from golf_jax.config import EvalConfig, GolfError, ModelConfig
-from golf_jax.data.text import Text
+from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.evaluation import Result
 from golf_jax.evaluation import score as score_by_methods
@@ -25,6 +25,7 @@ from golf_jax.model import logits, nll
 from golf_jax.model.decode import Decoder, Sampling
 from golf_jax.model.inputs import check_tokens
 from golf_jax.progress import Log
+from golf_jax.training.resume import stored_recipe
 
 
 @dataclass(frozen=True)
@@ -134,3 +135,17 @@ def score(model: Model, text: Text, *, log: Log = print) -> dict[str, Result]:
     """Every evaluation that the model's recipe asks for, on all devices of this process: name -> result."""
     results = score_by_methods(model, text, make_mesh(), model.eval, log, seq_len=model.seq_len)
     return {result.mode: result for result in results}
+
+
+def text_for(model: Model, val: str = "", tokenizer: str = "") -> Text:
+    """What the model is scored on: as given (a glob, a SentencePiece model), else as its run directory says, else the embedded corpus."""
+    beside = Path(model.name).with_name("config.json")
+    if not val and not model.embedded and beside.is_file():
+        val = stored_recipe(beside.parent).data.val
+    if not tokenizer and model.tokenizer and val:
+        tokenizer = model.tokenizer.name
+    if not val and not tokenizer and model.embedded:
+        return open_text("embedded", "", "", model.config.vocab_size, model.seq_len)
+    if not val or not tokenizer:
+        raise GolfError("give the validation shards and their tokenizer: --val 'GLOB' --tokenizer MODEL")
+    return open_text("", val, tokenizer, model.config.vocab_size, model.seq_len, sha256=model.tokenizer_sha256)

@@ -17,6 +17,7 @@ from golf_jax.data import text
 from golf_jax.data.shards import write_shard
 from golf_jax.data.tokenizer import Tokenizer, train_bpe
 from golf_jax.evaluation import METHODS
+from golf_jax.evaluation.stream import first_documents
 from golf_jax.mesh import make_mesh
 from golf_jax.model import init_params
 
@@ -79,7 +80,7 @@ def test_a_quick_look_is_marked_partial(folder, capsys):
 
 def test_documents_are_counted_by_their_first_token():
     tokens = np.array([1, 5, 6, 1, 7, 1, 8, 9])
-    assert [evaluate.first_documents(tokens, 1, n) for n in (1, 2, 3)] == [2, 4, 0]
+    assert [first_documents(tokens, 1, n) for n in (1, 2, 3)] == [2, 4, 0]
 
 
 @pytest.mark.parametrize(

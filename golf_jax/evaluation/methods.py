@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from jax.sharding import Mesh
 
-from golf_jax.config import EvalConfig
+from golf_jax.config import EvalConfig, GolfError
 from golf_jax.data.text import Text
 from golf_jax.evaluation.adapt_first import evaluate_adapt_first
 from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
@@ -53,3 +53,15 @@ def score(
     for name in methods or methods_of(eval):
         result = METHODS[name](model, stream, mesh, getattr(eval, name, None), log)
         yield replace(result, facts=replace(result.facts, causal=causal, normalization_error=error))
+
+
+def method_of(eval: EvalConfig, mode: str) -> str:
+    """The method of evaluation that a mode stands for."""
+    if mode == "auto":
+        return "sliding" if eval.sliding.on else "standard"
+    if mode != "ttt":
+        return mode
+    trained = [name for name in ("score_first", "adapt_first") if getattr(eval, name).on]
+    if not trained:
+        raise GolfError("--mode ttt: the recipe of this model has no test-time training; use --mode sliding")
+    return trained[0]

@@ -46,3 +46,9 @@ class Stream:
         """One batch of the standard evaluation: scoring it compiles the program for all of them."""
         used = truncate(self.tokens, self.seq_len, mesh.size * self.batch_rows(mesh) * self.seq_len)
         return replace(self, tokens=used, share=self.share * (len(used) - 1) / self.targets)
+
+
+def first_documents(tokens: np.ndarray, bos_id: int, documents: int) -> int:
+    """Targets in the first `documents` documents; 0 if there are no more than those."""
+    starts = np.flatnonzero(tokens == bos_id)
+    return int(starts[documents]) - 1 if documents < len(starts) else 0

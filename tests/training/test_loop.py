@@ -56,13 +56,14 @@ def test_metrics_are_read_one_step_late(run_training, tmp_path, monkeypatch):
     events, compile_phases, read = [], loop.compile_phases, loop._Watch.step
 
     def recorded(*arguments):
-        phases, seconds = compile_phases(*arguments)
+        programs, seconds = compile_phases(*arguments)
+        ((phase, program),) = programs.items()
 
-        def step(*arguments, program=phases[True]):
+        def step(*arguments):
             events.append("issue")
             return program(*arguments)
 
-        return {True: step}, seconds
+        return {phase: step}, seconds
 
     monkeypatch.setattr(loop, "compile_phases", recorded)
     monkeypatch.setattr(loop._Watch, "step", lambda self, step, *rest: (events.append(f"read {step}"), read(self, step, *rest)))
