@@ -1,6 +1,8 @@
 """What is inside an artifact, and how many bytes are left to the cap."""
 
+import io
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         for e in opened.entries:
             print(f"{escape(e.name):<36} {e.kind:<9} {e.dtype:<9} {'x'.join(map(str, e.shape)) or 'scalar'}")
     print(table)
-    if code[:2] == b"PK":
+    if zipfile.is_zipfile(io.BytesIO(code)):
         print(f"code: {raw_code_bytes(code):,} bytes of source, {len(code):,} as shipped ({code_path})")
     return 0
 
