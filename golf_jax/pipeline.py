@@ -38,6 +38,7 @@ from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import Model as Network
 from golf_jax.model import count, resolve, to_tensors
 from golf_jax.opening import load
+from golf_jax.options import Options
 from golf_jax.plan import check_data, check_devices, check_plan
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log, Progress
@@ -48,24 +49,6 @@ from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, new_path, read_json
 from golf_jax.training.state import state_shapes
-
-
-@dataclass(frozen=True)
-class Options:
-    run_dir: str = ""
-    """Directory of this run; default runs/<recipe>-<time>."""
-    resume: str = ""
-    """Run directory to go on with, at the first stage that is not done. Recipe and options come from there."""
-    accept: tuple[str, ...] = ()
-    """With --resume: fields that may differ although they change what has been trained (optim.groups.0.lr); the result says so."""
-    devices: int = 0
-    """Devices to use; 0: all. Of a CPU this many are made; 0: about one per core."""
-    emulate_devices: int = 0
-    """Reproduce the data order of this many ranks, with the same tokens per step (the recipes' own number is 8)."""
-    score: str = ""
-    """Score this artifact on the recipe's text, and train nothing."""
-    profile: int = 0
-    """Write a trace of this many training steps to the run directory (jax.profiler: TensorBoard, Perfetto); 0: none."""
 
 
 @dataclass(frozen=True)

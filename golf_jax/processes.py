@@ -16,18 +16,12 @@ from typing import Any
 import jax
 
 from golf_jax.config import GolfError
-from golf_jax.supervise import ADVICE, LOST, LOST_STATUS
+from golf_jax.supervise import ADVICE, LOST, LOST_STATUS, several_processes
 
 SHUTDOWN_SECONDS = 20  # how long a process that ends waits for the others
 HEARTBEAT_SECONDS = 30  # without a sign of life a process counts as dead
 MESSAGE_MILLISECONDS = 600_000
 _messages = itertools.count()
-
-
-def several_processes() -> bool:
-    """Whether the environment says that there are other processes: see `initialize_distributed`."""
-    tasks, hosts = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return bool(os.environ.get("JAX_COORDINATOR_ADDRESS")) or tasks != "1" or "," in hosts
 
 
 def initialize_distributed() -> None:

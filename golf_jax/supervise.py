@@ -22,6 +22,12 @@ LOST = "another process of this job has ended, or the coordinator cannot be reac
 ADVICE = "start all processes again with: python -m golf_jax.train --resume RUN"
 
 
+def several_processes() -> bool:
+    """Whether the environment says that there are other processes: see `golf_jax.processes.initialize_distributed`."""
+    tasks, hosts = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return bool(os.environ.get("JAX_COORDINATOR_ADDRESS")) or tasks != "1" or "," in hosts
+
+
 def supervise() -> int | None:
     """Run this command line again as a child and return its status; None where this is the child."""
     if os.environ.get(CHILD):

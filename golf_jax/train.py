@@ -1,10 +1,10 @@
 """python -m golf_jax.train: text -> shards -> training -> average -> quantize -> pack -> reload from the bytes -> score."""
 
+from typing import Any
+
 from golf_jax import cli
-from golf_jax.pipeline import Options, run, score_artifact
-from golf_jax.processes import several_processes
-from golf_jax.supervise import supervise
-from golf_jax.training.resume import stored_recipe
+from golf_jax.options import Options
+from golf_jax.supervise import several_processes, supervise
 
 DESCRIPTION = """Train, pack and score one model: data -> train -> average -> quantize -> pack -> reload from the bytes -> score.
 
@@ -18,15 +18,25 @@ The run directory holds config, log, metrics, checkpoints, tokenizer, code, arti
 
 
 def main(argv: list[str]) -> int:
-    directory = cli.value_of(argv, "--resume")
-    recipe, options = cli.parse(argv, Options(), DESCRIPTION, stored_recipe(directory) if directory else "quickstart")
+    recipe, options = cli.parse(argv, Options(), DESCRIPTION, _default(cli.value_of(argv, "--resume")))
     if several_processes() and (status := supervise()) is not None:
         return status
+    from golf_jax.pipeline import run, score_artifact  # with jax: not before a mistake in the flags, or --help, has been answered
+
     if options.score:
         score_artifact(recipe, options)
     else:
         run(recipe, options)
     return 0
+
+
+def _default(resume: str) -> Any:
+    """The recipe that flags change: that of the run which goes on, else the quickstart."""
+    if not resume:
+        return "quickstart"
+    from golf_jax.training.resume import stored_recipe
+
+    return stored_recipe(resume)
 
 
 if __name__ == "__main__":

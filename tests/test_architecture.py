@@ -8,7 +8,7 @@ import golf_jax
 ROOT = Path(golf_jax.__file__).parents[1]
 FLOORS = [
     {"config", "supervise", "interrupt", "kernels"},
-    {"configs", "processes", "progress", "mesh", "files", "cli"},
+    {"configs", "processes", "progress", "mesh", "files", "cli", "options"},
     {"model", "optim", "quant"},
     {"data"},
     {"artifact"},
