@@ -152,6 +152,8 @@ def test_the_embedded_corpus_is_the_default_text_of_models_trained_on_it(folder,
     recipe = tiny_recipe(300)
     embedded = replace(recipe, data=DataConfig(train="embedded", seq_len=SEQ_LEN))
     write_artifact(tmp_path / "a.golf", embedded, Tokenizer(folder / "tokenizer.model"))
+    other = Tokenizer(folder / "tokenizer.model").encode_documents([line.replace("The", "Some") for line in TEXT])
+    write_shard(folder / "train_000.bin", np.concatenate(other))
     monkeypatch.setattr(text, "build_embedded", lambda root, vocab: {"directory": str(folder)})
     evaluate.main([str(tmp_path / "a.golf"), "--mode", "standard", "--devices", "1"])
     assert "standard val_loss:" in capsys.readouterr().out

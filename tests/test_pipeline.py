@@ -42,7 +42,7 @@ def check_run(path: Path, result: dict) -> None:
     scores = {row["mode"]: row["val_bpb"] for row in rows if row["event"] == "score" and row["stage"] == "packed"}
     assert scores == {mode: e["val_bpb"] for mode, e in result["evaluations"].items()}
     facts = json.loads((path / "environment.json").read_text())
-    assert facts["packages"]["jax"] == jax.__version__ and len(facts["text"]["tokenizer_sha256"]) == 64
+    assert facts["packages"]["jax"] == jax.__version__ and len(facts["text"]["tokenizer"]) == 64
     assert (path / "code.pyz").stat().st_size == result["code_bytes"]
     assert Tokenizer(path / "tokenizer.model").sha256 == result["tokenizer_sha256"]
     log = (path / "log.txt").read_text()
