@@ -19,7 +19,7 @@ from golf_jax.config import GolfError
 from golf_jax.supervise import ADVICE, LOST, LOST_STATUS, several_processes
 
 SHUTDOWN_SECONDS = 20  # how long a process that ends waits for the others
-HEARTBEAT_SECONDS = 30  # without a sign of life a process counts as dead
+HEARTBEAT_SECONDS = 45  # without a sign of life a process counts as dead
 MESSAGE_MILLISECONDS = 600_000
 _messages = itertools.count()
 
