@@ -110,17 +110,19 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.remove("result.json")
     if changes:
         run.note("changes", record.get("changes", []) + changes)
+    with contextlib.suppress(FileNotFoundError):
+        result = read_json(run.path / "result.json")
+        run.log(f"finished: see {run.path / 'result.json'}")
+        return result
+    packed = _is_packed(run)
     run.write("config.json", to_dict(plan.asked))
     run.write(
         "environment.json", environment() | {"devices_used": plan.mesh.size, "text": plan.text.identity, "data": to_dict(recipe.data)}
     )
     run.write("tokenizer.model", plan.text.tokenizer.model)
     code = bundle("golf_jax.train", *([f"golf_jax.configs.{recipe.name}"] if recipe.name in recipe_names() else []))
-    run.write("code.pyz", code)
-    with contextlib.suppress(FileNotFoundError):
-        result = read_json(run.path / "result.json")
-        run.log(f"finished: see {run.path / 'result.json'}")
-        return result
+    if not packed:  # what was counted with an artifact stays what lies beside it
+        run.write("code.pyz", code)
     run.log(f"golf_jax {recipe.name} in {run.path}")
     run.log(
         f"on {plan.mesh.size} {platform(plan.mesh)} device(s), {recipe.model.dtype}, Python {host.python_version()}, jax {jax.__version__}"
@@ -129,7 +131,7 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
             f"val_bytes_checked:{plan.text.val_bytes}")  # fmt: skip
     for fact in plan.text.facts:
         run.log(f"text: {fact}")
-    if not _is_packed(run):
+    if not packed:
         with contextlib.closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
             trained = train_and_keep(plan, options, run, signals, checkpoints, len(code))
         pack(plan, run, trained, len(code), raw_code_bytes(code))

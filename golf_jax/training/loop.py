@@ -86,8 +86,8 @@ def train(
 
     validate(params, looping, rehearse): called on the raw weights every `eval.every` steps, outside the clock; returns an object whose
     `score` gives loss and bpb. With `rehearse` it only has to compile what it needs. The state is saved at the end, whatever happened to
-    the checkpoints before. profile: steps to be traced into the run directory, from
-    the sixth on. Raises GolfError if the loss stops being finite, Interrupted (after saving) when a signal arrives.
+    the checkpoints before. profile: steps to be traced into the run directory, from the sixth on. Raises GolfError if the loss stops
+    being finite, Interrupted (after saving) when a signal arrives.
     """
     state = found.state if found else init_state(recipe, mesh, recipe.seed)
     step, clock = 0, TrainingClock()
@@ -144,6 +144,11 @@ def train(
             watch.step(*pending, clock)
         jax.block_until_ready(state.params)
         clock.stop()
+        if profile and step - first <= PROFILED_FROM + profile:  # the run ended before its trace did
+            if step - first > PROFILED_FROM:
+                _trace(run, begins=False)
+            else:
+                run.log(f"profile: nothing traced, the run had no more than {PROFILED_FROM} steps")
         with jax.transfer_guard("allow"):
             if keeper.save(step, state, clock.local_seconds, batches.state(), watch.loss, wait=True):
                 run.log(f"training complete: step {step} is saved")
