@@ -58,7 +58,8 @@ def others_alive() -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         if isinstance(error, GolfError) or jax.process_count() == 1 or not re.search("Gloo|peer|coordination|UNAVAILABLE", str(error)):
             raise
-        print(f"error: {LOST}; {ADVICE}", file=sys.stderr, flush=True)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        print(f"error: {LOST} ({reason}); {ADVICE}", file=sys.stderr, flush=True)
         os._exit(LOST_STATUS)
 
 
