@@ -109,15 +109,19 @@ def load(path: str | Path, tokenizer: str | Path = "") -> Model:
     if folder.is_dir() and not file.exists():
         raise GolfError(f"{folder}: holds no artifact.golf; go on with the run first: python -m golf_jax.train --resume {folder}")
     data = read_bytes(file)
+    beside = file.with_name("tokenizer.model")
+    return open_artifact(data, str(file), Tokenizer(tokenizer) if tokenizer else Tokenizer(beside) if beside.is_file() else None)
+
+
+def open_artifact(data: bytes, name: str, tokenizer: Tokenizer | None) -> Model:
+    """The model of an artifact's bytes; `name` stands in errors. Raises GolfError as `load` does."""
     try:
         m = load_model(data)
     except GolfError as error:
-        raise GolfError(f"{file}: {error}") from None
-    beside = file.with_name("tokenizer.model")
-    opened = Tokenizer(tokenizer) if tokenizer else Tokenizer(beside) if beside.is_file() else None
+        raise GolfError(f"{name}: {error}") from None
     facts = {"eval": m.eval, "seq_len": m.seq_len, "tokenizer_sha256": m.tokenizer_sha256, "embedded": m.embedded}
-    model = opened_here(m.config, m.params, name=str(file), sha256=hashlib.sha256(data).hexdigest(), **facts)
-    return replace(model, tokenizer=opened and fitting(model, opened))
+    model = opened_here(m.config, m.params, name=name, sha256=hashlib.sha256(data).hexdigest(), **facts)
+    return replace(model, tokenizer=tokenizer and fitting(model, tokenizer))
 
 
 def fitting(model: Model, tokenizer: Tokenizer) -> Tokenizer:

@@ -37,7 +37,7 @@ from golf_jax.interrupt import Interrupted, Signals, catching
 from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import Model as Network
 from golf_jax.model import count, resolve, to_tensors
-from golf_jax.opening import load
+from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
 from golf_jax.plan import check_data, check_devices, check_plan
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
@@ -110,18 +110,18 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.remove("result.json")
     if changes:
         run.note("changes", record.get("changes", []) + changes)
-    with contextlib.suppress(FileNotFoundError):
-        result = read_json(run.path / "result.json")
-        run.log(f"finished: see {run.path / 'result.json'}")
-        return result
-    packed = _is_packed(run)
+    result = run.path / "result.json"
+    if from_main("finished" if run.main and result.exists() else ""):  # process 0 has just removed it where it is void
+        run.log(f"finished: see {result}")
+        return read_json(result)
+    artifact = _packed_before(run)
     run.write("config.json", to_dict(plan.asked))
     run.write(
         "environment.json", environment() | {"devices_used": plan.mesh.size, "text": plan.text.identity, "data": to_dict(recipe.data)}
     )
     run.write("tokenizer.model", plan.text.tokenizer.model)
     code = bundle("golf_jax.train", *([f"golf_jax.configs.{recipe.name}"] if recipe.name in recipe_names() else []))
-    if not packed:  # what was counted with an artifact stays what lies beside it
+    if not artifact:  # what was counted with an artifact stays what lies beside it
         run.write("code.pyz", code)
     run.log(f"golf_jax {recipe.name} in {run.path}")
     run.log(
@@ -131,19 +131,26 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
             f"val_bytes_checked:{plan.text.val_bytes}")  # fmt: skip
     for fact in plan.text.facts:
         run.log(f"text: {fact}")
-    if not packed:
+    if not artifact:
         with contextlib.closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
             trained = train_and_keep(plan, options, run, signals, checkpoints, len(code))
-        pack(plan, run, trained, len(code), raw_code_bytes(code))
-    score(plan, run)
+        artifact = pack(plan, run, trained, len(code), raw_code_bytes(code)).data  # on every process: only 0 writes the file
+    score(plan, run, artifact)
     return finish(plan, run)
 
 
-def _is_packed(run: RunDir) -> bool:
-    """Whether the artifact that `stages.json` speaks of lies there, whole."""
-    done, file = run.record.get("pack"), run.path / "artifact.golf"
-    whole = bool(done) and run.main and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == done["sha256"]
-    return from_main("packed" if whole else "") == "packed"
+def _packed_before(run: RunDir) -> bytes:
+    """The artifact that `stages.json` speaks of, if it lies there whole; else nothing."""
+    sha256, file = run.record.get("pack", {}).get("sha256"), run.path / "artifact.golf"
+    data = file.read_bytes() if sha256 and file.is_file() else b""
+    data = data if hashlib.sha256(data).hexdigest() == sha256 else b""
+    if not from_main("packed" if data else ""):
+        return b""
+    if not data:
+        raise GolfError(
+            f"{file}: process {jax.process_index()} does not see it; a run goes on only where all processes share its directory"
+        )
+    return data
 
 
 def _make_loader(plan: Plan, rows: slice) -> Any:
@@ -259,13 +266,14 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
     return packed
 
 
-def score(plan: Plan, run: RunDir) -> dict[str, Any]:
+def score(plan: Plan, run: RunDir, artifact: bytes) -> dict[str, Any]:
     """Every evaluation the recipe asks for, of the parameters read back from the artifact's bytes; each is kept when it ends."""
     recipe = plan.recipe
     done = run.record.get("evaluations", {})
     label = f"{recipe.quant.rules[-1].scheme}_{recipe.quant.compressor}"
     left = [name for name in methods_of(recipe.eval) if name not in done]
-    results = evaluation.score(load(run.path), plan.text, plan.mesh, recipe.eval, run.log, seq_len=recipe.data.seq_len, methods=left)
+    model = open_artifact(artifact, str(run.path / "artifact.golf"), plan.text.tokenizer)
+    results = evaluation.score(model, plan.text, plan.mesh, recipe.eval, run.log, seq_len=recipe.data.seq_len, methods=left)
     for result in results if left else ():
         mark = "" if result.facts.legal else "ILLEGAL_"
         seconds = result.seconds["score"] + result.seconds["train"]

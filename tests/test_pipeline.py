@@ -141,7 +141,7 @@ def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monke
         ends()
 
     path, scores = tmp_path / "run", pipeline.evaluation.score
-    for stage, substitute in (("pack_model", ends), ("load", ends), ("evaluation", SimpleNamespace(score=half))):
+    for stage, substitute in (("pack_model", ends), ("open_artifact", ends), ("evaluation", SimpleNamespace(score=half))):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(pipeline, stage, substitute)
             pipeline.run(recipe, Options(run_dir=str(path)) if stage == "pack_model" else Options(resume=str(path)))

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from golf_jax.config import GolfError, Recipe, to_dict
 from golf_jax.mesh import ROWS
+from golf_jax.processes import from_main
 from golf_jax.training.state import TrainState
 
 KEPT = 2
@@ -160,6 +161,7 @@ class Checkpoints:
         self._manager.close()
         if jax.process_index() == 0:
             source.rename(target)
+        from_main("renamed")  # the others look only afterwards
         self._open()
         return target
 
