@@ -152,11 +152,11 @@ def peak_bytes(device: jax.Device, compiled: Any) -> int:
 def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
     mesh = meshes.make_mesh(options.devices)
     device, where = mesh.devices.flat[0], meshes.platform(mesh)
-    recipe = replace(recipe, model=resolve(recipe.model, where))
+    recipe = replace(recipe, model=resolve(recipe.model, where, documents=recipe.data.packed))
     d, rows = recipe.data, micro_rows(recipe, mesh.size)
-    micros = d.ranks * d.rows_per_rank // mesh.size // rows
+    micros = d.batch_shape[0] // mesh.size // rows
     rng = np.random.default_rng(0)
-    x, y = (rng.integers(0, recipe.model.vocab_size, (d.ranks * d.rows_per_rank, d.seq_len), np.int32) for _ in range(2))
+    x, y = (rng.integers(0, recipe.model.vocab_size, d.batch_shape, np.int32) for _ in range(2))
     if options.peer and mesh.size > 1 and where != "cpu":
         raise GolfError("the PyTorch peer runs on one device: give --devices 1")
 
@@ -170,7 +170,7 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
     inputs = step_inputs(replace(recipe, optim=replace(recipe.optim, groups=groups)), Clock(0, 0.0))
     inputs = inputs._replace(lr_factor=np.float32(LR_FACTOR), fake_quant=np.float32(0), swa_collect=np.bool_(False))
     inputs = jax.device_put(inputs, meshes.replicated(mesh))
-    batch = jax.device_put(Batch(x, y), meshes.rows(mesh))
+    batch = jax.device_put(Batch(x, y, document_segments(x, 1, d.seq_len) if d.packed else None), meshes.rows(mesh))
     phase = phases(recipe)[-1 if options.looping else 0]
     start = time.perf_counter()
     compiled = make_step(recipe, mesh, phase).lower(state, batch, inputs).compile()
@@ -266,7 +266,7 @@ def show(r: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     recipe, options = parse(argv, Options(), "Step time in parts, and beside PyTorch.")
-    split_cpu(options.devices, recipe.data.ranks * recipe.data.rows_per_rank)
+    split_cpu(options.devices, recipe.data.batch_shape[0])
     result = measure(recipe, options)
     print(show(result))
     if options.json:

@@ -76,9 +76,9 @@ def check(recipe: Recipe, options: Options) -> Plan:
     keep_compiled_programs()
     initialize_distributed()
     before = devices_of(options.resume) if options.resume else 0
-    split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.ranks * d.rows_per_rank)
+    split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.batch_shape[0])
     mesh = make_mesh(options.devices or min(before, jax.device_count()))
-    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh)))
+    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=d.packed))
     check_devices(resolved, mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
     return Plan(recipe, resolved, mesh, text)
@@ -153,9 +153,10 @@ def _packed_before(run: RunDir) -> bytes:
     return data
 
 
-def _make_loader(plan: Plan, rows: slice) -> Any:
-    d = plan.recipe.data
-    return make_loader(d.order, plan.text.train, d.ranks, d.rows_per_rank, d.seq_len, rows, plan.recipe.model.vocab_size)
+def _make_loader(plan: Plan, order: str, rows: slice) -> Any:
+    d, text = plan.recipe.data, plan.text
+    vocab_size, bos_id = plan.recipe.model.vocab_size, text.tokenizer.bos_id
+    return make_loader(order, text.train, d.ranks, d.rows_per_rank, d.seq_len, rows, vocab_size, bos_id)
 
 
 def _validator(plan: Plan) -> Any:
@@ -204,7 +205,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
         return validate(params, looping, rehearse)
 
     keeper = Keeper(recipe, checkpoints, run, signals, facts)
-    loader = _make_loader(plan, local_rows(mesh, d.ranks * d.rows_per_rank))
+    loader = _make_loader(plan, d.order, local_rows(mesh, d.batch_shape[0]))
     trained = train(recipe, mesh, loader, run, keeper, found=found, validate=validate_and_estimate, profile=options.profile)
     run.note("train", {f.name: getattr(trained, f.name) for f in fields(trained) if f.name != "params"})
     return trained
@@ -220,7 +221,8 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
     begin = time.perf_counter()
     hessians = None
     if recipe.quant.gptq_batches:  # over rank 0's first training batches (docs/recipes/pr2005.md, section 5.2)
-        loader = _make_loader(plan, slice(0, recipe.data.rows_per_rank))
+        order = "shuffled" if recipe.data.packed else recipe.data.order  # PR 2135 calibrates on PR 2005's sequences
+        loader = _make_loader(plan, order, slice(0, recipe.data.rows_per_rank))
         progress = Progress(run.log, "Hessians: batches", recipe.quant.gptq_batches)
 
         def batches() -> Iterator[np.ndarray]:
@@ -288,7 +290,7 @@ def score_artifact(recipe: Recipe, options: Options) -> None:
     """Every evaluation the recipe asks for, of the artifact `options.score` alone. Raises GolfError."""
     keep_compiled_programs()
     initialize_distributed()
-    split_cpu(options.devices, recipe.data.ranks * recipe.data.rows_per_rank)
+    split_cpu(options.devices, recipe.data.batch_shape[0])
     mesh, d, model = make_mesh(options.devices), recipe.data, load(options.score)
     train = "embedded" if d.train == "embedded" else ""
     text = open_text(train, d.val, d.tokenizer, model.config.vocab_size, d.seq_len, sha256=model.tokenizer_sha256)

@@ -39,7 +39,8 @@ def check_data(recipe: Recipe) -> None:
     for path in shards:
         if os.path.realpath(path) in validation:
             raise GolfError(f"data.train: {path} belongs to the validation set ({d.val}); narrow the glob {d.train}")
-    there = sum(len(open_shard(path)) for path in shards)
+    sizes = [len(open_shard(path)) for path in shards]
+    there = max(sizes) - d.ranks if d.packed else sum(sizes)  # packed rows are of one shard
     if there < d.batch_tokens:
         raise GolfError(
             f"data.train: a step takes {d.batch_tokens:,} tokens (ranks * rows_per_rank * seq_len) and {d.train} holds {there:,}: lower "
