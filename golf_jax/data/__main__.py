@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -36,6 +36,8 @@ class Build:
     """Tokens per file."""
     field: str = "text"
     """Field of a JSON line that holds the text."""
+    transform: Literal["", "caseops"] = ""
+    """caseops: capitals of words as operator pieces before them, and bytes of the original text in val_bytes_*.bin (PR 2135)."""
     glob: str = ""
     """Files of a directory to read instead, such as '*.py'."""
 
@@ -52,6 +54,7 @@ class Build:
             val_every=self.val_every,
             shard_tokens=self.shard_tokens,
             field=self.field,
+            transform=self.transform,
             pattern=self.glob,
         )
         print(f"train with: --data.train '{self.out}/train_*.bin' --data.val '{self.out}/val_*.bin'"
