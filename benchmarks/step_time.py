@@ -33,7 +33,7 @@ from parts import Part, model_parts, optimizer_parts  # noqa: E402
 from golf_jax import mesh as meshes  # noqa: E402
 from golf_jax.cli import parse, run  # noqa: E402
 from golf_jax.config import GolfError, Recipe, to_dict  # noqa: E402
-from golf_jax.data.loader import Batch  # noqa: E402
+from golf_jax.data.loader import Batch, document_segments  # noqa: E402
 from golf_jax.model import count, leaves, resolve, to_tensors  # noqa: E402
 from golf_jax.model.params import tensor_names  # noqa: E402
 from golf_jax.optim.schedules import Clock  # noqa: E402

@@ -31,15 +31,14 @@ from golf_jax.data.prefetch import local_rows
 from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import split_documents
 from golf_jax.evaluation import Result, Stream
-from golf_jax.evaluation.fixed import evaluate_standard
-from golf_jax.evaluation.methods import methods_of
+from golf_jax.evaluation.methods import METHODS, methods_of
 from golf_jax.interrupt import Interrupted, Signals, catching
 from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import Model as Network
 from golf_jax.model import count, resolve, to_tensors
 from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
-from golf_jax.plan import check_data, check_devices, check_plan
+from golf_jax.plan import border, check_boundary, check_data, check_devices, check_plan
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log, Progress
 from golf_jax.quant import quantize, rules_for, without_hessians
@@ -81,6 +80,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
     resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=d.packed))
     check_devices(resolved, mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
+    check_boundary(recipe, text.tokenizer.bos_id)
     return Plan(recipe, resolved, mesh, text)
 
 
@@ -131,6 +131,8 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
             f"val_bytes_checked:{plan.text.val_bytes}")  # fmt: skip
     for fact in plan.text.facts:
         run.log(f"text: {fact}")
+    if recipe.data.packed:
+        run.log(border(recipe.model, plan.text.tokenizer.bos_id))
     if not artifact:
         with contextlib.closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
             trained = train_and_keep(plan, options, run, signals, checkpoints, len(code))
@@ -160,12 +162,18 @@ def _make_loader(plan: Plan, order: str, rows: slice) -> Any:
 
 
 def _validator(plan: Plan) -> Any:
-    """(params, looping, rehearse) -> standard score; `rehearse`: of one batch, which compiles the program of all of them."""
+    """(params, looping, rehearse) -> score of the plainest method that the recipe asks for: packed streams, else rows side by side.
+
+    rehearse: of one batch, which compiles the program of all of them.
+    """
     recipe, text, mesh = plan.recipe, plan.text, plan.mesh
-    stream = Stream.of(text.val_tokens, text.tables, recipe.data.seq_len, recipe.eval.batch_rows)
+    name = "packed" if "packed" in methods_of(recipe.eval) else "standard"
+    config = getattr(recipe.eval, name, None)
+    stream = Stream.of(text.val_tokens, text.tables, getattr(config, "seq_len", recipe.data.seq_len), recipe.eval.batch_rows)
 
     def validate(params: dict[str, Any], looping: bool = True, rehearse: bool = False, log: Log | None = None) -> Result:
-        return evaluate_standard(Network(recipe.model, params, looping), stream.first_batch(mesh) if rehearse else stream, mesh, log=log)
+        given = stream.first_batch(mesh) if rehearse and not config else stream
+        return METHODS[name](Network(recipe.model, params, looping), given, mesh, config, log)
 
     return validate
 

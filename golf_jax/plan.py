@@ -3,7 +3,7 @@
 import os
 
 from golf_jax.artifact.model import check_packing
-from golf_jax.config import GolfError, Recipe
+from golf_jax.config import GolfError, ModelConfig, Recipe
 from golf_jax.data import find_shards, open_shard
 from golf_jax.model.params import ROLES, leaves
 from golf_jax.optim.optimizer import route
@@ -27,6 +27,27 @@ def check_plan(recipe: Recipe) -> None:
 def check_devices(recipe: Recipe, devices: int) -> None:
     """Raises GolfError if the batch does not divide over the devices."""
     micro_rows(recipe, devices)
+
+
+LOOKING_BACK = {"smear_gate": "smear", "input_smear_gate": "smear", "bigram_buckets": "bigram", "trigram_buckets": "trigram"}
+
+
+def check_boundary(recipe: Recipe, bos_id: int) -> None:
+    """Raises GolfError if `model.boundary_token` is not what starts a document of this text."""
+    token = recipe.model.boundary_token
+    if token not in (-1, bos_id):
+        raise GolfError(f"model.boundary_token {token}: documents of this text start with BOS {bos_id}; give that, or -1 for none")
+
+
+def border(model: ModelConfig, bos_id: int) -> str:
+    """What looks over the border between two documents of a packed row, as a line of the log."""
+    found = {part for field, part in LOOKING_BACK.items() if getattr(model, field)}
+    if not found or model.boundary_token >= 0:
+        return "documents: nothing looks over the border between two of them"
+    return (
+        f"documents: attention stays inside them; {', '.join(sorted(found))} mixes the first token of one with the last of the one "
+        f"before, as in the record (--model.boundary-token {bos_id} is the fix)"
+    )
 
 
 def check_data(recipe: Recipe) -> None:

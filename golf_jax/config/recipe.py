@@ -25,7 +25,7 @@ class DataConfig:
     ranks: int = 8
     """Ranks whose data order is reproduced; independent of how many devices run it."""
     rows_per_rank: int = 48
-    """Sequences per rank and step; batch tokens = ranks * rows_per_rank * seq_len. `documents`: the length of the packed row, in seq_len."""
+    """Sequences per rank and step; batch tokens = ranks * rows_per_rank * seq_len. `documents`: one row, so many times seq_len."""
 
     def __post_init__(self):
         for name in ("seq_len", "ranks", "rows_per_rank"):

@@ -26,7 +26,7 @@ class Sidecar:
     """uint16 [tokens]"""
 
     def of_targets(self, tokens: np.ndarray, position: np.ndarray | slice) -> np.ndarray:
-        """Bytes of the targets that follow `position`, int32, as `ByteTables.of_targets` gives them; `tokens` begin where the sidecar does."""
+        """Bytes of the targets that follow `position`, int32, as `ByteTables.of_targets` has it; `tokens` begin where it does."""
         return self.counts[1 : len(tokens)][position].astype(np.int32)
 
 

@@ -3,9 +3,9 @@
 PR 1182: gradients of the frozen trigram table (docs/recipes/pr1182.md, section 7.1); PR 2135: in distributed runs Muon's momentum
 (docs/recipes/pr2135_model_training.md, section 7.3), which is no part of the state that it saves.
 
-PR 1182: frozen parameters belong to no optimizer, so nobody clears their gradients. The warm-up steps run unclipped at full learning rate and
-average all gradients over the ranks; afterwards weights, optimizer and data position are restored, the stale gradients are not, and
-from then on each rank adds its own to them and counts them in its clip norm.
+PR 1182: frozen parameters belong to no optimizer, so nobody clears their gradients. The warm-up steps run unclipped at full learning
+rate and average all gradients over the ranks; afterwards weights, optimizer and data position are restored, the stale gradients are
+not, and from then on each rank adds its own to them and counts them in its clip norm.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
