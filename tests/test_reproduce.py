@@ -60,6 +60,22 @@ def test_the_sets_conform(references, recipe):
     assert problems(references / f"{recipe}.npz") == []
 
 
+def test_packed_rows_are_the_records(references):
+    """PR 2135's loader on 1 and 2 ranks; its training is slow to compile."""
+    assert missed(references / "pr2135_model.npz", "loader") == []
+
+
+@pytest.mark.slow
+def test_the_portable_set_of_pr2135_is_met(references):
+    assert missed(references / "pr2135_model.npz") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["loader", "schedule", "newton_schulz", "optimizer", "units", "init", "model", "grads", "train"])
+def test_the_directory_of_pr2135_is_met(shared, section):
+    assert missed(shared / "reference/pr2135", section) == []
+
+
 def rewritten(references, tmp_path, **changes):
     arrays = dict(np.load(references / "pr638.npz"))
     arrays |= {key: change(arrays[key]) for key, change in changes.items()}

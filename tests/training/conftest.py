@@ -40,7 +40,7 @@ def run_training(tokens: np.ndarray) -> Callable[..., Trained]:
         recipe: Recipe, path: Path, *, devices: int = 8, resume: bool = False, loader: Any = None, signals: Any = None, **options: Any
     ) -> Trained:
         recipe, mesh, d = replace(recipe, model=resolve(recipe.model, "cpu")), make_mesh(devices), recipe.data
-        own = local_rows(mesh, d.ranks * d.rows_per_rank)
+        own = local_rows(mesh, d.batch_shape[0])
         source = make_loader(d.order, [tokens], d.ranks, d.rows_per_rank, d.seq_len, own)
         with closing(RunDir(path, resume=resume)) as directory, closing(Checkpoints(path / "checkpoints")) as checkpoints:
             directory.write("config.json", "{}")
