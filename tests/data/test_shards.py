@@ -92,8 +92,9 @@ def test_shards_are_found_in_name_order_and_concatenated(tmp_path):
 
 def test_byte_sidecars_are_not_taken_for_tokens(tmp_path, shard):
     write_shard(tmp_path / "val_bytes_000000.bin", np.arange(3))
+    assert find_shards(tmp_path / "val_*.bin") == [shard]
     with pytest.raises(GolfError, match="sidecar"):
-        find_shards(tmp_path / "val_*.bin")
+        find_shards(tmp_path / "val_bytes_*.bin")
 
 
 def test_tokens_outside_the_vocabulary_are_refused(tmp_path, shard):
