@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, parse_json
 
 
 def read_bytes(path: str | Path, limit: int = 1 << 31) -> bytes:
@@ -61,8 +61,8 @@ def json_rows(path: Path) -> list[dict[str, Any]]:
     found = []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
+            with contextlib.suppress(GolfError):
+                row = parse_json(line)
                 if isinstance(row, dict) and isinstance(row.get("event"), str):
                     found.append(row)
     return found

@@ -4,7 +4,7 @@ A recipe is a file in `configs/` with a function `recipe() -> Recipe`. Every fie
 refused here, before anything is compiled, in one line that names the field and the fix.
 """
 
-from golf_jax.config.base import CAP_BYTES, GolfError, escape
+from golf_jax.config.base import CAP_BYTES, GolfError, escape, parse_json
 from golf_jax.config.model import FakeQuantConfig, ModelConfig
 from golf_jax.config.recipe import (
     AdaptFirstConfig,
@@ -45,6 +45,7 @@ __all__ = [
     "escape",
     "from_dict",
     "load_recipe",
+    "parse_json",
     "recipe_names",
     "to_dict",
 ]

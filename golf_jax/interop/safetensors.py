@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, parse_json
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 MAX_HEADER = 1 << 24
@@ -25,7 +25,7 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     if len(data) < 8 or length > min(MAX_HEADER, len(data) - 8):
         raise GolfError(f"{path}: not a safetensors file, or cut short")
     try:
-        header = json.loads(data[8 : 8 + length].decode())
+        header = parse_json(data[8 : 8 + length])
         entries = {n: (e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in header.items() if n[:2] != "__"}
     except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise GolfError(f"{path}: damaged safetensors header ({type(e).__name__})") from None

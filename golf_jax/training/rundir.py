@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import jax
 
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, parse_json
 from golf_jax.files import json_rows, sealed, write_atomic
 from golf_jax.processes import from_main
 
@@ -33,10 +33,10 @@ def new_path(parent: str | Path, name: str) -> Path:
 def read_json(path: Path) -> Any:
     """JSON of a file of a run. Raises GolfError naming it, FileNotFoundError where it is not there."""
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise GolfError(f"{path}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
 
 

@@ -4,7 +4,6 @@
 and the comparison of what we compute, by the format's names, with what is stored under the tolerances the set gives.
 """
 
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe
+from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe, parse_json
 from golf_jax.config.serialize import from_dict, to_dict
 from golf_jax.interop.checks.base import CheckResult, Comparison
 from golf_jax.model import from_tensors
@@ -118,13 +117,16 @@ def read_npz(path: Path) -> Arrays:
 
 def _read_json(text: str, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
+    except GolfError as e:
+        raise GolfError(f"{path}: reference.json: {e}") from None
+    try:
         if found.get("format") != 1:
             raise GolfError(f"{path}: format is {found.get('format')!r}, this reader knows 1")
         if not all(isinstance(s["cases"], dict) for s in found["sections"].values()) or not isinstance(found["recipe"], str):
             raise GolfError(f"{path}: reference.json: sections hold `cases`, and `recipe` is a name")
         return found
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as e:
+    except (AttributeError, KeyError, TypeError) as e:
         raise GolfError(f"{path}: reference.json is not what the format asks for ({type(e).__name__}: {e})") from None
 
 
