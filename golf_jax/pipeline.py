@@ -77,7 +77,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
     initialize_distributed()
     before = devices_of(options.resume) if options.resume else 0
     split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.ranks * d.rows_per_rank)
-    mesh = make_mesh(options.devices or min(before, jax.device_count()))
+    mesh = make_mesh(options.devices or (min(before, jax.device_count()) if jax.process_count() == 1 else 0))
     resolved = replace(recipe, model=resolve(recipe.model, platform(mesh)))
     check_devices(resolved, mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)

@@ -375,11 +375,13 @@ class GPT(nn.Module):
     """
 
     config: ModelConfig
+    numerics: str = "fp32"
+    """`as_run`: the initialisation in the precision of the records' scripts."""
 
     @nn.nowrap
     def init(self, rngs: jax.Array | dict[str, jax.Array], *_: Any, **__: Any) -> dict[str, Params]:
         """Fresh variables. Example tokens may be given, as Linen has it, and are not needed: every shape is in the config."""
-        return {"params": init_params(self.config, rngs["params"] if isinstance(rngs, dict) else rngs)}
+        return {"params": init_params(self.config, rngs["params"] if isinstance(rngs, dict) else rngs, self.numerics)}
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, *, looping: bool = True) -> jax.Array:

@@ -124,9 +124,9 @@ def test_what_was_trained_is_saved_when_the_text_cannot_be_read_on(run_training,
 
 @pytest.fixture(scope="module")
 def saved() -> Recipe:
-    """Averages, momentum and shuffled data; a checkpoint every second step."""
+    """Averages, momentum, a ramp of the sequence length and shuffled data; a checkpoint every second step."""
     recipe = tiny("baseline", steps=6)
-    schedule = replace(recipe.schedule, ema_decay=0.9, export="ema")
+    schedule = replace(recipe.schedule, ema_decay=0.9, export="ema", seq_lens=((0.0, 8), (0.5, 16)))
     return replace(recipe, schedule=schedule, data=replace(recipe.data, order="shuffled"), checkpoint_every=2)
 
 
