@@ -46,6 +46,7 @@ from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
+from golf_jax.training.memory import fitted
 from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, new_path, read_json
 from golf_jax.training.state import state_shapes
@@ -196,6 +197,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
             run.log(f"checkpoint {found.step}: training complete, packing")
             return Trained(exported(recipe, found.state), **done)
         run.log(f"checkpoint {found.step:,} of {f'{recipe.budget.steps:,}' if recipe.budget.steps else f'{recipe.budget.seconds:.0f} s'}")
+    recipe = fitted(recipe, mesh, run.log)
     validate = _validator(plan)
 
     def validate_and_estimate(params: dict[str, Any], looping: bool, rehearse: bool) -> Result:

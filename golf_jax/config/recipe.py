@@ -342,8 +342,9 @@ class Recipe:
     numerics: Literal["as_run", "fp32"] = "as_run"
     """`as_run`: `model.bf16_params`, their moments and Newton-Schulz in bfloat16, initial weights rounded to bfloat16, as the
     records do; `fp32`: everything float32."""
-    micro_rows: int = 0
-    """Sequences per device and forward pass (gradient accumulation); 0: as many as one rank has."""
+    micro_rows: int | Literal["auto"] = 0
+    """Sequences per device and forward pass (gradient accumulation); 0: as many as one rank has; `auto`: of what one rank has the most
+    that fit the device's memory, known from the compiled step before the run."""
     seed: int = 1337
     checkpoint_every: int = 0
     """Save a checkpoint every N steps; 0: about once a minute of training. The last two are kept, and the final state always."""
@@ -352,8 +353,9 @@ class Recipe:
     def __post_init__(self):
         r = self
         check_finite(r)
-        for name in ("micro_rows", "checkpoint_every"):
-            check(getattr(r, name) >= 0, f"{name} must be >= 0, got {getattr(r, name)}")
+        fixed = 0 if r.micro_rows == "auto" else r.micro_rows
+        for name, value in (("micro_rows", fixed), ("checkpoint_every", r.checkpoint_every)):
+            check(value >= 0, f"{name} must be >= 0, got {value}")
         check(r.log_every > 0, f"log_every must be positive, got {r.log_every}")
         has_fake_quant = r.model.fake_quant.matrices != "none"
         check(
@@ -367,7 +369,7 @@ class Recipe:
             fits = length > 0 and r.data.seq_len % length == 0
             check(fits, f"schedule.seq_lens: {length} must be positive and divide data.seq_len {r.data.seq_len}")
         check(
-            r.data.rows_per_rank % max(r.micro_rows, 1) == 0 or r.micro_rows % r.data.rows_per_rank == 0,
+            r.data.rows_per_rank % max(fixed, 1) == 0 or fixed % r.data.rows_per_rank == 0,
             f"micro_rows {r.micro_rows} must divide or be a multiple of data.rows_per_rank {r.data.rows_per_rank}",
         )
         check(

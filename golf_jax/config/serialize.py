@@ -62,7 +62,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             check(len(value) == len(args), f"{where}: expected {len(args)} values, found {len(value)}")
         return tuple(_value(item or args[i], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(args[0], value, where)
+        named = [name for a in args if typing.get_origin(a) is Literal for name in typing.get_args(a)]
+        return value if value is None or (isinstance(value, str) and value in named) else _value(args[0], value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     check(
