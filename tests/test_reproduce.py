@@ -18,9 +18,10 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "docs" / "examples" / "dump_refe
 
 
 def missed(path, only="", devices=1):
-    _, results, _ = reproduce.reproduce(path, only, devices)
-    assert results
-    return [f"{r.name}: {r.worst} (max abs {r.max_abs:.2e}, max rel {r.max_rel:.2e})" for r in results if not r.ok]
+    report = reproduce.reproduce(path, only, devices)
+    assert report.results and not report.not_checked, report.not_checked
+    assert report.compared == report.held
+    return [f"{r.name}: {r.worst} (max abs {r.max_abs:.2e}, max rel {r.max_rel:.2e})" for r in report.results if not r.ok]
 
 
 def test_a_portable_set_is_met(references):

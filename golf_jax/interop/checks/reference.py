@@ -6,8 +6,9 @@ and the comparison of what we compute, by the format's names, with what is store
 
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ class Set:
         for where in self.items:
             if where.startswith(f"{section}/"):
                 yield self.case(where)
+
+    def counts(self, sections: Iterable[str]) -> tuple[int, int]:
+        """(arrays and facts that were compared, all that these sections hold beside what is given)."""
+        pairs = [case.counts for section in sections for case in self.cases(section)]
+        return sum(compared for compared, _ in pairs), sum(held for _, held in pairs)
 
     def case(self, where: str) -> "Case":
         if where not in self.items:
@@ -297,17 +303,40 @@ class Case:
                 self.add(item, np.asarray(ours[base])[pick], reference, None if origin is None else np.asarray(origin)[pick])
             elif item not in self.added:
                 self.refs.not_checked[f"{self.where}/{item}"] = "not computed here"
-        for name, facts in self.settings.get("tensors", {}).items():
-            for fact, value in facts.items():
-                item = f"{fact}/{name}"
-                if item in ours:
-                    same = isinstance(value, str)
-                    self.add(item, ours[item] == value if same else ours[item], True if same else value)
-                elif item not in self.added:
-                    self.refs.not_checked[f"{self.where}/{item}"] = "not computed here"
+        for item, value in self.facts.items():
+            if (found := _fact(ours, item)) is not None:
+                same = isinstance(value, str)
+                self.add(item, found == value if same else found, True if same else value)
+            elif item not in self.added:
+                self.refs.not_checked[f"{self.where}/{item}"] = "not computed here"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """`FACT/TENSOR` -> what the set says."""
+        return {f"{fact}/{name}": value for name, about in self.settings.get("tensors", {}).items() for fact, value in about.items()}
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(arrays and facts of the case that were compared, all that are not given)."""
+        held = {*(item for item in self.own if not is_input(self.section, item)), *self.facts} if self.section != "params" else set()
+        return len(held & self.added), len(held)
 
     def results(self) -> list[CheckResult]:
         return [row.result() for row in self._rows.values()]
+
+
+def _fact(ours: Mapping[str, Any], item: str) -> Any:
+    """A fact of one tensor, or the norm of all that a pattern names; None where it is not known."""
+    what, _, name = item.partition("/")
+    if item in ours or not ("*" in name or "|" in name) or not what.endswith("norm"):
+        return ours.get(item)
+    found = [ours[k] for k in ours if k.startswith(f"{what}/") and matches(k[len(what) + 1 :], name)]
+    return np.linalg.norm(found) if found else None
+
+
+def matches(tensor: str, pattern: str) -> bool:
+    """Is the tensor one of those that `blocks.*.attn.c_q.weight|tok_emb.weight` stands for?"""
+    return any(fnmatchcase(tensor, part) for part in pattern.split("|"))
 
 
 def _places(document: dict[str, Any], dotted: str) -> list[tuple[dict[str, Any], str]]:
