@@ -11,7 +11,7 @@ import numpy as np
 from golf_jax.artifact.calibration import calibrated
 from golf_jax.artifact.codecs import ArtifactError
 from golf_jax.artifact.compressors import compressor
-from golf_jax.artifact.container import MAX_FILE_BYTES, Entry, inspect, pack, tensors_of
+from golf_jax.artifact.container import FACTORS, MAX_FILE_BYTES, Entry, inspect, pack, tensors_of
 from golf_jax.artifact.ledger import ByteLedger, ledger
 from golf_jax.config import CAP_BYTES, EvalConfig, ModelConfig, QuantConfig, Recipe, from_dict, to_dict
 from golf_jax.config.base import check
@@ -156,7 +156,7 @@ def _check_header(loaded: Loaded, entries: list[Entry]) -> None:
     check(0 < loaded.seq_len < 1 << 24, f"header.seq_len {loaded.seq_len} is no sequence length")
     check(bool(re.fullmatch("[0-9a-f]{64}", loaded.tokenizer_sha256)), "header.tokenizer_sha256 is no SHA-256")
     loaded.eval.check_length(loaded.seq_len)
-    needed, found = _shapes(c), {e.name: e.shape for e in entries}
+    needed, found = _shapes(c), {e.name: e.shape for e in entries if not e.name.endswith(FACTORS)}
     for name in [*found, *needed]:
         check(name in needed, f"the tensors do not fit the model configuration: unknown {name}")
         check(name in found, f"the tensors do not fit the model configuration: missing {name}")
