@@ -11,7 +11,7 @@ import numpy as np
 from golf_jax.artifact.calibration import calibrated
 from golf_jax.artifact.codecs import ArtifactError
 from golf_jax.artifact.compressors import compressor
-from golf_jax.artifact.container import MAX_FILE_BYTES, inspect, pack, tensors_of
+from golf_jax.artifact.container import FACTORS, MAX_FILE_BYTES, inspect, pack, tensors_of
 from golf_jax.artifact.ledger import ByteLedger, ledger
 from golf_jax.config import CAP_BYTES, EvalConfig, ModelConfig, QuantConfig, Recipe, from_dict, to_dict
 from golf_jax.config.base import check
@@ -122,7 +122,7 @@ def load_model(source: str | Path | bytes) -> Loaded:
     tensor table before a tensor is decompressed.
     """
     opened = inspect(source if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES))
-    loaded = describe(opened.header, {e.name: e.shape for e in opened.entries})
+    loaded = describe(opened.header, {e.name: e.shape for e in opened.entries if not e.name.endswith(FACTORS)})
     return replace(loaded, params=from_tensors(loaded.config, dequantize_all(tensors_of(opened))))
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe, parse_json
 from golf_jax.config.serialize import from_dict, to_dict
 from golf_jax.interop.checks.base import CheckResult, Comparison
+from golf_jax.interop.checks.hyperparameters import settings
 from golf_jax.model import from_tensors
 
 Arrays = dict[str, np.ndarray]
@@ -190,7 +191,8 @@ class Case:
         layers = [self.settings.get("config", {})]
         if not self.settings.get("shipped"):
             source = self.refs.case(f"params/{self._params_case()}").settings if self._has_params() else {}
-            layers = [self.refs.json["config"], source.get("config", {}), *layers]
+            by_name = settings(self.refs.json["recipe"], self.refs.json.get("hyperparameters", {}))
+            layers = [by_name, self.refs.json["config"], source.get("config", {}), *layers]
         try:
             document = to_dict(self.refs.recipe)
             for layer in layers:
