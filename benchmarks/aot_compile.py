@@ -117,14 +117,14 @@ def step_programs(mesh: Mesh, recipes: list[str], backends: list[str]) -> Iterat
     """The training step as golf_jax.train compiles it, with and without depth recurrence where the recipe has it."""
     for name, backend in [(name, backend) for name in recipes for backend in backends]:
         recipe = load_recipe(name)
-        recipe = replace(recipe, model=resolve(replace(recipe.model, attention=backend), "gpu"))
+        recipe = replace(recipe, model=resolve(replace(recipe.model, attention=backend), "gpu", documents=recipe.data.packed))
         state = state_shapes(recipe, mesh)
         d = recipe.data
-        tokens = jax.ShapeDtypeStruct((d.ranks * d.rows_per_rank, d.seq_len), jnp.int32, sharding=rows(mesh))
+        tokens = jax.ShapeDtypeStruct(d.batch_shape, jnp.int32, sharding=rows(mesh))
         kinds = step_inputs(recipe, Clock(0, 0.0))
         inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated(mesh)), kinds)
         for phase in phases(recipe):
-            arguments = (state, Batch(tokens, tokens), inputs)
+            arguments = (state, Batch(tokens, tokens, tokens if d.packed else None), inputs)
             yield Program(f"{name} {phase.name}, {backend}", make_step(recipe, mesh, phase), arguments, backend)
 
 

@@ -34,7 +34,7 @@ from parts import Part, model_parts, optimizer_parts  # noqa: E402
 from golf_jax import mesh as meshes  # noqa: E402
 from golf_jax.cli import parse, run  # noqa: E402
 from golf_jax.config import GolfError, Recipe, to_dict  # noqa: E402
-from golf_jax.data.loader import Batch  # noqa: E402
+from golf_jax.data.loader import Batch, document_segments  # noqa: E402
 from golf_jax.model import count, leaves, resolve, to_tensors  # noqa: E402
 from golf_jax.model.params import tensor_names  # noqa: E402
 from golf_jax.optim.schedules import Clock  # noqa: E402
@@ -165,11 +165,11 @@ def measure(recipe: Recipe, options: Options) -> Iterator[dict[str, Any]]:
     """The result when the step is timed, and once more with its parts."""
     mesh = meshes.make_mesh(options.devices)
     device, where = mesh.devices.flat[0], meshes.platform(mesh)
-    recipe = replace(recipe, model=resolve(recipe.model, where))
+    recipe = replace(recipe, model=resolve(recipe.model, where, documents=recipe.data.packed))
     d, rows = recipe.data, micro_rows(recipe, mesh.size)
-    micros = d.ranks * d.rows_per_rank // mesh.size // rows
+    micros = d.batch_shape[0] // mesh.size // rows
     rng = np.random.default_rng(0)
-    x, y = (rng.integers(0, recipe.model.vocab_size, (d.ranks * d.rows_per_rank, d.seq_len), np.int32) for _ in range(2))
+    x, y = (rng.integers(0, recipe.model.vocab_size, d.batch_shape, np.int32) for _ in range(2))
     if options.peer and mesh.size > 1 and where != "cpu":
         raise GolfError("the PyTorch peer runs on one device: give --devices 1")
 
@@ -181,7 +181,7 @@ def measure(recipe: Recipe, options: Options) -> Iterator[dict[str, Any]]:
     inputs = step_inputs(replace(recipe, optim=replace(recipe.optim, groups=groups)), Clock(0, 0.0))
     inputs = inputs._replace(lr_factor=np.float32(LR_FACTOR), fake_quant=np.float32(0), swa_collect=np.bool_(False))
     inputs = jax.device_put(inputs, meshes.replicated(mesh))
-    batch = jax.device_put(Batch(x, y), meshes.rows(mesh))
+    batch = jax.device_put(Batch(x, y, document_segments(x, 1, d.seq_len) if d.packed else None), meshes.rows(mesh))
     phase = phases(recipe)[-1 if options.looping else 0]
     start = time.perf_counter()
     compiled = make_step(recipe, mesh, phase).lower(state, batch, inputs).compile()
@@ -286,7 +286,7 @@ def show(r: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     recipe, options = parse(argv, Options(), "Step time in parts, and beside PyTorch.")
-    split_cpu(options.devices, recipe.data.ranks * recipe.data.rows_per_rank)
+    split_cpu(options.devices, recipe.data.batch_shape[0])
     result = {}
     for result in measure(recipe, options):
         if options.json:

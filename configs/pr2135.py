@@ -98,7 +98,7 @@ def recipe() -> Recipe:
             clip_per_rank=True,
         ),
         budget=BudgetConfig(seconds=599.5),
-        schedule=ScheduleConfig(warmdown_frac=0.85, lr_floor=0.1, loop_from=0.35, ema_decay=0.9965, export="ema"),
+        schedule=ScheduleConfig(warmdown_frac=0.85, lr_floor=0.1, loop_from=0.35, ema_decay=0.9965, export="ema", leak_momentum_steps=20),
         quant=QuantConfig(
             rules=(
                 QuantRule("", "float16", max_numel=65_536),

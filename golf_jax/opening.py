@@ -85,7 +85,7 @@ class Model(Network):
         return [tokenizer.bos_id, *tokenizer.encode(text)]
 
     def decode(self, tokens: Any) -> str:
-        return self._tokenizer().decode(np.asarray(tokens).reshape(-1))
+        return self._tokenizer().original(np.asarray(tokens).reshape(-1), strict=False)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

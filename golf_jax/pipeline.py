@@ -31,15 +31,14 @@ from golf_jax.data.prefetch import local_rows
 from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import split_documents
 from golf_jax.evaluation import Result, Stream
-from golf_jax.evaluation.fixed import evaluate_standard
-from golf_jax.evaluation.methods import methods_of
+from golf_jax.evaluation.methods import METHODS, methods_of
 from golf_jax.interrupt import Interrupted, Signals, catching
 from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import Model as Network
 from golf_jax.model import count, resolve, to_tensors
 from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
-from golf_jax.plan import check_data, check_devices, check_plan
+from golf_jax.plan import border, check_boundary, check_data, check_devices, check_plan
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log, Progress
 from golf_jax.quant import quantize, rules_for, without_hessians
@@ -77,11 +76,12 @@ def check(recipe: Recipe, options: Options) -> Plan:
     keep_compiled_programs()
     initialize_distributed()
     before = devices_of(options.resume) if options.resume else 0
-    split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.ranks * d.rows_per_rank)
+    split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.batch_shape[0])
     mesh = make_mesh(options.devices or (min(before, jax.device_count()) if jax.process_count() == 1 else 0))
-    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh)))
+    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=d.packed))
     check_devices(resolved, mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
+    check_boundary(recipe, text.tokenizer.bos_id)
     return Plan(recipe, resolved, mesh, text)
 
 
@@ -132,6 +132,8 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
             f"val_bytes_checked:{plan.text.val_bytes}")  # fmt: skip
     for fact in plan.text.facts:
         run.log(f"text: {fact}")
+    if recipe.data.packed:
+        run.log(border(recipe.model, plan.text.tokenizer.bos_id))
     if not artifact:
         with contextlib.closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
             trained = train_and_keep(plan, options, run, signals, checkpoints, len(code))
@@ -154,18 +156,25 @@ def _packed_before(run: RunDir) -> bytes:
     return data
 
 
-def _make_loader(plan: Plan, rows: slice) -> Any:
-    d = plan.recipe.data
-    return make_loader(d.order, plan.text.train, d.ranks, d.rows_per_rank, d.seq_len, rows, plan.recipe.model.vocab_size)
+def _make_loader(plan: Plan, order: str, rows: slice) -> Any:
+    d, text = plan.recipe.data, plan.text
+    vocab_size, bos_id = plan.recipe.model.vocab_size, text.tokenizer.bos_id
+    return make_loader(order, text.train, d.ranks, d.rows_per_rank, d.seq_len, rows, vocab_size, bos_id)
 
 
 def _validator(plan: Plan) -> Any:
-    """(params, looping, rehearse) -> standard score; `rehearse`: of one batch, which compiles the program of all of them."""
+    """(params, looping, rehearse) -> score of the plainest method that the recipe asks for: packed streams, else rows side by side.
+
+    rehearse: of one batch, which compiles the program of all of them.
+    """
     recipe, text, mesh = plan.recipe, plan.text, plan.mesh
-    stream = Stream.of(text.val_tokens, text.tables, recipe.data.seq_len, recipe.eval.batch_rows)
+    name = "packed" if "packed" in methods_of(recipe.eval) else "standard"
+    config = getattr(recipe.eval, name, None)
+    stream = Stream.of(text.val_tokens, text.tables, getattr(config, "seq_len", recipe.data.seq_len), recipe.eval.batch_rows)
 
     def validate(params: dict[str, Any], looping: bool = True, rehearse: bool = False, log: Log | None = None) -> Result:
-        return evaluate_standard(Network(recipe.model, params, looping), stream.first_batch(mesh) if rehearse else stream, mesh, log=log)
+        given = stream.first_batch(mesh) if rehearse and not config else stream
+        return METHODS[name](Network(recipe.model, params, looping), given, mesh, config, log)
 
     return validate
 
@@ -206,7 +215,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
         return validate(params, looping, rehearse)
 
     keeper = Keeper(recipe, checkpoints, run, signals, facts)
-    loader = _make_loader(plan, local_rows(mesh, d.ranks * d.rows_per_rank))
+    loader = _make_loader(plan, d.order, local_rows(mesh, d.batch_shape[0]))
     trained = train(recipe, mesh, loader, run, keeper, found=found, validate=validate_and_estimate, profile=options.profile)
     run.note("train", {f.name: getattr(trained, f.name) for f in fields(trained) if f.name != "params"})
     return trained
@@ -222,7 +231,8 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
     begin = time.perf_counter()
     hessians = None
     if recipe.quant.gptq_batches:  # over rank 0's first training batches (docs/recipes/pr2005.md, section 5.2)
-        loader = _make_loader(plan, slice(0, recipe.data.rows_per_rank))
+        order = "shuffled" if recipe.data.packed else recipe.data.order  # PR 2135 calibrates on PR 2005's sequences
+        loader = _make_loader(plan, order, slice(0, recipe.data.rows_per_rank))
         progress = Progress(run.log, "Hessians: batches", recipe.quant.gptq_batches)
 
         def batches() -> Iterator[np.ndarray]:
@@ -290,7 +300,7 @@ def score_artifact(recipe: Recipe, options: Options) -> None:
     """Every evaluation the recipe asks for, of the artifact `options.score` alone. Raises GolfError."""
     keep_compiled_programs()
     initialize_distributed()
-    split_cpu(options.devices, recipe.data.ranks * recipe.data.rows_per_rank)
+    split_cpu(options.devices, recipe.data.batch_shape[0])
     mesh, d, model = make_mesh(options.devices), recipe.data, load(options.score)
     train = "embedded" if d.train == "embedded" else ""
     text = open_text(train, d.val, d.tokenizer, model.config.vocab_size, d.seq_len, sha256=model.tokenizer_sha256)
@@ -303,7 +313,7 @@ def score_artifact(recipe: Recipe, options: Options) -> None:
 def reference_compressors(text: Text) -> dict[str, float]:
     """Bits per byte that zstd -22 and xz reach on the validation text: the scale for a small model's score."""
     documents = split_documents(text.val_tokens[: 1 << 22], text.tokenizer.bos_id)
-    raw = "".join(text.tokenizer.decode(document) for document in documents).encode()
+    raw = "".join(text.tokenizer.original(document, strict=False) for document in documents).encode()
     packed = {"zstd-22": zstandard.ZstdCompressor(level=22).compress(raw), "xz": lzma.compress(raw, preset=9)}
     return {name: 8 * len(data) / len(raw) for name, data in packed.items()}
 

@@ -3,7 +3,7 @@
 import os
 
 from golf_jax.artifact.model import check_packing
-from golf_jax.config import GolfError, Recipe
+from golf_jax.config import GolfError, ModelConfig, Recipe
 from golf_jax.data import find_shards, open_shard
 from golf_jax.model.params import ROLES, leaves
 from golf_jax.optim.optimizer import route
@@ -29,6 +29,27 @@ def check_devices(recipe: Recipe, devices: int) -> None:
     micro_rows(recipe, devices)
 
 
+LOOKING_BACK = {"smear_gate": "smear", "input_smear_gate": "smear", "bigram_buckets": "bigram", "trigram_buckets": "trigram"}
+
+
+def check_boundary(recipe: Recipe, bos_id: int) -> None:
+    """Raises GolfError if `model.boundary_token` is not what starts a document of this text."""
+    token = recipe.model.boundary_token
+    if token not in (-1, bos_id):
+        raise GolfError(f"model.boundary_token {token}: documents of this text start with BOS {bos_id}; give that, or -1 for none")
+
+
+def border(model: ModelConfig, bos_id: int) -> str:
+    """What looks over the border between two documents of a packed row, as a line of the log."""
+    found = {part for field, part in LOOKING_BACK.items() if getattr(model, field)}
+    if not found or model.boundary_token >= 0:
+        return "documents: nothing looks over the border between two of them"
+    return (
+        f"documents: attention stays inside them; {', '.join(sorted(found))} mixes the first token of one with the last of the one "
+        f"before, as in the record (--model.boundary-token {bos_id} is the fix)"
+    )
+
+
 def check_data(recipe: Recipe) -> None:
     """Raises GolfError if a file of the validation set is among the training shards, or a step takes more tokens than there are."""
     d = recipe.data
@@ -39,7 +60,8 @@ def check_data(recipe: Recipe) -> None:
     for path in shards:
         if os.path.realpath(path) in validation:
             raise GolfError(f"data.train: {path} belongs to the validation set ({d.val}); narrow the glob {d.train}")
-    there = sum(len(open_shard(path)) for path in shards)
+    sizes = [len(open_shard(path)) for path in shards]
+    there = max(sizes) - d.ranks if d.packed else sum(sizes)  # packed rows are of one shard
     if there < d.batch_tokens:
         raise GolfError(
             f"data.train: a step takes {d.batch_tokens:,} tokens (ranks * rows_per_rank * seq_len) and {d.train} holds {there:,}: lower "

@@ -26,7 +26,7 @@ class DataConfig:
     ranks: int = 8
     """Ranks whose data order is reproduced; independent of how many devices run it."""
     rows_per_rank: int = 48
-    """Sequences per rank and step; batch tokens = ranks * rows_per_rank * seq_len."""
+    """Sequences per rank and step; batch tokens = ranks * rows_per_rank * seq_len. `documents`: one row, so many times seq_len."""
 
     def __post_init__(self):
         for name in ("seq_len", "ranks", "rows_per_rank"):
@@ -38,6 +38,21 @@ class DataConfig:
     @property
     def batch_tokens(self) -> int:
         return self.ranks * self.rows_per_rank * self.seq_len
+
+    @property
+    def packed(self) -> bool:
+        """Every rank has one row of documents, and attention stays inside them."""
+        return self.order == "documents"
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """(sequences of all ranks, tokens of each) of a step, as the model sees them."""
+        return (self.ranks, self.rows_per_rank * self.seq_len) if self.packed else (self.ranks * self.rows_per_rank, self.seq_len)
+
+    @property
+    def rank_rows(self) -> int:
+        """Sequences of one rank, as the model sees them."""
+        return 1 if self.packed else self.rows_per_rank
 
 
 def _not_negative(config: Any, section: str, *names: str) -> None:
@@ -178,10 +193,14 @@ class ScheduleConfig:
     """Late QAT: fake quantization in training once the factor is below this; 0 never, 1 and more: from step 0 (PR 372)."""
     leak_warmup_steps: int = 0
     """PR 1182 only: discarded warm-up steps whose gradients of frozen parameters leak into the run (20 there)."""
+    leak_momentum_steps: int = 0
+    """PR 2135 only: discarded warm-up steps of every phase (20 there) whose Muon momentum the run starts with, where `numerics` is `as_run`
+    and `data.ranks` above 1, as in its distributed runs."""
 
     def __post_init__(self):
         _in_unit(self, "schedule", "warmdown_frac", "lr_floor", "loop_from", "ema_decay")
-        _not_negative(self, "schedule", "warmdown_steps", "swa_every", "swa_below", "fake_quant_below", "leak_warmup_steps")
+        _not_negative(self, "schedule", "warmdown_steps", "swa_every", "swa_below", "fake_quant_below")
+        _not_negative(self, "schedule", "leak_warmup_steps", "leak_momentum_steps")
         check(self.ema_decay < 1, f"schedule.ema_decay must be below 1, got {self.ema_decay}")
         starts = [start for start, _ in self.seq_lens]
         ramp = not starts or (starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1)
@@ -300,11 +319,13 @@ class Recipe:
         for _, length in r.schedule.seq_lens:
             fits = length > 0 and r.data.seq_len % length == 0
             check(fits, f"schedule.seq_lens: {length} must be positive and divide data.seq_len {r.data.seq_len}")
+        packed = "schedule.seq_lens: packed rows are not cut (data.order 'documents'); leave the ramp out"
+        check(not (r.schedule.seq_lens and r.data.packed), packed)
         check(
-            r.data.rows_per_rank % max(fixed, 1) == 0 or fixed % r.data.rows_per_rank == 0,
-            f"micro_rows {r.micro_rows} must divide or be a multiple of data.rows_per_rank {r.data.rows_per_rank}",
+            r.data.rank_rows % max(fixed, 1) == 0 or fixed % r.data.rank_rows == 0,
+            f"micro_rows {r.micro_rows} must divide or be a multiple of data.rows_per_rank {r.data.rank_rows}",
         )
         check(
-            not r.optim.clip_per_rank or r.micro_rows in (0, r.data.rows_per_rank),
+            not r.optim.clip_per_rank or r.micro_rows in (0, r.data.rank_rows),
             "optim.clip_per_rank clips one rank's whole gradient: leave micro_rows 0",
         )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -36,6 +36,8 @@ class Build:
     """Tokens per file."""
     field: str = "text"
     """Field of a JSON line that holds the text."""
+    transform: Literal["", "caseops"] = ""
+    """caseops: capitals of words as operator pieces before them, and bytes of the original text in val_bytes_*.bin (PR 2135)."""
     glob: str = ""
     """Files of a directory to read instead, such as '*.py'."""
 
@@ -52,6 +54,7 @@ class Build:
             val_every=self.val_every,
             shard_tokens=self.shard_tokens,
             field=self.field,
+            transform=self.transform,
             pattern=self.glob,
         )
         print(f"train with: --data.train '{self.out}/train_*.bin' --data.val '{self.out}/val_*.bin'"
@@ -69,20 +72,20 @@ class Download:
     """
 
     variant: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VARIANT")]
-    """sp1024, sp8192, ...: the tokenizer family."""
+    """sp1024, sp8192, ...: the tokenizer family; sp8192_lossless_caps_caseops_v1_reserved: PR 2135's."""
     out: Path = Path("data")
     """Root directory: gets datasets/, tokenizers/ and manifest.json."""
     train_shards: int = 80
     """How many training shards, from the first on (the order is frozen, so fewer is a prefix of more)."""
-    repo: str = "willdepueoai/parameter-golf"
-    """Dataset repository on the Hugging Face hub with the same layout."""
+    repo: str = ""
+    """Dataset repository on the Hugging Face hub with the same layout. Default: the challenge's, of CaseOps text the record's."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
 
     def run(self) -> int:
-        from golf_jax.data.download import HuggingFaceHub, download
+        from golf_jax.data.download import download, hub_of
 
-        directory = download(self.variant, self.out, self.train_shards, HuggingFaceHub(self.repo, self.revision))
+        directory = download(self.variant, self.out, self.train_shards, hub_of(self.variant, self.repo, self.revision))
         print(f"complete: {directory}; check it in depth with `python -m golf_jax.data verify {directory}`")
         return 0
 

@@ -13,17 +13,20 @@ from typing import Any
 import numpy as np
 
 from golf_jax.config import GolfError
+from golf_jax.data import caseops
 from golf_jax.data.documents import find_files, read_documents
 from golf_jax.data.manifest import NAME, file_entry, read_manifest, write_manifest
 from golf_jax.data.proof import refuse_markers
-from golf_jax.data.shards import load_val_tokens, write_shard
-from golf_jax.data.tokenizer import Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
+from golf_jax.data.shards import load_val_tokens, open_shard, write_shard
+from golf_jax.data.sidecar import Sidecar, beside, encode_counted, prove_sidecar
+from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
 from golf_jax.files import write_atomic
 
 TOKENIZER_SAMPLE = 100_000_000  # characters of training text the tokenizer learns from; more changes little and takes long
 SHARD_TOKENS = 100_000_000  # the official export's
 ENCODE_BATCH = 512
 SHOWN = 20  # files named one by one
+TRANSFORMS = ("", "caseops")
 
 
 def is_validation(text: str, val_every: int) -> bool:
@@ -32,31 +35,35 @@ def is_validation(text: str, val_every: int) -> bool:
 
 
 class _SplitWriter:
-    """Collects the documents of one split and writes a shard whenever enough tokens came together."""
+    """Collects the documents of one split and writes a shard whenever enough tokens came together; `sidecar`: their byte counts, too."""
 
-    def __init__(self, directory: Path, split: str, shard_tokens: int) -> None:
-        self.directory, self.split, self.shard_tokens = directory, split, shard_tokens
-        self.buffer: list[np.ndarray] = []
+    def __init__(self, directory: Path, split: str, shard_tokens: int, sidecar: bool) -> None:
+        self.directory, self.split, self.shard_tokens, self.sidecar = directory, split, shard_tokens, sidecar
+        self.buffer: list[np.ndarray] = []  # rows: tokens, bytes of each
         self.buffered = self.documents = self.bytes = 0
         self.files: list[dict[str, Any]] = []
+        self.sidecars: list[dict[str, Any]] = []
 
-    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
-        self.buffer.append(tokens)
-        self.buffered, self.documents, self.bytes = self.buffered + len(tokens), self.documents + 1, self.bytes + num_bytes
+    def add(self, tokens: np.ndarray, counts: np.ndarray) -> None:
+        self.buffer.append(np.stack([tokens, counts]))
+        self.buffered, self.documents, self.bytes = self.buffered + len(tokens), self.documents + 1, self.bytes + int(counts.sum())
         while self.buffered >= self.shard_tokens:
             self._write(self.shard_tokens)
 
     def _write(self, count: int) -> None:
-        tokens = np.concatenate(self.buffer)
-        path = write_shard(self.directory / f"{self.split}_{len(self.files):06d}.bin", tokens[:count])
-        self.files.append(file_entry(path, count))
-        self.buffer, self.buffered = [tokens[count:]], len(tokens) - count
+        rows = np.concatenate(self.buffer, axis=1)
+        path = self.directory / f"{self.split}_{len(self.files):06d}.bin"
+        self.files.append(file_entry(write_shard(path, rows[0, :count]), count))
+        if self.sidecar:
+            self.sidecars.append(file_entry(write_shard(beside(path), rows[1, :count]), count))
+        self.buffer, self.buffered = [rows[:, count:]], rows.shape[1] - count
 
     def finish(self) -> dict[str, Any]:
         if self.buffered:
             self._write(self.buffered)
         tokens = sum(file["tokens"] for file in self.files)
-        return {"documents": self.documents, "tokens": tokens, "bytes": self.bytes, "files": self.files}
+        facts = {"documents": self.documents, "tokens": tokens, "bytes": self.bytes, "files": self.files}
+        return facts | ({"sidecars": self.sidecars} if self.sidecar else {})
 
 
 def build_documents(
@@ -68,13 +75,17 @@ def build_documents(
     tokenizer: str | Path | None = None,
     val_every: int = 10,
     shard_tokens: int = SHARD_TOKENS,
+    transform: str = "",
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Writes tokenizer.model, train_*.bin, val_*.bin and manifest.json for `documents` (read twice); returns the manifest.
 
     The tokenizer learns from training documents only. A document whose tokens came before is dropped, so none can be in both
-    splits. GolfError when `directory` exists, when a split stays empty, when the byte tables disagree with the text.
+    splits. transform `caseops`: text is CaseOps text, its operators pieces of the tokenizer, and bytes of the original text go into
+    val_bytes_*.bin. GolfError when `directory` exists, when a split stays empty, when the byte counts disagree with the text.
     """
+    if transform not in TRANSFORMS:
+        raise GolfError(f"data build: transform {transform!r} is unknown; there is {', '.join(filter(None, TRANSFORMS))}")
     directory = Path(directory)
     if directory.exists():
         raise GolfError(f"{directory}: exists already; remove it or name another directory")
@@ -88,14 +99,21 @@ def build_documents(
     try:
         if tokenizer is None:
             log(f"training a tokenizer of {vocab_size} pieces")
-            training = (text for text in documents() if not is_validation(text, val_every))
-            model = train_bpe(_first_characters(training, TOKENIZER_SAMPLE), vocab_size)
+            training = _first_characters((text for text in documents() if not is_validation(text, val_every)), TOKENIZER_SAMPLE)
+            model = (
+                train_bpe(map(caseops.encode, training), vocab_size, caseops.OPERATORS) if transform else train_bpe(training, vocab_size)
+            )
         else:
             model = Tokenizer(tokenizer).model
+        name = str(tokenizer or "tokenizer.model")
+        if bool(transform) != (opened := Tokenizer(model, name)).caseops:
+            why = "text of a tokenizer with case operators is CaseOps text: give --transform caseops"
+            raise GolfError(f"tokenizer {name}: {'has not the four case operators as user-defined pieces' if transform else why}")
         manifest = {
             "source": source,
             "split": f"validation: first 8 bytes of SHA-256(text), big-endian, mod {val_every} == 0; repeated documents dropped",
-            **_write_splits(documents(), temporary, Tokenizer(model, str(tokenizer or "tokenizer.model")), val_every, shard_tokens),
+            **({"transform": transform} if transform else {}),
+            **_write_splits(documents(), temporary, opened, val_every, shard_tokens),
         }
         write_manifest(temporary, manifest)
         temporary.chmod(0o755)
@@ -126,14 +144,14 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenizer, val_every: int, shard_tokens: int) -> dict[str, Any]:
     write_atomic(directory / "tokenizer.model", tokenizer.model)
-    refuse_markers(tokenizer)
-    tables = byte_tables(tokenizer.processor)
-    writers = {split: _SplitWriter(directory, split, shard_tokens) for split in ("train", "val")}
+    refuse_markers(tokenizer, tokenizer.caseops)
+    tables, exact = byte_tables(tokenizer.processor), tokenizer.caseops and not tokenizer.changes()
+    writers = {split: _SplitWriter(directory, split, shard_tokens, tokenizer.caseops and split == "val") for split in ("train", "val")}
     seen: set[bytes] = set()
     text_facts = Counter[str]()
     texts = iter(documents)
     while batch := list(itertools.islice(texts, ENCODE_BATCH)):
-        for text, tokens in zip(batch, tokenizer.encode_documents(batch), strict=True):
+        for text, (tokens, counts) in zip(batch, _encode(tokenizer, tables, batch), strict=True):
             size = len(text.encode())
             text_facts.update(documents=1, bytes=size)
             words = " ".join(text.split())
@@ -146,17 +164,31 @@ def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenize
                     f"tokenizer {tokenizer.name}: characters of document {text_facts['documents'] - 1} are unknown to it and would be lost "
                     f"(it has no byte fallback): {text[:40]!a}"
                 )
+            if exact and counts.sum() != size:
+                raise GolfError(f"tokenizer {tokenizer.name}: counts {counts.sum()} bytes for a text of {size}: {text[:40]!a}")
             seen.add(digest)
-            split = "val" if is_validation(text, val_every) else "train"
-            writers[split].add(tokens, int(count_bytes(tables, tokens[:-1], tokens[1:]).sum()))
+            writers["val" if is_validation(text, val_every) else "train"].add(tokens, counts)
     splits = {split: writer.finish() for split, writer in writers.items()}
     for split, entry in splits.items():
         if not entry["documents"]:
             raise GolfError(f"data build: {len(seen)} documents leave none for {split}; give more text or another --val-every")
-    check_tables(tokenizer, load_val_tokens(directory / "val_*.bin"), tables)
+    val_tokens = load_val_tokens(directory / "val_*.bin")
+    if tokenizer.caseops:
+        counts = np.concatenate([open_shard(directory / entry["name"])[:] for entry in splits["val"]["sidecars"]])
+        prove_sidecar(tokenizer, val_tokens, Sidecar(counts))
+    else:
+        check_tables(tokenizer, val_tokens, tables)
     identity = {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
     counts = {name: text_facts[name] for name in ("documents", "bytes", "repeated", "blank", "left_out_bytes")}
     return {"tokenizer": identity, "text": {**counts, "changes": tokenizer.changes()}, **splits}
+
+
+def _encode(tokenizer: Tokenizer, tables: ByteTables, texts: Sequence[str]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """(tokens with BOS, bytes of each) of every text."""
+    if tokenizer.caseops:
+        return encode_counted(tokenizer, texts)
+    encoded = tokenizer.encode_documents(texts)
+    return ((tokens, np.append(0, count_bytes(tables, tokens[:-1], tokens[1:]))) for tokens in encoded)
 
 
 def build(

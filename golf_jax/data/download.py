@@ -11,13 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from golf_jax.config import GolfError, parse_json
 from golf_jax.data.manifest import file_entry, sha256_file, text_bytes, write_manifest
-from golf_jax.data.shards import load_val_tokens, open_shard
+from golf_jax.data.shards import find_shards, load_val_tokens, open_shard
+from golf_jax.data.sidecar import beside, find_sidecars, load_sidecar
 from golf_jax.data.tokenizer import Tokenizer, byte_tables
 from golf_jax.files import write_atomic
 
 REPO = "willdepueoai/parameter-golf"
+CASEOPS_REPO = "romeerp/parameter-golf-caseops-v1"  # of PR 2135: the same layout, byte counts beside the validation shards
 PREFIX = "datasets"
 
 
@@ -53,6 +57,11 @@ class HuggingFaceHub:
         return {info.path: info.lfs.sha256 for info in infos if getattr(info, "lfs", None)}
 
 
+def hub_of(variant: str, repo: str = "", revision: str | None = None) -> HuggingFaceHub:
+    """The hub that has `variant`; `repo` names another one."""
+    return HuggingFaceHub(repo or (CASEOPS_REPO if "caseops" in variant else REPO), revision)
+
+
 def download(
     variant: str,
     directory: str | Path,
@@ -60,17 +69,19 @@ def download(
     hub: Hub | None = None,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Brings `variant` (sp1024, sp8192, ...): tokenizer, all of validation, the first `train_shards` training shards.
+    """Brings `variant` (sp1024, sp8192, sp8192_lossless_caps_caseops_v1_reserved, ...): tokenizer, all of validation, with its byte counts
+    where text was transformed, and the first `train_shards` training shards.
 
     Returns the shards' folder. Files already there and sound are kept, so an interrupted download goes on where it stopped.
     GolfError for an unknown variant, too many shards, a file that is damaged after a fresh fetch, a validation set that is not
     as long as the official manifest says.
     """
-    if not re.fullmatch(r"sp\d+", variant):
-        raise GolfError(f"variant {variant!r}: must be sp and a vocabulary size (sp1024, sp8192); others need byte sidecars")
+    if not re.fullmatch(r"sp\d+(_\w*caseops\w*)?", variant):
+        raise GolfError(f"variant {variant!r}: must be sp and a vocabulary size (sp1024, sp8192), with _..._caseops_... for CaseOps text")
     if train_shards < 0:
         raise GolfError(f"train_shards={train_shards}: must not be negative")
-    hub, root = hub or HuggingFaceHub(), Path(directory)
+    transformed = "caseops" in variant
+    hub, root = hub or hub_of(variant), Path(directory)
     index = _fetch_index(hub, root)
     dataset, tokenizer_path = _lookup(index, f"fineweb10B_{variant}")
     stats = dataset.get("stats") or {}
@@ -78,6 +89,7 @@ def download(
         raise GolfError(f"{variant}: the export has {available} training shards, {train_shards} were asked for")
     folder = f"datasets/{dataset['name']}"
     names = [f"{folder}/fineweb_val_{number:06d}.bin" for number in range(int(stats.get("files_val", 0)))]
+    names += [str(beside(Path(name))) for name in names] if transformed else []
     names += [f"{folder}/fineweb_train_{number:06d}.bin" for number in range(train_shards)]
     names = [tokenizer_path, *names]
     digests = _ask(hub.sha256, [f"{PREFIX}/{name}" for name in names])
@@ -156,12 +168,15 @@ def _write_local_manifest(root: Path, folder: str, tokenizer_path: str, stats: d
         raise GolfError(f"{directory}: validation has {len(val)} tokens, the export's manifest says {expected}")
     splits: dict[str, dict[str, Any]] = {}
     for split in ("train", "val"):  # all that is there: an earlier download may have brought more training shards
-        files = [file_entry(path, len(open_shard(path))) for path in sorted(directory.glob(f"fineweb_{split}_*.bin"))]
+        files = [file_entry(path, len(open_shard(path))) for path in find_shards(directory / f"fineweb_{split}_*.bin")]
         splits[split] = {"tokens": sum(file["tokens"] for file in files), "files": files}
+    sidecar = load_sidecar(directory / "fineweb_val_*.bin")
     splits["val"] |= {
         "documents": int((val == tokenizer.bos_id).sum()),
-        "bytes": text_bytes(byte_tables(tokenizer.processor), val),
+        "bytes": int(sidecar.counts[1:].sum(dtype=np.int64)) if sidecar else text_bytes(byte_tables(tokenizer.processor), val),
     }
+    if sidecar:
+        splits["val"]["sidecars"] = [file_entry(path, len(open_shard(path))) for path in find_sidecars(directory / "fineweb_val_*.bin")]
     model = write_atomic(directory / "tokenizer.model", tokenizer.model)  # a manifest names nothing outside its directory
     identity = {"file": model.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
     write_manifest(directory, {"source": "FineWeb export", "split": "as published", "tokenizer": identity, **splits})

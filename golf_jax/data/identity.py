@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from golf_jax.config import GolfError
-from golf_jax.data.manifest import NAME, read_manifest
+from golf_jax.data.manifest import NAME, hashes, read_manifest
 from golf_jax.data.shards import HEADER_BYTES
 
 SAMPLES, SAMPLE_BYTES = 32, 1 << 16  # evenly spread, with the first and the last bytes; a shard up to their sum is read whole
@@ -55,10 +55,9 @@ def _listed(directory: Path) -> dict[str, str]:
     if not (directory / NAME).is_file():
         return {}
     try:
-        manifest = read_manifest(directory / NAME)
+        return hashes(read_manifest(directory / NAME))
     except GolfError:
         return {}  # of another program; `verify` is where a manifest has to be sound
-    return {entry["name"]: entry["sha256"] for split in ("train", "val") for entry in manifest[split]["files"]}
 
 
 def _sample(path: Path) -> dict[str, Any]:

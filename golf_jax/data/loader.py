@@ -1,4 +1,4 @@
-"""Training orders of the records: a contiguous stream (PR 372, 562, 638, 1182) and shuffled sequences (PR 2005).
+"""Training orders of the records: a stream (PR 372, 562, 638, 1182), shuffled sequences (PR 2005), packed documents (PR 2135).
 
 A batch is the work of `ranks` processes of the original script, rank-major: rows [r * rows, (r + 1) * rows) are what rank r
 trained on. `ranks` belongs to the recipe, not to this machine, so the order is the same on any number of devices.
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     targets: Any
     """int32 [sequences, seq_len]: the inputs one token later."""
     segments: Any = None
-    """Room for the document of every token, int32 [sequences, seq_len]; no order gives it yet."""
+    """int32 [sequences, seq_len]: attention stays inside each run of equal ones. None: a sequence is one segment."""
 
 
 class Loader(Protocol):
@@ -47,7 +47,7 @@ class Loader(Protocol):
 
 
 class _Rows:
-    """What both orders share: opened shards, shape of a batch, the part of it that this process reads."""
+    """What the orders share: opened shards, shape of a batch, the part of it that this process reads."""
 
     def __init__(self, shards: Shards, ranks: int, rows: int, seq_len: int, row_slice: slice | None, vocab_size: int | None) -> None:
         self.source: object = "training data"
@@ -73,7 +73,7 @@ class _Rows:
     def restore(self, state: dict[str, int]) -> None:
         here = self.state()
         for field, value in here.items():
-            if field != "batches" and state.get(field) != value:
+            if field not in ("batches", "shard", "cursor") and state.get(field) != value:
                 raise GolfError(f"data position: {field} was {state.get(field)} when it was saved and is {value} now")
         self.batches = int(state["batches"])
 
@@ -230,7 +230,73 @@ class ShuffledLoader(_Rows):
             shuffle.skip(self.batches * self.rows)
 
 
-ORDERS = {"stream": StreamLoader, "shuffled": ShuffledLoader}
+def document_segments(tokens_BT: np.ndarray, bos_id: int, limit: int) -> np.ndarray:
+    """Segment of every token, int32 [B, T], counted in each row from 0: one begins at the row's start and at every BOS, and is cut
+    every `limit` tokens counted from there (docs/recipes/pr2135_model_training.md, section 2.4)."""
+    place_T = np.arange(tokens_BT.shape[1])
+    start_BT = np.maximum.accumulate(np.where((tokens_BT == bos_id) | (place_T == 0), place_T, 0), axis=1)
+    return np.cumsum((place_T - start_BT) % limit == 0, axis=1, dtype=np.int32) - 1
+
+
+class DocumentLoader(_Rows):
+    """Packed documents (PR 2135): a step takes ranks * (N + 1) tokens of one shard, rank r the span of N + 1 from r (N + 1) on.
+
+    Every rank trains on its span as one row of N = `row_tokens`, whose segments are the documents in it, cut at `limit` tokens. A shard
+    is read from its first BOS; what is left of it, too short for a step, is dropped. After the last shard comes the first again.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        ranks: int,
+        row_tokens: int,
+        limit: int,
+        row_slice: slice | None = None,
+        vocab_size: int | None = None,
+        bos_id: int = 1,
+    ) -> None:
+        super().__init__(shards, ranks, 1, row_tokens, row_slice, vocab_size)
+        if limit < 1:
+            raise GolfError(f"data loader: limit={limit} must be at least 1")
+        self.limit, self.bos_id, self.span = limit, bos_id, ranks * (row_tokens + 1)
+        self.shard, self.cursor = 0, self._first_document(0)
+
+    def _first_document(self, shard: int) -> int:
+        """Position of the first BOS; the shard's length where it has none."""
+        for start in range(0, len(self.shards[shard]), 1 << 16):
+            if len(found := np.flatnonzero(self.shards[shard][start : start + (1 << 16)] == self.bos_id)):
+                return start + int(found[0])
+        return len(self.shards[shard])
+
+    def next_batch(self) -> Batch:
+        """See `Loader.next_batch`. GolfError when no shard holds a step."""
+        for _ in range(len(self.shards) + 1):
+            if self.cursor + self.span <= len(self.shards[self.shard]):
+                break
+            self.shard = (self.shard + 1) % len(self.shards)
+            self.cursor = self._first_document(self.shard)
+        else:
+            raise GolfError(
+                f"{self.source}: a step takes {self.span:,} tokens of one shard behind its first BOS ({self.bos_id}), and none holds as "
+                "many: lower --data.rows-per-rank, or give more text"
+            )
+        row = self.seq_len + 1
+        starts = range(self.cursor + self.row_slice.start * row, self.cursor + self.row_slice.stop * row, row)
+        batch = self._batch([self.shards[self.shard][start : start + row] for start in starts])
+        self.cursor, self.batches = self.cursor + self.span, self.batches + 1
+        return batch._replace(segments=document_segments(batch.inputs, self.bos_id, self.limit))
+
+    def state(self) -> dict[str, int]:
+        """See `Loader.state`."""
+        return super().state() | {"limit": self.limit, "bos_id": self.bos_id, "shard": self.shard, "cursor": self.cursor}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """See `Loader.restore`."""
+        super().restore(state)
+        self.shard, self.cursor = int(state["shard"]), int(state["cursor"])
+
+
+ORDERS = {"stream": StreamLoader, "shuffled": ShuffledLoader, "documents": DocumentLoader}
 
 
 def make_loader(
@@ -241,12 +307,16 @@ def make_loader(
     seq_len: int,
     row_slice: slice | None = None,
     vocab_size: int | None = None,
-) -> StreamLoader | ShuffledLoader:
+    bos_id: int = 1,
+) -> StreamLoader | ShuffledLoader | DocumentLoader:
     """The training order named `order` over the glob (or the open arrays) `shards`.
 
-    `ranks` processes of the recipe train on `rows` sequences of `seq_len` tokens each per step. `row_slice`: the rows of the
-    global batch [ranks * rows, seq_len] that this process needs (all by default). `vocab_size`: refuse tokens outside of it.
+    `ranks` processes of the recipe train on `rows` sequences of `seq_len` tokens each per step; `documents`: on one of rows * seq_len
+    tokens, in which no segment is longer than seq_len. `row_slice`: the rows of the global batch (`DataConfig.batch_shape`) that this
+    process needs (all by default). `vocab_size`: refuse tokens outside of it. `bos_id`: what starts a document.
     """
     if order not in ORDERS:
         raise GolfError(f"data.order={order!r}: must be one of {', '.join(ORDERS)}")
+    if order == "documents":
+        return DocumentLoader(shards, ranks, rows * seq_len, seq_len, row_slice, vocab_size, bos_id)
     return ORDERS[order](shards, ranks, rows, seq_len, row_slice, vocab_size)

@@ -59,10 +59,12 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         _check(path, manifest[split], f"{split}.", {"tokens": int, "files": list})
         for field in {"documents", "bytes"} & set(manifest[split]):
             _check(path, manifest[split], f"{split}.", {field: int})
-        for number, entry in enumerate(manifest[split]["files"]):
-            _check(path, entry, f"{split}.files.{number}.", {"name": str, "tokens": int, "sha256": str})
-            if Path(entry["name"]).name != entry["name"]:
-                raise GolfError(f"{path}: {split}.files.{number}.name {entry['name']!a} leads out of the directory")
+        for kind in {"files", "sidecars"} & set(manifest[split]):
+            _check(path, manifest[split], f"{split}.", {kind: list})
+            for number, entry in enumerate(manifest[split][kind]):
+                _check(path, entry, f"{split}.{kind}.{number}.", {"name": str, "tokens": int, "sha256": str})
+                if Path(entry["name"]).name != entry["name"]:
+                    raise GolfError(f"{path}: {split}.{kind}.{number}.name {entry['name']!a} leads out of the directory")
     return manifest
 
 
@@ -74,11 +76,17 @@ def _check(path: Path, value: Any, where: str, fields: dict[str, type]) -> None:
             raise GolfError(f"{path}: {where}{field} is missing or no {kind.__name__}")
 
 
+def hashes(manifest: dict[str, Any]) -> dict[str, str]:
+    """Name -> SHA-256 of all shards and byte sidecars that a manifest lists."""
+    lists = [manifest[split].get(kind, []) for split in ("train", "val") for kind in ("files", "sidecars")]
+    return {entry["name"]: entry["sha256"] for entries in lists for entry in entries}
+
+
 def damage(directory: Path) -> str:
     """In what `directory` differs from its manifest (a file altered, missing, too many); empty when it does not. Reads every byte."""
     try:
         manifest = read_manifest(directory / NAME)
-        expected = {entry["name"]: entry["sha256"] for split in ("train", "val") for entry in manifest[split]["files"]}
+        expected = hashes(manifest)
         expected[manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
         found = {path.name for path in directory.iterdir()} - {NAME}
         if found != set(expected):

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from golf_jax.config import GolfError
+from golf_jax.data import caseops
 from golf_jax.data.shards import Shard
+from golf_jax.data.sidecar import Sidecar, prove_sidecar
 from golf_jax.data.tokenizer import Tokenizer, check_tables, split_documents
 
 ENCODE_BATCH = 64
 PROVED_TOKENS = 1 << 22  # whose byte count is compared with the decoded text where time is limited
 SAMPLED_TOKENS = 1 << 16  # per block of the training shards
 OVERHANG = 1 << 14  # so that a document that goes on in the next block is whole
+SIDECAR_DOCUMENTS = 500  # whose byte counts are compared with the original text where time is limited
 PREFIX = 64  # tokens after BOS; documents that agree in them begin alike
 TOLERATED = 0.01  # of documents: a right model may fail on odd Unicode, another of the same size fails on 96 to 100 %
 
@@ -37,16 +40,17 @@ def prove_text(
     seconds: float = 5.0,
     bos_id: int | None = None,
     overlap: bool = True,
+    sidecar: Sidecar | None = None,
 ) -> Proof:
     """Proves that shards [tokens] and `val_tokens` [tokens] are text of `tokenizer`, and that its bytes are counted exactly.
 
     Reads validation from its start and training at spread places, each for `seconds` at most. `bos_id`: the token that separates
-    documents (default: the tokenizer's BOS). `overlap`: look for validation text in training, too. GolfError when documents have no
-    start, when tokens are another tokenizer's or no text, when markers of a text transform count as text, when unknown characters are
-    lost, when validation text is trained on.
+    documents (default: the tokenizer's BOS). `overlap`: look for validation text in training, too. `sidecar`: the byte counts beside
+    `val_tokens`, which transformed text needs. GolfError when documents have no start, when tokens are another tokenizer's or no text,
+    when markers of a text transform count as text, when unknown characters are lost, when validation text is trained on.
     """
     bos = tokenizer.bos_id if bos_id is None else bos_id
-    refuse_markers(tokenizer)
+    refuse_markers(tokenizer, sidecar is not None)
     starts = np.flatnonzero(val_tokens == bos)
     if not len(starts) or starts[0]:
         where = "holds none" if not len(starts) else f"starts with token {val_tokens[0]}"
@@ -69,17 +73,31 @@ def prove_text(
             "(the vocabulary has no byte fallback), and the byte count with them"
         )
     counted = val_tokens[: PROVED_TOKENS if seconds < math.inf else None]
-    num_bytes = check_tables(tokenizer, counted, bos_id=bos)
-    part = "every document" if len(counted) == len(val_tokens) else f"the first {len(counted):,} tokens"
-    facts.append(f"val bytes: {num_bytes:,}, equal to the decoded text of {part}")
+    if sidecar:
+        num_bytes, found = prove_sidecar(tokenizer, val_tokens, sidecar, SIDECAR_DOCUMENTS if seconds < math.inf else len(val_tokens))
+        facts.append(found)
+    else:
+        num_bytes = check_tables(tokenizer, counted, bos_id=bos)
+        part = "every document" if len(counted) == len(val_tokens) else f"the first {len(counted):,} tokens"
+        facts.append(f"val bytes: {num_bytes:,}, equal to the decoded text of {part}")
     facts.append(vocabulary_use(tokenizer, val_tokens))
     if train and overlap:
         facts.append(refuse_overlap(train, val_tokens, tokenizer, bos, seconds))
     return Proof(facts, num_bytes)
 
 
-def refuse_markers(tokenizer: Tokenizer) -> None:
-    """GolfError when user-defined pieces are private-use characters: markers of a text transform would be counted as text."""
+def refuse_markers(tokenizer: Tokenizer, sidecar: bool = False) -> None:
+    """GolfError when user-defined pieces are private-use characters: markers of a text transform would be counted as text.
+
+    With a `sidecar` of byte counts the four of CaseOps are what must be there, and without them it belongs to other shards.
+    """
+    if sidecar and not tokenizer.caseops:
+        raise GolfError(
+            f"tokenizer {tokenizer.name}: has not the four case operators as pieces, but byte counts of transformed text lie beside the "
+            "validation shards (_bytes_): give the tokenizer of these shards"
+        )
+    if sidecar:
+        return
     markers = [
         piece.piece
         for piece in tokenizer.spec.pieces
@@ -89,7 +107,8 @@ def refuse_markers(tokenizer: Tokenizer) -> None:
         names = ", ".join(ascii(marker) for marker in markers[:4])
         raise GolfError(
             f"tokenizer {tokenizer.name}: {len(markers)} user-defined private-use pieces ({names}): markers of a text transform "
-            "would count as text; such shards need byte counts of the original text beside them"
+            "would count as text; such shards need byte counts of the original text beside them (val_bytes_*.bin beside val_*.bin, as "
+            "`python -m golf_jax.data build --transform caseops` writes them)"
         )
 
 
@@ -108,6 +127,8 @@ def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seco
 
     def compare() -> int:
         texts = [tokenizer.decode(document) for document in batch]
+        if tokenizer.caseops:
+            texts = [caseops.encode(caseops.decode(text)) for text in texts]
         for document, text, tokens in zip(batch, texts, tokenizer.encode_documents(texts), strict=True):
             if not np.array_equal(tokens[1:], document[1:]):
                 failures.append((text, tokens[1:], document[1:]))

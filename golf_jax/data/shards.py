@@ -96,14 +96,17 @@ def open_shard(path: str | Path) -> Shard:
 
 
 def find_shards(pattern: str | Path) -> list[Path]:
-    """Files that match the glob `pattern`, sorted by name (the order of the training stream). GolfError when none does."""
-    paths = [Path(name) for name in sorted(glob.glob(str(pattern)))]
+    """Files that match the glob `pattern`, sorted by name (the order of the training stream). GolfError when none does.
+
+    Byte counts beside the tokens (`golf_jax.data.sidecar`, `_bytes_` in the name) are of the same format and are left out: read as tokens
+    they would pass every check.
+    """
+    found = [Path(name) for name in sorted(glob.glob(str(pattern)))]
+    paths = [path for path in found if "_bytes_" not in path.name]
+    if found and not paths:
+        raise GolfError(f"{found[0]}: a sidecar of byte counts, not tokens; name the shards beside it")
     if not paths:
         raise GolfError(f"{pattern}: no shard matches; build or fetch data with `python -m golf_jax.data --help`")
-    for path in paths:
-        # CaseOps exports put byte counts beside the tokens, in the same format: read as tokens they would pass every check.
-        if "_bytes_" in path.name:
-            raise GolfError(f"{path}: a sidecar of byte counts, not tokens; narrow the glob {pattern}")
     return paths
 
 

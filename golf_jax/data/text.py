@@ -11,6 +11,7 @@ from golf_jax.data.corpus import build_embedded
 from golf_jax.data.identity import identify
 from golf_jax.data.proof import prove_text
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard
+from golf_jax.data.sidecar import Sidecar, find_sidecars, load_sidecar
 from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables
 from golf_jax.processes import cache_directory
 
@@ -28,9 +29,10 @@ class Text:
     val_tokens: np.ndarray
     """uint16 [tokens]"""
     tokenizer: Tokenizer
-    tables: ByteTables
+    tables: ByteTables | Sidecar
+    """How bytes of the original text are counted: by pieces, or where the text was transformed by what lies beside the shards."""
     val_bytes: int
-    """Bytes of validation text whose count was proved against the decoded text."""
+    """Bytes of validation text whose count was proved against the original text."""
     facts: tuple[str, ...] = ()
     """What was proved, for the log."""
     identity: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +62,7 @@ def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: in
     if len(tokens) <= seq_len:
         raise GolfError(f"{val}: {len(tokens)} validation tokens are fewer than one window of data.seq_len {seq_len}")
     train_paths = find_shards(train) if train else []
-    proof = prove_text(model, [open_shard(path) for path in train_paths], tokens, SECONDS)
-    identity = identify(model.sha256, train_paths, find_shards(val))
-    return Text(train, val, tokens, model, byte_tables(model.processor), proof.val_bytes, tuple(proof.facts), identity)
+    sidecar = load_sidecar(val)
+    proof = prove_text(model, [open_shard(path) for path in train_paths], tokens, SECONDS, sidecar=sidecar)
+    identity = identify(model.sha256, train_paths, find_shards(val) + find_sidecars(val))
+    return Text(train, val, tokens, model, sidecar or byte_tables(model.processor), proof.val_bytes, tuple(proof.facts), identity)

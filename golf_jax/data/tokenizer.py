@@ -9,6 +9,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from golf_jax.config import GolfError
+from golf_jax.data import caseops
 
 SPACE = "\u2581"  # SentencePiece writes a space as LOWER ONE EIGHTH BLOCK
 TRAINER_CHARACTERS = 2**14  # per sentence: the trainer drops sentences of more than 2**16 bytes
@@ -59,16 +61,33 @@ class Tokenizer:
         """Hex digest of the model's bytes: the identity that manifests and runs record."""
         return hashlib.sha256(self.model).hexdigest()
 
+    @cached_property
+    def caseops(self) -> bool:
+        """Whether its text is CaseOps text: the four operators are pieces that no other text gives."""
+        return {p.piece for p in self.spec.pieces if p.type == p.USER_DEFINED}.issuperset(caseops.OPERATORS)
+
     def encode(self, text: str) -> list[int]:
-        return self.processor.encode(text)
+        """Tokens of a text as it is read and written by people: with `caseops` it is transformed first."""
+        return self.processor.encode(caseops.encode(text) if self.caseops else text)
+
+    def original(self, ids: Sequence[int] | np.ndarray, strict: bool = True) -> str:
+        """The text of `ids` before any transform. GolfError where it is none, unless not `strict` (what a model writes may be anything)."""
+        text = self.decode(ids)
+        return caseops.decode(text, strict) if self.caseops else text
+
+    def encode_surfaces(self, text: str) -> tuple[list[int], list[str]]:
+        """Tokens of a (transformed) text, and the part of it that each stands for, as it was before SentencePiece normalised it."""
+        call = getattr(self.processor, "encode_as_immutable_proto", None) or self.processor.encode_as_proto
+        pieces = call(text).pieces
+        return [piece.id for piece in pieces], [piece.surface for piece in pieces]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One uint16 array per text: BOS, then its tokens."""
+        """One uint16 array per (transformed) text: BOS, then its tokens."""
         encoded = self.processor.encode(list(texts))
         return [np.array([self.bos_id, *ids], dtype=np.uint16) for ids in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of `ids`. GolfError where the model's own pieces make no text."""
+        """(Transformed) text of `ids`. GolfError where the model's own pieces make no text."""
         try:
             return self.processor.decode([int(token) for token in ids])
         except (RuntimeError, ValueError, IndexError) as error:
@@ -93,6 +112,10 @@ class ByteTables:
     base_bytes: np.ndarray  # int16 [V]
     has_leading_space: np.ndarray  # bool [V]
     is_boundary: np.ndarray  # bool [V]
+
+    def of_targets(self, tokens: np.ndarray, position: np.ndarray | slice) -> np.ndarray:
+        """Bytes of text of the targets that follow `position` in `tokens` [n], int32."""
+        return count_bytes(self, tokens[:-1][position], tokens[1:][position])
 
 
 def byte_tables(processor: sentencepiece.SentencePieceProcessor) -> ByteTables:
@@ -180,8 +203,10 @@ def _without_cut_character(processor: sentencepiece.SentencePieceProcessor, ids:
     return ids
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
+def train_bpe(texts: Iterable[str], vocab_size: int, markers: str = "") -> bytes:
     """Trains a BPE model that keeps text byte for byte and returns its bytes; deterministic.
+
+    markers: characters that become pieces of their own, never merged with neighbours, ids 4, 5, ...
 
     As the challenge's own models: byte fallback, split digits, no dummy prefix, 0 pad, 1 bos, 2 eos, 3 unk. Unlike them: no
     normalization, all white space kept, line ends and indentation may be pieces (a U+2581 in the text alone becomes a space).
@@ -210,6 +235,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
             bos_id=1,
             eos_id=2,
             unk_id=3,
+            user_defined_symbols=list(markers),
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:

@@ -11,6 +11,7 @@ from golf_jax.config import GolfError
 from golf_jax.data.manifest import NAME, read_manifest, sha256_file
 from golf_jax.data.proof import PREFIX, TOLERATED, prove_text, without_ends
 from golf_jax.data.shards import Shard, check_token_range, find_shards, open_shard
+from golf_jax.data.sidecar import Sidecar, find_sidecars, load_sidecar
 from golf_jax.data.tokenizer import Tokenizer
 
 PROOF_SECONDS = 60.0  # per split, of encoding again
@@ -76,7 +77,7 @@ def verify(train: str, val: str, tokenizer: str | Path, manifest: dict[str, Any]
         for split, pattern in (("train", train), ("val", val))
     }
     if splits["val"]:
-        _verify_text(report, splits, model, (manifest or {}).get("val", {}))
+        _verify_text(report, splits, model, (manifest or {}).get("val", {}), _verify_sidecar(report, val, (manifest or {}).get("val", {})))
     count, leaked, alike = find_overlap(splits["train"], splits["val"], model)
     report.facts.append(f"overlap: {leaked} of {count} validation documents are in training, {alike} more begin as one there")
     if leaked:
@@ -124,15 +125,29 @@ def _verify_split(report: Report, split: str, pattern: str, model: Tokenizer, en
     return shards
 
 
-def _verify_text(report: Report, splits: dict[str, list[Shard]], model: Tokenizer, entry: dict[str, Any]) -> None:
+def _verify_sidecar(report: Report, pattern: str, entry: dict[str, Any]) -> Sidecar | None:
+    try:
+        found = {path.name: path for path in find_sidecars(pattern)}
+        for listed in entry.get("sidecars", []):
+            if listed["name"] not in found:
+                report.problems.append(f"{pattern}: {listed['name']} of the manifest is missing")
+            elif sha256_file(found[listed["name"]]) != listed["sha256"]:
+                report.problems.append(f"{found[listed['name']]}: sha256 differs from the manifest's; the file was altered")
+        return load_sidecar(pattern)
+    except GolfError as error:
+        report.problems.append(str(error))
+        return None
+
+
+def _verify_text(report: Report, splits: dict[str, list[Shard]], model: Tokenizer, entry: dict[str, Any], sidecar: Sidecar | None) -> None:
     tokens = np.concatenate([shard[:] for shard in splits["val"]])
     try:
-        proof = prove_text(model, splits["train"], tokens, PROOF_SECONDS, overlap=False)
+        proof = prove_text(model, splits["train"], tokens, PROOF_SECONDS, overlap=False, sidecar=sidecar)
     except GolfError as error:
         report.problems.append(str(error))
         return
     report.facts += proof.facts
-    num_bytes = proof.val_bytes
+    num_bytes = int(sidecar.counts[1:].sum(dtype=np.int64)) if sidecar else proof.val_bytes
     official = num_bytes == OFFICIAL_BYTES and np.count_nonzero(tokens == model.bos_id) == OFFICIAL_DOCUMENTS
     report.facts.append("the official validation set" if official else "not the official validation set")
     if num_bytes != entry.get("bytes", num_bytes):

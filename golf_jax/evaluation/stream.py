@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jax.sharding import Mesh
 
+from golf_jax.data.sidecar import Sidecar
 from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation.windows import truncate
 from golf_jax.mesh import platform
@@ -18,7 +19,7 @@ class Stream:
 
     tokens: np.ndarray
     """uint16 [targets + 1]"""
-    tables: ByteTables
+    tables: ByteTables | Sidecar
     seq_len: int
     """Targets per row, and tokens of context at most."""
     rows: int = 0
@@ -29,7 +30,7 @@ class Stream:
     """Results carry the nll of every target."""
 
     @classmethod
-    def of(cls, tokens: np.ndarray, tables: ByteTables, seq_len: int, rows: int = 0, max_targets: int = 0) -> "Stream":
+    def of(cls, tokens: np.ndarray, tables: ByteTables | Sidecar, seq_len: int, rows: int = 0, max_targets: int = 0) -> "Stream":
         """The whole rows of `tokens` [n]; max_targets: about this many, for a quick look (0: all). Raises GolfError without one row."""
         used = truncate(tokens, seq_len, max_targets)
         return cls(used, tables, seq_len, rows, (len(used) - 1) / ((len(tokens) - 1) // seq_len * seq_len))

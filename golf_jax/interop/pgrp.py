@@ -38,7 +38,7 @@ def row_order(codes_RC: np.ndarray) -> np.ndarray:
 
 
 def split(data: bytes) -> tuple[dict[str, np.ndarray], bytes]:
-    """(codes int8 [R, C] by the names in the frame, the compressed remainder). Raises GolfError, NoLrzip where lrzip is needed and absent."""
+    """(codes int8 [R, C] by the names in the frame, the compressed remainder). Raises GolfError, NoLrzip where it needs lrzip."""
     where = "packed file"
     try:
         version, count = struct.unpack_from("<II", data, 4)

@@ -219,7 +219,7 @@ def _block(
     if not parallel:
         z_BTD = ops.rms_norm(y_BTD) * jnp.asarray(scale, x_BTD.dtype)
     tap("mlp_in", z_BTD)
-    m_BTD = _mlp(config, w, z_BTD, tap)
+    m_BTD = mlp(config, w, z_BTD, tap)
     tap("mlp_out", m_BTD)
     m_BTD = w["mlp_scale"] * m_BTD
     if lane_BTD is None:
@@ -306,7 +306,7 @@ def _input_maps(w: Params, z_BTD: jax.Array, last: int | None) -> Params:
 
 
 @jax.named_scope("mlp")
-def _mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap) -> jax.Array:
+def mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name, x: None) -> jax.Array:
     """(leaky_relu(z W_up))^2 W_down."""
     u_BTF = ops.linear(z_BTD, w["up"])
     h_BTF = jnp.square(jnp.where(u_BTF > 0, u_BTF, config.mlp_slope * u_BTF))

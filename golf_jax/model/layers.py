@@ -86,14 +86,17 @@ def input_smear(x_BTD: jax.Array, w_W1: jax.Array, strength_1: jax.Array, start_
     return x_BTD + strength_1.astype(x_BTD.dtype) * gate_BT1 * previous(x_BTD, start_BT)
 
 
+def rope_frequencies(dims: int, base: float, bf16: bool) -> jax.Array:
+    """Angle per position of each pair of dimensions, float32 [dims/2]; bf16: rounded to bfloat16."""
+    inv_freq = 1.0 / (jnp.float32(base) ** (jnp.arange(0, dims, 2, dtype=jnp.float32) / dims))
+    return inv_freq.astype(jnp.bfloat16).astype(jnp.float32) if bf16 else inv_freq
+
+
 def rope_tables(seq_len: int, dims: int, base: float, train_len: int, bf16_frequencies: bool) -> tuple[jax.Array, jax.Array]:
     """cos, sin of shape [T, dims/2], float32. Rows longer than `train_len` (> 0) rescale the base (NTK)."""
     if train_len and seq_len > train_len:
         base = base * (seq_len / train_len) ** (dims / (dims - 2))
-    inv_freq = 1.0 / (jnp.float32(base) ** (jnp.arange(0, dims, 2, dtype=jnp.float32) / dims))
-    if bf16_frequencies:
-        inv_freq = inv_freq.astype(jnp.bfloat16).astype(jnp.float32)
-    angles = jnp.arange(seq_len, dtype=jnp.float32)[:, None] * inv_freq
+    angles = jnp.arange(seq_len, dtype=jnp.float32)[:, None] * rope_frequencies(dims, base, bf16_frequencies)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from golf_jax.artifact.container import unpack
 from golf_jax.config import GolfError
 from golf_jax.data.text import Text, open_text
-from golf_jax.data.tokenizer import count_bytes
 from golf_jax.evaluation.fixed import evaluate_standard
 from golf_jax.evaluation.score_first import evaluate_score_first
 from golf_jax.evaluation.stream import Stream
@@ -99,7 +98,7 @@ def score_again(record: Record, targets: int) -> Measured:
     assert result.scores is not None
     tokens = stream.tokens
     bits = result.scores.astype(np.float64) / np.log(2)
-    count = count_bytes(text.tables, tokens[:-1], tokens[1:])
+    count = text.tables.of_targets(tokens, slice(None))
     # 0, 1, 2, 3, 3, 4, ... for positions 0, 1, 2, 3, 4: the next power of two, so that early positions get a portion of their own
     portion = np.ceil(np.log2(np.arange(stream.targets) % data.seq_len + 1)).astype(int)
     edges = [(1 if p == 0 else 2 ** (p - 1) + 1, min(2**p, data.seq_len)) for p in range(portion.max() + 1)]
@@ -117,7 +116,7 @@ def _portions(index: np.ndarray, bits: np.ndarray, count: np.ndarray, labels: li
 
 
 def _beginning(text: Text, tokens: np.ndarray) -> str:
-    words = " ".join(text.tokenizer.decode(tokens[tokens != text.tokenizer.bos_id]).split())
+    words = " ".join(text.tokenizer.original(tokens[tokens != text.tokenizer.bos_id], strict=False).split())
     return words[:48]
 
 

@@ -1,13 +1,14 @@
-"""PR 1182's one side effect of its discarded compile warm-up: gradients of the frozen trigram table that survive it.
+"""What survives the discarded compile warm-up of two records, although everything is restored after it.
 
-docs/recipes/pr1182.md, section 7.1.
+PR 1182: gradients of the frozen trigram table (docs/recipes/pr1182.md, section 7.1); PR 2135: in distributed runs Muon's momentum
+(docs/recipes/pr2135_model_training.md, section 7.3), which is no part of the state that it saves.
 
-Frozen parameters belong to no optimizer, so nobody clears their gradients. The warm-up steps run unclipped at full learning rate and
-average all gradients over the ranks; afterwards weights, optimizer and data position are restored, the stale gradients are not, and
-from then on each rank adds its own to them and counts them in its clip norm.
+PR 1182: frozen parameters belong to no optimizer, so nobody clears their gradients. The warm-up steps run unclipped at full learning
+rate and average all gradients over the ranks; afterwards weights, optimizer and data position are restored, the stale gradients are
+not, and from then on each rank adds its own to them and counts them in its clip norm.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -65,3 +66,37 @@ def warm_up(recipe: Recipe, mesh: Mesh, state: TrainState, batches: Iterable[Bat
         state = state._replace(stale=over_ranks(state.stale))
         metrics.append(metric)
     return kept._replace(stale=state.stale), metrics
+
+
+def momentum_leaks(recipe: Recipe) -> bool:
+    """Whether Muon starts with the momentum of discarded steps: as the record ran, on several ranks."""
+    return recipe.schedule.leak_momentum_steps > 0 and recipe.numerics == "as_run" and recipe.data.ranks > 1
+
+
+def leaked_momentum(recipe: Recipe, mesh: Mesh, state: TrainState, loader: Loader, steps: Sequence[Any]) -> TrainState:
+    """`state` with Muon's momentum after `schedule.leak_momentum_steps` discarded steps of every phase; the loader goes back.
+
+    steps: the compiled training step of every phase. The first batch was the record's for passes without update: it is left out.
+    """
+    position = loader.state()
+    loader.next_batch()
+    batches = iter(lambda: place_batch(mesh, loader, loader.next_batch()), None)
+    state, _ = warm_momentum(recipe, mesh, state, batches, steps, recipe.schedule.leak_momentum_steps)
+    loader.restore(position)
+    return state
+
+
+def warm_momentum(
+    recipe: Recipe, mesh: Mesh, state: TrainState, batches: Iterator[Batch], steps: Sequence[Any], count: int
+) -> tuple[TrainState, list[StepMetrics]]:
+    """(the state as it was but for the momentum of Muon's groups, metrics of the discarded steps): `count` of each of `steps`.
+
+    batches: on the mesh. The learning rate is whole and the momentum that of step 0, 1, ..., anew in every phase; clipping is as always.
+    """
+    kept, metrics = jax.tree.map(jnp.copy, state), []
+    for step in steps:
+        for number in range(count):
+            inputs = step_inputs(recipe, Clock(number, 0.0))._replace(lr_factor=np.float32(1), swa_collect=np.bool_(False))
+            state, metric = step(state, next(batches), put_replicated(mesh, inputs))
+            metrics.append(metric)
+    return kept._replace(opt=kept.opt | {g.name: state.opt[g.name] for g in recipe.optim.groups if g.kind == "muon"}), metrics

@@ -23,7 +23,7 @@ from golf_jax.processes import CompileTimes
 from golf_jax.training.checkpoints import Found
 from golf_jax.training.clock import TrainingClock
 from golf_jax.training.keep import Keeper
-from golf_jax.training.leak import leaked_state
+from golf_jax.training.leak import leaked_momentum, leaked_state, momentum_leaks
 from golf_jax.training.phases import Phase, phase_at, phases
 from golf_jax.training.rundir import RunDir
 from golf_jax.training.state import TrainState, graph, init_state
@@ -53,7 +53,7 @@ def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -
 
     Each has run once, on a copy of the state: what a first call sets up (kernels, communicators) is not left to the clock.
     """
-    tokens = np.zeros((recipe.data.ranks * recipe.data.rows_per_rank, recipe.data.seq_len), np.int32)
+    tokens = np.zeros(recipe.data.batch_shape, np.int32)
     zeros = jax.make_array_from_callback(tokens.shape, rows(mesh), lambda index: tokens[index])
     inputs = put_replicated(mesh, step_inputs(recipe, Clock(0, 0.0)))
     compiled, seconds, times = {}, {}, CompileTimes()
@@ -65,7 +65,7 @@ def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -
         assert_backend(step.as_text(), recipe.model.attention)
         seconds[phase.name] = time.perf_counter() - begin
         times.keep(key, seconds[phase.name])
-        jax.block_until_ready(step(jax.tree.map(jnp.copy, state), Batch(zeros, zeros), inputs))
+        jax.block_until_ready(step(jax.tree.map(jnp.copy, state), Batch(zeros, zeros, zeros if recipe.data.packed else None), inputs))
         first = time.perf_counter() - begin - seconds[phase.name]
         run.log(f"compiled {phase.name} in {seconds[phase.name]:.1f} s, first run {first:.1f} s")
     return compiled, seconds
@@ -100,6 +100,13 @@ def train(
     steps, compile_seconds = compile_phases(recipe, mesh, state, run)
     if recipe.schedule.leak_warmup_steps and not step:
         state = leaked_state(recipe, mesh, state, loader, list(steps.values())[-1])
+    if recipe.schedule.leak_momentum_steps and not step:
+        warm = f"{recipe.schedule.leak_momentum_steps} discarded steps of {' and '.join(phase.name for phase in steps)}"
+        if momentum_leaks(recipe):
+            state = leaked_momentum(recipe, mesh, state, loader, list(steps.values()))
+            run.log(f"Muon starts with the momentum of {warm}, as in the record's distributed run (numerics as_run)")
+        else:
+            run.log(f"Muon starts without momentum: that of {warm} is kept only with numerics as_run and data.ranks above 1")
     flags = dict.fromkeys(phase.looping for phase in steps)
     for looping in flags if validate and recipe.eval.every else ():
         begin = time.perf_counter()

@@ -55,7 +55,7 @@ def _cgroup() -> float:
 
 def choices(recipe: Recipe, devices: int) -> list[int]:
     """The numbers of sequences per device and forward pass that divide a step, largest first; none above what one rank has."""
-    rank, local = recipe.data.rows_per_rank, recipe.data.ranks * recipe.data.rows_per_rank // devices
+    rank, local = recipe.data.rank_rows, recipe.data.batch_shape[0] // devices
     return [n for n in range(min(rank, local), 0, -1) if local % n == 0 and rank % n == 0]
 
 

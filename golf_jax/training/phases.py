@@ -32,6 +32,6 @@ def phases(recipe: Recipe) -> tuple[Phase, ...]:
 def _at(recipe: Recipe, fraction: float) -> Phase:
     loops = bool(recipe.model.loop_repeats) and recipe.schedule.loop_from > 0
     looping = not loops or fraction >= recipe.schedule.loop_from
-    seq_len = ([recipe.data.seq_len] + [length for start, length in recipe.schedule.seq_lens if start <= fraction])[-1]
+    seq_len = ([recipe.data.batch_shape[1]] + [length for start, length in recipe.schedule.seq_lens if start <= fraction])[-1]
     name = "train" + "_looping" * (loops and looping) + f"_{seq_len}" * bool(recipe.schedule.seq_lens)
     return Phase(name, looping, seq_len, recipe.data.batch_tokens // seq_len)

@@ -88,7 +88,7 @@ def graph(recipe: Recipe) -> Recipe:
     return Recipe(
         "",
         recipe.model,
-        DataConfig(seq_len=d.seq_len, ranks=d.ranks, rows_per_rank=d.rows_per_rank),
+        DataConfig(seq_len=d.seq_len, ranks=d.ranks, rows_per_rank=d.rows_per_rank, order="documents" if d.packed else "stream"),
         replace(o, groups=tuple(replace(g, **plain) for g in o.groups), clip_norm=1.0),
         schedule=ScheduleConfig(
             ema_decay=0.5 if s.ema_decay else 0.0,

@@ -69,12 +69,13 @@ class StepMetrics(NamedTuple):
 def micro_rows(recipe: Recipe, devices: int) -> int:
     """Sequences per device and forward pass; an `auto` not yet resolved counts as 0. Raises GolfError if the batch does not divide."""
     d = recipe.data
-    total = d.ranks * d.rows_per_rank
+    total = d.batch_shape[0]
     if total % devices:
-        raise GolfError(f"a batch of {total} sequences (data.ranks * data.rows_per_rank) does not divide over {devices} devices")
+        what = "data.ranks" if d.packed else "data.ranks * data.rows_per_rank"
+        raise GolfError(f"a batch of {total} sequences ({what}) does not divide over {devices} devices")
     local = total // devices
     asked = 0 if recipe.micro_rows == "auto" else recipe.micro_rows
-    count = min(asked or d.rows_per_rank, local)
+    count = min(asked or d.rank_rows, local)
     if local % count:
         raise GolfError(f"micro_rows {count} does not divide the {local} sequences of one device")
     if recipe.optim.clip_per_rank and d.ranks % devices:
@@ -85,7 +86,7 @@ def micro_rows(recipe: Recipe, devices: int) -> int:
 def make_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> Any:
     """Compiled-on-first-use function (state, batch, inputs) -> (state, metrics); state donated.
 
-    batch: `Batch` [sequences, data.seq_len], rows split over the mesh in rank order; the step cuts it to the phase's sequences.
+    batch: `Batch` of `data.batch_shape`, rows split over the mesh in rank order; the step cuts it to the phase's sequences.
     recipe.model must be resolved (no `auto`). Recipes of one `graph` share the function.
     """
     return _make_step(graph(recipe), mesh, phase)
@@ -95,22 +96,24 @@ def make_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> Any:
 def compile_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> Any:
     """`make_step` compiled ahead, for a recipe that is its own `graph`."""
     d = recipe.data
-    tokens = jax.ShapeDtypeStruct((d.ranks * d.rows_per_rank, d.seq_len), jnp.int32, sharding=rows(mesh))
+    tokens = jax.ShapeDtypeStruct(d.batch_shape, jnp.int32, sharding=rows(mesh))
+    batch = Batch(tokens, tokens, tokens if d.packed else None)
     kinds = step_inputs(recipe, Clock(0, 0.0))
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated(mesh)), kinds)
-    return _make_step(recipe, mesh, phase).lower(state_shapes(recipe, mesh), Batch(tokens, tokens), inputs).compile()
+    return _make_step(recipe, mesh, phase).lower(state_shapes(recipe, mesh), batch, inputs).compile()
 
 
 @lru_cache(maxsize=8)
 def _make_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> Any:
     devices = mesh.shape[AXIS]
-    sequences = micro_rows(recipe, devices) * (recipe.data.seq_len // phase.seq_len)
+    sequences = micro_rows(recipe, devices) * (recipe.data.batch_shape[1] // phase.seq_len)
+    longest = recipe.data.seq_len if recipe.data.packed else None
     frozen = frozen_names(recipe)
     qat = recipe.schedule.fake_quant_below > 0
 
-    def loss_fn(params: dict, x_BT: jax.Array, y_BT: jax.Array, fake_quant: jax.Array) -> jax.Array:
-        strength = fake_quant if qat else None
-        return jnp.mean(nll(recipe.model, params, x_BT, y_BT, looping=phase.looping, fake_quant=strength, training=True))
+    def loss_fn(params: dict, micro: Batch, fake_quant: jax.Array) -> jax.Array:
+        how: dict = {"segments_BT": micro.segments, "longest": longest, "looping": phase.looping, "training": True}
+        return jnp.mean(nll(recipe.model, params, micro.inputs, micro.targets, fake_quant=fake_quant if qat else None, **how))
 
     def clip_one_rank(grads: dict, stale: dict, limit: jax.Array) -> tuple[dict, dict, jax.Array]:
         """PR 1182: the rank's own norm, over what it just computed and what was never cleared."""
@@ -122,12 +125,12 @@ def _make_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> Any:
     def local_step(state: TrainState, batch: Batch, inputs: StepInputs):
         params: Any = state.params
         opt = optimizer(recipe, params, devices, AXIS if devices > 1 else None)
-        micros = tuple(a_RT.reshape(-1, sequences, phase.seq_len) for a_RT in (batch.inputs, batch.targets))
-        count = micros[0].shape[0]
+        micros = jax.tree.map(lambda a_RT: a_RT.reshape(-1, sequences, phase.seq_len), batch)
+        count = micros.inputs.shape[0]
 
-        def one(total: dict, micro: tuple):
-            x_BT, y_BT, stale = micro
-            loss, grads = jax.value_and_grad(loss_fn)(params, x_BT, y_BT, inputs.fake_quant)
+        def one(total: dict, given: tuple[Batch, dict]):
+            micro, stale = given
+            loss, grads = jax.value_and_grad(loss_fn)(params, micro, inputs.fake_quant)
             grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
             norm = jnp.zeros([], jnp.float32)
             if recipe.optim.clip_per_rank:
@@ -136,10 +139,10 @@ def _make_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> Any:
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         if count == 1:
-            grads, out = one(zeros, jax.tree.map(lambda a: a[0], (*micros, state.stale or {})))
+            grads, out = one(zeros, jax.tree.map(lambda a: a[0], (micros, state.stale or {})))
             losses, norms, stale = jax.tree.map(lambda a: a[None], out)
         else:
-            grads, (losses, norms, stale) = jax.lax.scan(one, zeros, (*micros, state.stale or {}))
+            grads, (losses, norms, stale) = jax.lax.scan(one, zeros, (micros, state.stale or {}))
         grads = {n: (g / count).astype(params[n].dtype) for n, g in grads.items()}
         clip = jnp.float32(jnp.inf) if recipe.optim.clip_per_rank else inputs.clip_norm
         updates: Any

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from golf_jax.config import GolfError
-from golf_jax.data.loader import ShuffledLoader, StreamLoader, make_loader
+from golf_jax.data.loader import DocumentLoader, ShuffledLoader, StreamLoader, make_loader
 from golf_jax.data.shards import open_shard, write_shard
 
 
@@ -164,3 +164,73 @@ def test_mistakes_are_refused(arrays):
         StreamLoader(arrays, ranks=1, rows=2, seq_len=16, row_slice=slice(2, 4))
     with pytest.raises(GolfError, match="outside a vocabulary of 512"):
         StreamLoader(arrays, ranks=1, rows=8, seq_len=64, vocab_size=512).next_batch()
+
+
+@pytest.fixture
+def packed():
+    """Shards whose first document starts somewhere inside; BOS is 1."""
+    rng = np.random.default_rng(1)
+    shards = [rng.integers(2, 64, size).astype(np.uint16) for size in (700, 403, 1101)]
+    for shard, every in zip(shards, (13, 90, 7), strict=True):
+        shard[rng.integers(0, every) :: every] = 1
+    return shards
+
+
+def documents(shards, **changes):
+    return make_loader("documents", shards, **({"ranks": 4, "rows": 3, "seq_len": 8} | changes))
+
+
+def test_documents_are_packed_as_the_record_packs_them(shared):
+    golden = np.load(shared / "reference/pr2135/loader.npz")
+    shards = [golden[f"world1/shard/{number}"] for number in range(3)]
+    for ranks in (1, 2, 4):
+        tokens, segments = (golden[f"world{ranks}/{item}"][:, :, 0] for item in ("tokens", "segments"))
+        loader = DocumentLoader(shards, ranks, 232, limit=48)
+        read = [loader.next_batch() for _ in tokens]
+        np.testing.assert_array_equal(np.stack([b.inputs for b in read]), tokens[..., :-1])
+        np.testing.assert_array_equal(np.stack([b.targets for b in read]), tokens[..., 1:])
+        np.testing.assert_array_equal(np.stack([b.segments for b in read]), segments)
+
+
+def test_a_segment_is_one_document_and_no_longer_than_the_limit(packed):
+    loader = documents(packed)
+    for _ in range(40):
+        batch = loader.next_batch()
+        for row, segments in zip(batch.inputs, batch.segments, strict=True):
+            begins = np.flatnonzero(np.diff(segments, prepend=-1))
+            assert set(np.flatnonzero(row == 1)) <= set(begins)
+            lengths = np.diff([*begins, len(row)])
+            assert lengths.max() <= 8
+            for begin, length in zip(begins[1:], lengths, strict=False):
+                assert row[begin] == 1 or length == 8  # a document's start, or the cut behind a full segment
+
+
+def test_packed_documents_resume_from_a_few_integers_and_wrap_around(packed):
+    loader = documents(packed)
+    expected = [loader.next_batch() for _ in range(30)]
+    np.testing.assert_array_equal(expected[0].inputs[0, 0], 1)
+    other = documents(packed)
+    for _ in range(11):
+        other.next_batch()
+    state = json.loads(json.dumps(other.state()))
+    fresh = documents(packed)
+    fresh.restore(state)
+    for batch in expected[11:]:
+        for ours, theirs in zip(fresh.next_batch(), batch, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(GolfError, match="limit was 8"):
+        documents(packed, rows=6, seq_len=4).restore(state)
+
+
+def test_a_process_reads_its_own_packed_rows(packed):
+    whole, part = documents(packed), documents(packed, row_slice=slice(1, 3))
+    for _ in range(12):
+        for ours, theirs in zip(part.next_batch(), whole.next_batch(), strict=True):
+            np.testing.assert_array_equal(ours, theirs[1:3])
+
+
+def test_no_shard_for_a_step_of_packed_rows(packed):
+    with pytest.raises(GolfError, match="none holds as many"):
+        documents(packed, rows=50).next_batch()
+    with pytest.raises(GolfError, match="none holds as many"):
+        documents([shard[shard != 1] for shard in packed]).next_batch()

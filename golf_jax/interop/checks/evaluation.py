@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from golf_jax.config import GolfError, ScoreFirstConfig, TTTConfig
-from golf_jax.data.tokenizer import ByteTables, count_bytes
+from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation import METHODS, Result, Stream
 from golf_jax.evaluation.adapt_first import adam_rule
 from golf_jax.evaluation.adapter import Adapter, cosine
@@ -89,7 +89,7 @@ def _by_window(case: Case, stream: Stream, windows: Windows, stride: int) -> dic
     params, book = replicate(mesh, case.params), _Scores(stream)
     WindowScorer(_model(case), shapes_of(params), mesh, book, windows, stride).run(params, windows)
     scored = [book.of[int(start)] for start in windows.start]
-    counts = count_bytes(stream.tables, stream.tokens[:-1], stream.tokens[1:])
+    counts = stream.tables.of_targets(stream.tokens, slice(None))
     spans = zip(windows.start, windows.length, windows.score_from, strict=True)
     return {
         "scored_nll": np.concatenate(scored),

@@ -33,7 +33,9 @@ def check_optimizer(case: Case) -> None:
 
 
 def _grads(case: Case) -> list[Arrays]:
-    return [case.under(f"grad/{k}/") for k in range(1, len(case.settings["lr"]) + 1)]
+    """By step; settings may go on beyond the steps that are stored."""
+    steps = {int(item.split("/")[1]) for item in case.seen if item.startswith("grad/")}
+    return [case.under(f"grad/{k}/") for k in range(1, max(steps, default=len(case.settings["lr"])) + 1)]
 
 
 def _trajectory(case: Case) -> dict[str, Any]:

@@ -27,7 +27,8 @@ BOS = 1  # starts every document, in all tokenizers of the challenge
 # Items that a case takes as given; everything else in its section is compared.
 INPUTS = {
     "params": ".+", "model": "tokens|segments", "grads": "tokens|segments", "newton_schulz": "input", "optimizer": "start/.+|grad/.+",
-    "init": "", "schedule": "step|seconds", "loader": "shard/.+|shard_lengths", "train": "tokens|segments", "quant": "calibration",
+    "init": "", "schedule": "step|seconds", "loader": "shard/.+|shard_lengths", "train": "(warmup_)?(tokens|segments)",
+    "quant": "calibration",
     "eval": "tokens|base_bytes|leading_space|boundary|target_bytes", "ttt": "tokens|base_bytes|leading_space|boundary|target_bytes",
     "units": "in/.+",
 }  # fmt: skip
@@ -208,6 +209,11 @@ class Case:
             model = replace(model, gate_window=stored["smear_gate.weight"].shape[-1])
         if self.settings.get("smear_bos_fix"):
             model = replace(model, boundary_token=BOS)
+        named = any("model.rope_bf16_frequencies" in layer for layer in layers)
+        if made.numerics == "fp32" and not named:  # everything float32, the frequencies too
+            model = replace(model, rope_bf16_frequencies=False)
+        if self.settings.get("muon_bf16"):
+            made, model = replace(made, numerics="as_run"), replace(model, bf16_params=())
         return replace(made, model=model)
 
     @property
@@ -288,7 +294,7 @@ class Case:
     def tolerated(self, item: str) -> tuple[dict[str, Any], str] | None:
         """The tolerances of the case, or of its section, and the longest key in them that the item begins with."""
         for given in self._given:
-            if keys := [k for k in given if f"{item}/".startswith(f"{k}/")]:
+            if keys := [k for k in given if f"{item.partition('@')[0]}/".startswith(f"{k}/")]:
                 return given, max(keys, key=len)
         return None
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from golf_jax.data.loader import ShuffledLoader, StreamLoader
-from golf_jax.interop.checks.reference import Case, NotComputed
+from golf_jax.data.loader import DocumentLoader, ShuffledLoader, StreamLoader
+from golf_jax.interop.checks.reference import BOS, Case
 from golf_jax.optim import schedules
 from golf_jax.optim.schedules import Clock
 from golf_jax.training.phases import phase_at
@@ -25,17 +25,40 @@ def check_schedule(case: Case) -> None:
 
 def check_loader(case: Case) -> None:
     data = case.recipe.data
-    if data.order == "documents":
-        raise NotComputed("batches of packed documents (data.order 'documents') are not implemented")
     if "drawn" in case.own:
         case.compare({"drawn": _drawn(case)})
     if "tokens" in case.seen:
         want = case.seen["tokens"]
         shards = [case.seen[f"shard/{i}"] for i in range(sum(k.startswith("shard/") for k in case.seen))]
-        loader: Any = StreamLoader(shards, data.ranks, data.rows_per_rank, data.seq_len)
+        rows, length = want.shape[2], want.shape[3] - 1
+        loader: Any = StreamLoader(shards, data.ranks, rows, length)
+        if data.packed:
+            loader = DocumentLoader(shards, data.ranks, length, case.settings.get("segment_limit", data.seq_len), bos_id=BOS)
         batches = [loader.next_batch() for _ in range(len(want))]
-        rows = np.stack([np.concatenate([b.inputs, b.targets[:, -1:]], 1) for b in batches])
-        case.add("tokens", rows.reshape(len(want), data.ranks, data.rows_per_rank, -1), want)
+        read = np.stack([np.concatenate([b.inputs, b.targets[:, -1:]], 1) for b in batches])
+        case.add("tokens", read.reshape(want.shape), want)
+        if data.packed:
+            segments = np.stack([b.segments for b in batches])
+            starts = [[row_starts(row) for row in step] for step in segments]
+            case.compare(
+                {
+                    "segments": segments[:, :, None],
+                    "cu_seqlens": padded_starts(starts, length, case.settings.get("cu_bucket", 64)),
+                    "longest_segment": [[max(np.diff([*row, length])) for row in step] for step in starts],
+                }
+            )
+
+
+def row_starts(segments_T: np.ndarray) -> list[int]:
+    """Where the runs of equal numbers begin."""
+    return [0, *(np.flatnonzero(np.diff(segments_T)) + 1).tolist()]
+
+
+def padded_starts(starts: list[list[list[int]]], length: int, bucket: int) -> np.ndarray:
+    """The PR's cu_seqlens [S, R, *]: starts and the length, filled up with it to a multiple of `bucket`; -1 beyond an array's end."""
+    rows = [[[*row, *[length] * (-(-(len(row) + 1) // bucket) * bucket - len(row))] for row in step] for step in starts]
+    width = max(len(row) for step in rows for row in step)
+    return np.array([[row + [-1] * (width - len(row)) for row in step] for step in rows])
 
 
 def _drawn(case: Case) -> np.ndarray:

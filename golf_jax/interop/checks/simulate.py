@@ -17,7 +17,7 @@ from golf_jax.model import to_tensors
 from golf_jax.optim import schedules
 from golf_jax.optim.averaging import swa_mean
 from golf_jax.optim.schedules import Clock
-from golf_jax.training.leak import warm_up
+from golf_jax.training.leak import warm_momentum, warm_up
 from golf_jax.training.phases import Phase, phase_at, phases
 from golf_jax.training.state import graph, init_state
 from golf_jax.training.step import make_step, step_inputs
@@ -31,10 +31,12 @@ class Batches:
 
     x: np.ndarray
     y: np.ndarray
+    segments: np.ndarray | None = None
 
-    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, step: int) -> Batch:
         """The global batch of a step, rank-major [ranks * rows, T]."""
-        return tuple(np.ascontiguousarray(a[step].reshape(-1, a.shape[-1]), np.int32) for a in (self.x, self.y))  # pyright: ignore
+        parts = Batch(self.x, self.y, self.segments)
+        return jax.tree.map(lambda a: np.ascontiguousarray(a[step].reshape(-1, a.shape[-1]), np.int32), parts)
 
 
 @dataclass
@@ -58,11 +60,19 @@ class History:
 
 
 def simulate(
-    refs: Set, recipe: Recipe, params: Tensors, batches: Batches, keep: Iterable[int] = (), *, clear_stale: bool = False
+    refs: Set,
+    recipe: Recipe,
+    params: Tensors,
+    batches: Batches,
+    keep: Iterable[int] = (),
+    *,
+    clear_stale: bool = False,
+    warm: Batches | None = None,
 ) -> History:
     """Train `recipe` (float32) from `params` on the stored batches. keep: step counts after which to keep all tensors.
 
     clear_stale: PR 1182's frozen gradients cleared after every step (those of the warm-up still enter the first one).
+    warm: discarded steps before, as many of every phase, whose Muon momentum the run starts with (PR 2135).
     """
     mesh = make_mesh(refs.devices if recipe.data.ranks % refs.devices == 0 else 1)
     state = init_state(recipe, mesh, 0, {k: jnp.asarray(v) for k, v in params.items()})
@@ -70,8 +80,8 @@ def simulate(
     history, steps = History(), len(batches.x)
     matrices = next(g for g in recipe.optim.groups if g.kind == "muon")
 
-    def batch(i: int) -> Batch:
-        return Batch(*(jax.device_put(a, on_mesh) for a in batches.rows(i)))
+    def batch(i: int, source: Batches = batches) -> Batch:
+        return jax.device_put(source.rows(i), on_mesh)
 
     def compiled(phase: Phase) -> Any:
         # Runs of one file differ in scalars and parameters only: one compiled step serves them all.
@@ -83,8 +93,12 @@ def simulate(
 
     inputs = jax.device_put(step_inputs(recipe, Clock(0, 0.0)), replicated(mesh))
     if recipe.schedule.leak_warmup_steps:
-        warm = (batch(i) for i in range(recipe.schedule.leak_warmup_steps))
-        state, metrics = warm_up(recipe, mesh, state, warm, compiled(phases(recipe)[-1]))
+        given = (batch(i) for i in range(recipe.schedule.leak_warmup_steps))
+        state, metrics = warm_up(recipe, mesh, state, given, compiled(phases(recipe)[-1]))
+        history.warm_up_loss = [np.asarray(m.micro_loss) for m in metrics]
+    if warm is not None:
+        given, all_phases = (batch(i, warm) for i in range(len(warm.x))), phases(recipe)
+        state, metrics = warm_momentum(recipe, mesh, state, given, [compiled(p) for p in all_phases], len(warm.x) // len(all_phases))
         history.warm_up_loss = [np.asarray(m.micro_loss) for m in metrics]
     for i in range(steps):
         phase = phase_at(recipe, Clock(i, 0.0))

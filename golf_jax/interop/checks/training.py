@@ -1,5 +1,6 @@
 """Training trajectories on stored batches, step by step."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,18 +43,28 @@ def history(case: Case) -> History:
     """Our run of the case, trained once."""
 
     def train() -> History:
-        if "segments" in case.seen:
-            raise NotComputed("training with attention inside documents (segments) is not implemented")
-        recipe, tokens = case.recipe, case.seen["tokens"].astype(np.int32)
-        steps, ranks, rows = len(tokens), recipe.data.ranks, recipe.data.rows_per_rank
+        recipe, tokens = case.recipe, case.seen["tokens"]
+        if recipe.data.packed:  # a row of any length, of which only a multiple of seq_len has a name in the configuration
+            length, limit = tokens.shape[-1] - 1, recipe.data.seq_len
+            if length % limit:
+                raise NotComputed(f"a packed row of {length} tokens is no multiple of data.seq_len {limit}")
+            recipe = replace(recipe, data=replace(recipe.data, rows_per_rank=length // limit))
+        ranks, rows = recipe.data.ranks, recipe.data.rank_rows
         if tokens[0].size != ranks * rows * tokens.shape[-1]:
             raise GolfError(f"{case.refs.path}: {case.where}: tokens {tokens.shape} are not cut into {ranks} ranks of {rows} rows")
-        cut = tokens.reshape(steps, ranks, rows, -1)
         keep = {int(k.split("/")[1]) for k in case.own if k.startswith("after/")}
-        clear = bool(case.settings.get("clear_stale"))
-        return simulate(case.refs, recipe, case.params, Batches(cut[..., :-1], cut[..., 1:]), keep, clear_stale=clear)
+        clear, batches = bool(case.settings.get("clear_stale")), stored_batches(case, ranks)
+        warm = stored_batches(case, ranks, "warmup_") if "warmup_tokens" in case.own else None
+        return simulate(case.refs, recipe, case.params, batches, keep, clear_stale=clear, warm=warm)
 
     return case.refs.once(("run", case.where), train)
+
+
+def stored_batches(case: Case, ranks: int, prefix: str = "") -> Batches:
+    """Batches of a case: those of the run, or with the prefix `warmup_` those of its discarded steps."""
+    tokens, segments = case.seen[f"{prefix}tokens"], case.seen.get(f"{prefix}segments")
+    cut = tokens.reshape(len(tokens), ranks, -1, tokens.shape[-1])
+    return Batches(cut[..., :-1], cut[..., 1:], None if segments is None else segments.reshape(*cut.shape[:-1], -1))
 
 
 def weights(case: Case, which: str) -> Arrays:
