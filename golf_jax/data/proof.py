@@ -113,9 +113,9 @@ def refuse_markers(tokenizer: Tokenizer, sidecar: bool = False) -> None:
 
 
 def without_ends(tokenizer: Tokenizer, document: np.ndarray) -> np.ndarray:
-    """`document` without the control tokens it ends with (EOS of other writers)."""
-    stop = len(document)
-    while stop > 1 and tokenizer.processor.is_control(int(document[stop - 1])):
+    """`document` without the control tokens it ends with (EOS of other writers), and without case operators whose word was cut off."""
+    stop, ends = len(document), set(map(tokenizer.processor.piece_to_id, caseops.OPERATORS)) if tokenizer.caseops else set()
+    while stop > 1 and (tokenizer.processor.is_control(last := int(document[stop - 1])) or last in ends):
         stop -= 1
     return document[:stop]
 
@@ -128,7 +128,7 @@ def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seco
     def compare() -> int:
         texts = [tokenizer.decode(document) for document in batch]
         if tokenizer.caseops:
-            texts = [caseops.encode(caseops.decode(text)) for text in texts]
+            texts = [_transformed_again(text) for text in texts]
         for document, text, tokens in zip(batch, texts, tokenizer.encode_documents(texts), strict=True):
             if not np.array_equal(tokens[1:], document[1:]):
                 failures.append((text, tokens[1:], document[1:]))
@@ -160,6 +160,14 @@ def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seco
             f"Tokens {document[:6].tolist()} decode to {text[:40]!a}, which encodes to {tokens[:6].tolist()}"
         )
     return tried, len(failures)
+
+
+def _transformed_again(text: str) -> str:
+    """What CaseOps text is made to after decoding it; empty where it is none, which no document is."""
+    try:
+        return caseops.encode(caseops.decode(text))
+    except GolfError:
+        return ""
 
 
 def sampled_documents(shards: Sequence[np.ndarray | Shard], bos_id: int) -> Iterator[np.ndarray]:

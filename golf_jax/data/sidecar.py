@@ -71,15 +71,17 @@ def prove_sidecar(tokenizer: Tokenizer, tokens: np.ndarray, sidecar: Sidecar, do
     Each document's tokens go back to text, through the transform and forth again. GolfError when BOS or an operator counts as text, when
     a count differs from that of the text, or, with a tokenizer that changes text itself, when the total is off by more than 1 %.
     """
-    markers = np.array([tokenizer.bos_id, *(tokenizer.processor.piece_to_id(operator) for operator in caseops.OPERATORS)])
-    if len(wrong := np.flatnonzero(sidecar.counts[np.isin(tokens, markers)])):
-        raise GolfError(f"byte sidecar of tokenizer {tokenizer.name}: {len(wrong)} document starts or case operators count as text")
+    operators = [tokenizer.processor.piece_to_id(operator) for operator in caseops.OPERATORS]
+    counting = np.isin(tokens, [tokenizer.bos_id, *operators]) & (sidecar.counts > 0)
+    escaped = np.append(False, (tokens[:-1] == operators[3]) & (sidecar.counts[:-1] == 0)) & (tokens != tokenizer.bos_id)
+    if wrong := np.count_nonzero(counting & ~escaped):
+        raise GolfError(f"byte sidecar of tokenizer {tokenizer.name}: {wrong} document starts or case operators count as text")
     exact, total, expected, tried, at = not tokenizer.changes(), 0, 0, 0, 0
     for ids in split_documents(tokens, tokenizer.bos_id):
         given, at = sidecar.counts[at : at + len(ids)], at + len(ids)
         if at == len(tokens) and tried:  # the stream may stop inside the last
             break
-        text = tokenizer.original(ids)
+        text = tokenizer.original(ids, strict=exact)  # a tokenizer that normalises may turn "a" and its accent into one letter
         again, counts = next(encode_counted(tokenizer, [text]))
         if exact and not np.array_equal(counts, given) and np.array_equal(again, ids):
             raise GolfError(

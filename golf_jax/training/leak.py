@@ -36,7 +36,7 @@ def leaked_state(recipe: Recipe, mesh: Mesh, state: TrainState, loader: Loader, 
     batches = (place_batch(mesh, loader, loader.next_batch()) for _ in range(recipe.schedule.leak_warmup_steps))
     state, _ = warm_up(recipe, mesh, state, batches, step)
     loader.restore(position)
-    return state
+    return jax.block_until_ready(state)  # the clock starts behind it
 
 
 def warm_up(recipe: Recipe, mesh: Mesh, state: TrainState, batches: Iterable[Batch], step: Any) -> tuple[TrainState, list[StepMetrics]]:
@@ -83,7 +83,7 @@ def leaked_momentum(recipe: Recipe, mesh: Mesh, state: TrainState, loader: Loade
     batches = iter(lambda: place_batch(mesh, loader, loader.next_batch()), None)
     state, _ = warm_momentum(recipe, mesh, state, batches, steps, recipe.schedule.leak_momentum_steps)
     loader.restore(position)
-    return state
+    return jax.block_until_ready(state)  # the clock starts behind it
 
 
 def warm_momentum(
