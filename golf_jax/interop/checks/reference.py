@@ -284,7 +284,7 @@ class Case:
     def tolerated(self, item: str) -> tuple[dict[str, Any], str] | None:
         """The tolerances of the case, or of its section, and the longest key in them that the item begins with."""
         for given in self._given:
-            if keys := [k for k in given if f"{item}/".startswith(f"{k}/")]:
+            if keys := [k for k in given if f"{item.partition('@')[0]}/".startswith(f"{k}/")]:
                 return given, max(keys, key=len)
         return None
 
