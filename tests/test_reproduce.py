@@ -11,7 +11,7 @@ import pytest
 
 from golf_jax import reproduce
 from golf_jax.config import GolfError
-from golf_jax.interop.checks.conformity import problems
+from golf_jax.interop.conformity import problems
 
 # Arrays and facts that the sets hold, portable and full: none may be left out.
 HELD = {"pr372": (409, 1_767), "pr562": (583, 2_097), "pr638": (484, 2_289), "pr1182": (430, 1_946), "pr2005": (610, 2_310)}

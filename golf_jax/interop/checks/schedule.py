@@ -33,8 +33,7 @@ def check_loader(case: Case) -> None:
         want = case.seen["tokens"]
         shards = [case.seen[f"shard/{i}"] for i in range(sum(k.startswith("shard/") for k in case.seen))]
         loader: Any = StreamLoader(shards, data.ranks, data.rows_per_rank, data.seq_len)
-        batches = [loader.next_batch() for _ in range(len(want))]
-        rows = np.stack([np.concatenate([b.inputs, b.targets[:, -1:]], 1) for b in batches])
+        rows = np.stack([np.concatenate([b.inputs, b.targets[:, -1:]], 1) for b in (loader.next_batch() for _ in want)])
         case.add("tokens", rows.reshape(len(want), data.ranks, data.rows_per_rank, -1), want)
 
 

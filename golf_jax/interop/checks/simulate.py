@@ -25,18 +25,6 @@ from golf_jax.training.step import make_step, step_inputs
 Tensors = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Batches:
-    """int32 [steps, ranks, rows, T], in the order of training."""
-
-    x: np.ndarray
-    y: np.ndarray
-
-    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The global batch of a step, rank-major [ranks * rows, T]."""
-        return tuple(np.ascontiguousarray(a[step].reshape(-1, a.shape[-1]), np.int32) for a in (self.x, self.y))  # pyright: ignore
-
-
 @dataclass
 class History:
     """What a run leaves, per step and at the end; tensors by the challenge's names."""
@@ -58,20 +46,22 @@ class History:
 
 
 def simulate(
-    refs: Set, recipe: Recipe, params: Tensors, batches: Batches, keep: Iterable[int] = (), *, clear_stale: bool = False
+    refs: Set, recipe: Recipe, params: Tensors, tokens: np.ndarray, keep: Iterable[int] = (), *, clear_stale: bool = False
 ) -> History:
-    """Train `recipe` (float32) from `params` on the stored batches. keep: step counts after which to keep all tensors.
+    """Train `recipe` (float32) from `params` on stored batches. keep: step counts after which to keep all tensors.
 
+    tokens: int32 [steps, ranks, rows, T + 1], in the order of training.
     clear_stale: PR 1182's frozen gradients cleared after every step (those of the warm-up still enter the first one).
     """
     mesh = make_mesh(refs.devices if recipe.data.ranks % refs.devices == 0 else 1)
     state = init_state(recipe, mesh, 0, {k: jnp.asarray(v) for k, v in params.items()})
     on_mesh = rows(mesh)
-    history, steps = History(), len(batches.x)
+    history, steps = History(), len(tokens)
     matrices = next(g for g in recipe.optim.groups if g.kind == "muon")
 
     def batch(i: int) -> Batch:
-        return Batch(*(jax.device_put(a, on_mesh) for a in batches.rows(i)))
+        rows_BT = tokens[i].reshape(-1, tokens.shape[-1])  # rank-major
+        return Batch(*(jax.device_put(np.ascontiguousarray(x), on_mesh) for x in (rows_BT[:, :-1], rows_BT[:, 1:])))
 
     def compiled(phase: Phase) -> Any:
         # Runs of one file differ in scalars and parameters only: one compiled step serves them all.
@@ -79,7 +69,7 @@ def simulate(
             lowered = make_step(recipe, mesh, phase).lower(state, batch(0), inputs)
             return lowered.compile(compiler_options() if mesh.size == 1 else None)
 
-        return refs.once(("step", graph(recipe), batches.x.shape[1:], phase, mesh.size), build)
+        return refs.once(("step", graph(recipe), tokens.shape[1:], phase, mesh.size), build)
 
     inputs = jax.device_put(step_inputs(recipe, Clock(0, 0.0)), replicated(mesh))
     if recipe.schedule.leak_warmup_steps:

@@ -6,7 +6,7 @@ import numpy as np
 
 from golf_jax.config import GolfError
 from golf_jax.interop.checks.reference import Arrays, Case, NotComputed
-from golf_jax.interop.checks.simulate import Batches, History, simulate
+from golf_jax.interop.checks.simulate import History, simulate
 
 
 def check_train(case: Case) -> None:
@@ -23,12 +23,8 @@ def check_train(case: Case) -> None:
         "momentum": run.momentum,
         "looping": run.looping,
     }
-    if run.trigram_norm:
-        ours["stale_norm_per_rank"] = run.trigram_norm
-    if run.warm_up_loss:
-        ours["warmup_loss_per_rank"] = run.warm_up_loss
-    if run.swa:
-        ours["swa_count"] = run.swa_count
+    rare = {"stale_norm_per_rank": run.trigram_norm, "warmup_loss_per_rank": run.warm_up_loss, "swa_count": run.swa_count}
+    ours |= {name: found for name, found in rare.items() if found}
     ours |= {f"lr/{g.name}": g.lr * factor for g in recipe.optim.groups}
     ours |= {f"after/{k}/{n}": x for k, tensors in run.after.items() for n, x in tensors.items()}
     for what, tensors in (("ema", run.ema), ("swa", run.swa)):
@@ -48,10 +44,9 @@ def history(case: Case) -> History:
         steps, ranks, rows = len(tokens), recipe.data.ranks, recipe.data.rows_per_rank
         if tokens[0].size != ranks * rows * tokens.shape[-1]:
             raise GolfError(f"{case.refs.path}: {case.where}: tokens {tokens.shape} are not cut into {ranks} ranks of {rows} rows")
-        cut = tokens.reshape(steps, ranks, rows, -1)
         keep = {int(k.split("/")[1]) for k in case.own if k.startswith("after/")}
         clear = bool(case.settings.get("clear_stale"))
-        return simulate(case.refs, recipe, case.params, Batches(cut[..., :-1], cut[..., 1:]), keep, clear_stale=clear)
+        return simulate(case.refs, recipe, case.params, tokens.reshape(steps, ranks, rows, -1), keep, clear_stale=clear)
 
     return case.refs.once(("run", case.where), train)
 
