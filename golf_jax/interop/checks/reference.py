@@ -189,8 +189,8 @@ class Case:
         if not self.settings.get("shipped"):
             source = self.refs.case(f"params/{self._params_case()}").settings if self._has_params() else {}
             layers = [self.refs.json["config"], source.get("config", {}), *layers]
+        document = to_dict(self.refs.recipe)
         try:
-            document = to_dict(self.refs.recipe)
             for layer in layers:
                 for dotted, value in layer.items():
                     for target, field_name in _places(document, dotted):
