@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
 
     split_cpu(args.devices, sequences=1)
     if args.check_format:
-        from golf_jax.interop.checks.conformity import problems
+        from golf_jax.interop.conformity import problems
 
         if args.path is None:
             raise GolfError("--check-format: give a reference set; a log has no format")

@@ -7,7 +7,7 @@ import pytest
 from interop import numpy_forward
 
 from golf_jax import reproduce
-from golf_jax.interop.checks.conformity import problems
+from golf_jax.interop.conformity import problems
 
 WIDTH, VOCAB, ROWS, LENGTH = 24, 40, 2, 9
 # Many narrow heads, hash tables, a shared value embedding on two layers, XSA on the last two, a value residual that acts on layer 0.

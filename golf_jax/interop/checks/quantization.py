@@ -122,9 +122,8 @@ def _hessians(case: Case) -> Arrays:
 
     def make() -> Arrays:
         with quick_compilation():
-            return collect_hessians(
-                resolve(case.model, jax.default_backend()), case.params, case.seen["calibration"], make_mesh(case.refs.devices)
-            )
+            config = resolve(case.model, jax.default_backend())
+            return collect_hessians(config, case.params, case.seen["calibration"], make_mesh(case.refs.devices))
 
     return case.refs.once(("hessians", case.where), make)
 

@@ -194,8 +194,8 @@ class Case:
             source = self.refs.case(f"params/{self._params_case()}").settings if self._has_params() else {}
             by_name = settings(self.refs.json["recipe"], self.refs.json.get("hyperparameters", {}))
             layers = [by_name, self.refs.json["config"], source.get("config", {}), *layers]
+        document = to_dict(self.refs.recipe)
         try:
-            document = to_dict(self.refs.recipe)
             for layer in layers:
                 for dotted, value in layer.items():
                     for target, field_name in _places(document, dotted):
@@ -303,31 +303,29 @@ class Case:
 
         start: by tensor, what `change` measures from.
         """
-        for item, reference in {k: v for k, v in self.own.items() if not is_input(self.section, k)}.items():
+        for item, reference in self.held.items():
             base, _, spec = item.partition("@")
-            if base in ours:
-                pick = self.index(spec) if spec else ()
-                origin = (start or {}).get(tensor_of(base))
-                self.add(item, np.asarray(ours[base])[pick], reference, None if origin is None else np.asarray(origin)[pick])
-            elif item not in self.added:
-                self.refs.not_checked[f"{self.where}/{item}"] = "not computed here"
-        for item, value in self.facts.items():
-            if (found := _fact(ours, item)) is not None:
-                same = isinstance(value, str)
-                self.add(item, found == value if same else found, True if same else value)
-            elif item not in self.added:
-                self.refs.not_checked[f"{self.where}/{item}"] = "not computed here"
+            if (found := _fact(ours, base)) is None:
+                if item not in self.added:
+                    self.refs.not_checked[f"{self.where}/{item}"] = "not computed here"
+            elif isinstance(reference, str):
+                self.add(item, found == reference, True)
+            else:
+                origin, pick = (start or {}).get(tensor_of(base)), self.index(spec)
+                self.add(item, np.asarray(found)[pick], reference, None if origin is None else np.asarray(origin)[pick])
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """`FACT/TENSOR` -> what the set says."""
-        return {f"{fact}/{name}": value for name, about in self.settings.get("tensors", {}).items() for fact, value in about.items()}
+    @cached_property
+    def held(self) -> dict[str, Any]:
+        """What the set says and the case is compared with: arrays by item, facts as `FACT/TENSOR`."""
+        if self.section == "params":
+            return {}
+        arrays = {item: x for item, x in self.own.items() if not is_input(self.section, item)}
+        return arrays | {f"{fact}/{name}": x for name, about in self.settings.get("tensors", {}).items() for fact, x in about.items()}
 
     @property
     def counts(self) -> tuple[int, int]:
         """(arrays and facts of the case that were compared, all that are not given)."""
-        held = {*(item for item in self.own if not is_input(self.section, item)), *self.facts} if self.section != "params" else set()
-        return len(held & self.added), len(held)
+        return len({*self.held} & self.added), len(self.held)
 
     def results(self) -> list[CheckResult]:
         return [row.result() for row in self._rows.values()]

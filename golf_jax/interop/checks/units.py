@@ -33,9 +33,9 @@ def check_units(case: Case) -> None:
     case.compare({f"out/{name}": x for name, x in KINDS[kind](case, case.under("in/")).items()})
 
 
-def _tables(case: Case, length: int) -> tuple[jax.Array, jax.Array]:
+def _tables(case: Case, length: int, head_dim: int = 0) -> tuple[jax.Array, jax.Array]:
     c = case.model
-    return ops.rope_tables(length, c.rope_dims or c.head_dim, c.rope_base, c.rope_train_len, c.rope_bf16_frequencies)
+    return ops.rope_tables(length, c.rope_dims or head_dim or c.head_dim, c.rope_base, c.rope_train_len, c.rope_bf16_frequencies)
 
 
 def _rope_tables(case: Case, _: Arrays) -> Outputs:
@@ -45,7 +45,7 @@ def _rope_tables(case: Case, _: Arrays) -> Outputs:
 
 def _rope(case: Case, given: Arrays) -> Outputs:
     x = jnp.asarray(given["x"])
-    return {"y": ops.rope(x, *_tables(case, x.shape[1]))}
+    return {"y": ops.rope(x, *_tables(case, x.shape[1], x.shape[-1]))}
 
 
 def _attention(case: Case, given: Arrays) -> Outputs:
