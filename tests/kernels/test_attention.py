@@ -83,10 +83,13 @@ def assert_close(got, expected, dtype):
         assert error < TOLERANCE[jnp.dtype(dtype).name], f"{name}: relative L2 error {error:.2e}"
 
 
+LONG = (1, 1030, 4, 2, 16)  # the kv heads take turns
 SHORT, RECIPE, WIDE, ODD = (2, 64, 4, 2, 32), (1, 96, 8, 4, 64), (1, 300, 2, 1, 128), (1, 80, 3, 3, 16)
 CASES = [
     *[("xla", shape, dtype, True) for shape in (SHORT, RECIPE, WIDE, ODD) for dtype in ("float32", "bfloat16")],
     *[("xla", SHORT, dtype, False) for dtype in ("float32", "bfloat16")],
+    ("xla", LONG, "float32", True),
+    ("xla", LONG, "bfloat16", False),
     ("splash", (1, 130, 4, 2, 64), "float32", True),  # T padded
     ("splash", (1, 128, 4, 2, 64), "bfloat16", True),
     ("mosaic", (1, 200, 2, 1, 64), "bfloat16", True),  # T padded
@@ -113,6 +116,7 @@ def test_forward_and_gradients_match_float64(implementation, shape, dtype, xsa):
 BORDERS = (5, 6, 40, 128, 129, 290)
 DOCUMENTS = [
     ("xla", (2, 70, 4, 2, 16), "float32", True),
+    ("xla", LONG, "float32", True),
     ("xla in blocks", (2, 402, 4, 2, 16), "float32", True),  # the last block is shorter
     ("splash", (2, 130, 4, 2, 64), "float32", True),
     pytest.param("mosaic", (1, 256, 2, 1, 64), "bfloat16", True, marks=needs_interpreter),
