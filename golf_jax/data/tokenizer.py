@@ -94,6 +94,10 @@ class ByteTables:
     has_leading_space: np.ndarray  # bool [V]
     is_boundary: np.ndarray  # bool [V]
 
+    def of_targets(self, tokens: np.ndarray, position: np.ndarray | slice) -> np.ndarray:
+        """Bytes of text of the targets that follow `position` in `tokens` [n], int32."""
+        return count_bytes(self, tokens[:-1][position], tokens[1:][position])
+
 
 def byte_tables(processor: sentencepiece.SentencePieceProcessor) -> ByteTables:
     """The challenge's tables for a SentencePiece model.

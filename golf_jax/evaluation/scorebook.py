@@ -3,7 +3,6 @@
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.data.tokenizer import count_bytes
 from golf_jax.evaluation.score import Facts, Score, sum_over_processes
 from golf_jax.evaluation.stream import Stream
 from golf_jax.evaluation.windows import Windows
@@ -46,9 +45,13 @@ class ScoreBook:
 
     def update(self, start: int, stop: int, steps: int) -> None:
         """The optimizer takes `steps` steps on targets start..stop-1 now."""
-        self.used[start:stop] = True
+        self.update_on(np.arange(start, stop), steps)
+
+    def update_on(self, targets: np.ndarray, steps: int) -> None:
+        """The optimizer takes `steps` steps on these targets now."""
+        self.used[targets] = True
         self.updates += steps
-        self._log("update", start, stop)
+        self._log("update", int(targets.min(initial=len(self.used))), int(targets.max(initial=-1)) + 1)
 
     def _log(self, event: str, start: int, stop: int) -> None:
         if self.order and self.order[-1][0] == event:  # one entry per phase, not per batch
@@ -65,8 +68,7 @@ class ScoreBook:
             start, length, target = windows.start[window], windows.length[window], windows.start[window] + offsets[offset]
             where = f"target {target}, in the window of {length} tokens from {start} on"
             raise GolfError(f"the score of {where}, is {nll[window, offset]}: the weights overflow in this dtype, or diverged")
-        tokens = self.stream.tokens
-        counted = count_bytes(self.stream.tables, tokens[position], tokens[position + 1])
+        counted = self.stream.tables.of_targets(self.stream.tokens, position)
         self.sums[chunk] += values.sum(dtype=np.float64), len(position), counted.sum(dtype=np.int64)
         if self.scores is not None:
             self.scores[position] = values

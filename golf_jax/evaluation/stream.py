@@ -18,7 +18,7 @@ class Stream:
 
     tokens: np.ndarray
     """uint16 [targets + 1]"""
-    tables: ByteTables
+    tables: "ByteTables | TargetBytes"
     seq_len: int
     """Targets per row, and tokens of context at most."""
     rows: int = 0
@@ -29,7 +29,7 @@ class Stream:
     """Results carry the nll of every target."""
 
     @classmethod
-    def of(cls, tokens: np.ndarray, tables: ByteTables, seq_len: int, rows: int = 0, max_targets: int = 0) -> "Stream":
+    def of(cls, tokens: np.ndarray, tables: "ByteTables | TargetBytes", seq_len: int, rows: int = 0, max_targets: int = 0) -> "Stream":
         """The whole rows of `tokens` [n]; max_targets: about this many, for a quick look (0: all). Raises GolfError without one row."""
         used = truncate(tokens, seq_len, max_targets)
         return cls(used, tables, seq_len, rows, (len(used) - 1) / ((len(tokens) - 1) // seq_len * seq_len))
@@ -52,3 +52,15 @@ def first_documents(tokens: np.ndarray, bos_id: int, documents: int) -> int:
     """Targets in the first `documents` documents; 0 if there are no more than those."""
     starts = np.flatnonzero(tokens == bos_id)
     return int(starts[documents]) - 1 if documents < len(starts) else 0
+
+
+@dataclass(frozen=True)
+class TargetBytes:
+    """Bytes of the original text that each token of a stream stands for, in place of byte tables: what a sidecar says."""
+
+    counts: np.ndarray
+    """[tokens], 0 for what stands for no text."""
+
+    def of_targets(self, tokens: np.ndarray, position: np.ndarray | slice) -> np.ndarray:
+        """Bytes of the targets that follow `position` in `tokens` [n], which begin where the counts do, int32."""
+        return self.counts[1 : len(tokens)][position].astype(np.int32)
