@@ -66,7 +66,8 @@ def test_every_target_is_scored_once_before_an_update_sees_it(tiny, legal):
 
 def test_the_record_order_breaks_c1_and_says_so_and_the_queue_order_does_not(legal, as_run):
     assert legal.facts.legal and legal.facts.causal and legal.facts.normalized
-    assert not as_run.facts.legal and as_run.facts.causal is False and "ILLEGAL" in as_run.line() and "C1 causal: VIOLATED" in as_run.lines()[1]
+    assert not as_run.facts.legal and as_run.facts.causal is False
+    assert "ILLEGAL" in as_run.line() and "C1 causal: VIOLATED" in as_run.lines()[1]
     assert as_run.score.nll_nats != legal.score.nll_nats
 
 
