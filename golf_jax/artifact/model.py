@@ -12,7 +12,7 @@ from golf_jax.artifact.calibration import calibrated
 from golf_jax.artifact.codecs import ArtifactError
 from golf_jax.artifact.compressors import compressor
 from golf_jax.artifact.container import FACTORS, MAX_FILE_BYTES, inspect, pack, tensors_of
-from golf_jax.artifact.ledger import ByteLedger, ledger
+from golf_jax.artifact.ledger import ByteLedger, estimate_bytes, ledger
 from golf_jax.config import CAP_BYTES, EvalConfig, ModelConfig, QuantConfig, Recipe, from_dict, to_dict
 from golf_jax.config.base import check
 from golf_jax.files import read_bytes
@@ -110,8 +110,17 @@ def pack_model(
         assert score is not None
         return score(from_tensors(recipe.model, dequantize_all(qtensors)))
 
-    rules, budget = rules_for(recipe.model, recipe.quant), CAP_BYTES - code_bytes
-    quant, data, fit = fit_to_cap(tensors, rules, budget, encode, hessians=hessians, score=bpb if score else None, log=log)
+    rules, budget = rules_for(recipe.model, recipe.quant), CAP_BYTES - code_bytes - max(recipe.quant.margin, 0)
+    quant, data, fit = fit_to_cap(
+        tensors,
+        rules,
+        budget,
+        encode,
+        hessians=hessians,
+        score=bpb if score else None,
+        estimate=lambda q: estimate_bytes(q, recipe.quant.compressor),
+        log=log,
+    )
     return Packed(data, ledger(data, code_bytes), quant, fit)
 
 

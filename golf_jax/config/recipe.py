@@ -265,6 +265,9 @@ class QuantConfig:
     lowrank: LowRankConfig = LowRankConfig()
     gptq_batches: int = 0
     """Calibration batches for the Hessians of GPTQ schemes (PR 2005: 64)."""
+    margin: int = -1
+    """Bytes that artifact and code are to stay below the cap: one factor on all steps, up or down, is solved for it. -1: the steps are the
+    rules', coarser only where the cap asks for it."""
     compressor: str = "zstd"
     """zstd, lzma, brotli or rans (golf_jax.artifact.compressors).
 
@@ -276,6 +279,7 @@ class QuantConfig:
         check(0 <= self.prune_fraction < 1, f"quant.prune_fraction must be in 0..1, got {self.prune_fraction}")
         for name in ("prune_min_numel", "gptq_batches"):
             check(getattr(self, name) >= 0, f"quant.{name} must be >= 0, got {getattr(self, name)}")
+        check(self.margin >= -1, f"quant.margin must be -1 or a number of bytes, got {self.margin}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import brotli
@@ -37,8 +38,45 @@ def row_order(codes_RC: np.ndarray) -> np.ndarray:
     return order
 
 
+@dataclass(frozen=True)
+class Frame:
+    """A frame taken apart."""
+
+    tensors: tuple[tuple[str, int, int, np.ndarray], ...]
+    """Name, rows, columns, row order."""
+    method: int
+    stored: bytes
+    remainder: bytes
+    header_bytes: int
+    """All that is neither codes nor remainder."""
+
+    @property
+    def size(self) -> int:
+        return sum(rows * columns for _, rows, columns, _ in self.tensors)
+
+
+def sizes(data: bytes) -> list[int]:
+    """Tensors, method, bytes of codes, remainder and headers, codes unpacked, all of the frame."""
+    f = parse(data)
+    return [len(f.tensors), f.method, len(f.stored), len(f.remainder), f.header_bytes, f.size, len(data)]
+
+
 def split(data: bytes) -> tuple[dict[str, np.ndarray], bytes]:
-    """(codes int8 [R, C] by the names in the frame, the compressed remainder). Raises GolfError, NoLrzip where it needs lrzip."""
+    """(codes int8 [R, C] by the names in the frame, compressed remainder). Raises GolfError; NoLrzip where lrzip is absent."""
+    frame = parse(data)
+    raw = (_lrzip if frame.method else _brotli)(frame.stored, frame.size)
+    if len(raw) != frame.size:
+        raise GolfError(f"packed file: {len(raw)} codes instead of {frame.size}")
+    codes, start = {}, 0
+    for name, rows, columns, order in frame.tensors:
+        matrix = np.empty((rows, columns), np.int8)
+        matrix[order] = np.frombuffer(raw, np.int8, math.prod((rows, columns)), start).reshape(columns, rows).T
+        codes[name], start = matrix, start + rows * columns
+    return codes, frame.remainder
+
+
+def parse(data: bytes) -> Frame:
+    """The parts of a frame, still compressed. Raises GolfError."""
     where = "packed file"
     try:
         version, count = struct.unpack_from("<II", data, 4)
@@ -61,18 +99,10 @@ def split(data: bytes) -> tuple[dict[str, np.ndarray], bytes]:
             raise GolfError(f"{where}: a PGRP frame whose lengths do not add up to {len(data)} bytes")
     except (struct.error, ValueError, UnicodeDecodeError) as e:
         raise GolfError(f"{where}: a PGRP frame that is cut short ({e})") from None
-    size = sum(rows * columns for _, rows, columns, _ in tensors)
-    if size > MAX_CODES:
-        raise GolfError(f"{where}: a PGRP frame that claims {size:,} codes")
-    raw = _lrzip(stored, size) if method else _brotli(stored, size)
-    if len(raw) != size:
-        raise GolfError(f"{where}: {len(raw)} codes instead of {size}")
-    codes, start = {}, 0
-    for name, rows, columns, order in tensors:
-        matrix = np.empty((rows, columns), np.int8)
-        matrix[order] = np.frombuffer(raw, np.int8, math.prod((rows, columns)), start).reshape(columns, rows).T
-        codes[name], start = matrix, start + rows * columns
-    return codes, data[at + 4 :]
+    frame = Frame(tuple(tensors), method, stored, data[at + 4 :], len(data) - length - rest)
+    if frame.size > MAX_CODES:
+        raise GolfError(f"{where}: a PGRP frame that claims {frame.size:,} codes")
+    return frame
 
 
 def _brotli(stored: bytes, size: int) -> bytes:

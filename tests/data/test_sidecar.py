@@ -54,7 +54,11 @@ def test_operators_are_pieces_of_their_own_and_no_piece_has_a_capital(built):
 
 
 def test_every_document_comes_back_from_its_tokens_and_its_bytes_are_counted(built):
-    tokenizer, tokens, sidecar = Tokenizer(built / "tokenizer.model"), load_val_tokens(built / "val_*.bin"), load_sidecar(built / "val_*.bin")
+    tokenizer, tokens, sidecar = (
+        Tokenizer(built / "tokenizer.model"),
+        load_val_tokens(built / "val_*.bin"),
+        load_sidecar(built / "val_*.bin"),
+    )
     assert len(find_shards(built / "val_*.bin")) > 1 and len(sidecar.counts) == len(tokens)
     at = 0
     for ids in split_documents(tokens, tokenizer.bos_id):
@@ -118,14 +122,14 @@ def test_a_sidecar_of_a_plain_tokenizer_is_refused(tmp_path):
         text_of(tmp_path / "data")
 
 
-@pytest.mark.parametrize(("transform", "message"), [("caseops", "has not the four case operators"), ("rot13", "is unknown; there is caseops")])
+@pytest.mark.parametrize(
+    ("transform", "message"), [("caseops", "has not the four case operators"), ("rot13", "is unknown; there is caseops")]
+)
 def test_a_transform_needs_its_tokenizer_and_a_tokenizer_its_transform(built, tmp_path, transform, message):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     build([tmp_path / "texts.jsonl"], tmp_path / "plain", vocab_size=340, log=quiet)
     with pytest.raises(GolfError, match=message):
-        build(
-            [tmp_path / "texts.jsonl"], tmp_path / "data", tokenizer=tmp_path / "plain/tokenizer.model", transform=transform, log=quiet
-        )
+        build([tmp_path / "texts.jsonl"], tmp_path / "data", tokenizer=tmp_path / "plain/tokenizer.model", transform=transform, log=quiet)
     with pytest.raises(GolfError, match="give --transform caseops"):
         build([tmp_path / "texts.jsonl"], tmp_path / "data", tokenizer=built / "tokenizer.model", log=quiet)
 
