@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,8 +63,12 @@ class Options:
     """Peak of one device in the activation dtype; 0: the vendor's figure by device name, on a CPU a measured matmul."""
     peak_gbs: float = 0.0
     """Memory bandwidth of one device; 0: likewise, on a CPU a measured copy."""
+    parts: bool = True
+    """Time the parts, too."""
+    trace: str = ""
+    """Folder for a profiler trace of three more steps."""
     json: str = ""
-    """File for the results."""
+    """File for the results; written when the step is timed, and again with the parts."""
 
 
 class Peer:
@@ -90,6 +95,13 @@ class Peer:
     def close(self) -> None:
         self._send("stop")
         self.process.wait()
+
+
+def peer_job(recipe: Recipe, params: dict[str, Any], where: str) -> dict[str, Any]:
+    """What the peer must know of a recipe and its parameters; where: `cpu`, `gpu`."""
+    tensors = {name: np.asarray(t, np.float32) for name, t in to_tensors(recipe.model, params).items()}
+    roles = {tensor: leaves(recipe.model)[name].role for tensor, (name, _) in tensor_names(recipe.model).items()}
+    return dict(recipe=recipe, tensors=tensors, roles=roles, device="cpu" if where == "cpu" else "cuda")
 
 
 def timed(fn, *args) -> tuple[Any, dict[str, float]]:
@@ -149,7 +161,8 @@ def peak_bytes(device: jax.Device, compiled: Any) -> int:
     return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
 
 
-def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
+def measure(recipe: Recipe, options: Options) -> Iterator[dict[str, Any]]:
+    """The result when the step is timed, and once more with its parts."""
     mesh = meshes.make_mesh(options.devices)
     device, where = mesh.devices.flat[0], meshes.platform(mesh)
     recipe = replace(recipe, model=resolve(recipe.model, where, documents=recipe.data.packed))
@@ -161,10 +174,8 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
         raise GolfError("the PyTorch peer runs on one device: give --devices 1")
 
     state = init_state(recipe, mesh, recipe.seed)
-    tensors = {name: np.asarray(t, np.float32) for name, t in to_tensors(recipe.model, state.params).items()}
-    roles = {tensor: leaves(recipe.model)[name].role for tensor, (name, _) in tensor_names(recipe.model).items()}
-    job = dict(recipe=recipe, tensors=tensors, roles=roles, device="cpu" if where == "cpu" else "cuda", looping=options.looping)
-    job |= dict(x=x, y=y, lr_factor=LR_FACTOR, momentum=MOMENTUM, rows=rows * mesh.size)  # as many at a time as our devices together
+    job = peer_job(recipe, state.params, where) | dict(x=x, y=y, looping=options.looping)
+    job |= dict(lr_factor=LR_FACTOR, momentum=MOMENTUM, rows=rows * mesh.size)  # as many at a time as our devices together
     fixed = {"muon": {"momentum": MOMENTUM, "momentum_warmup_steps": 0}}
     groups = tuple(replace(g, **fixed.get(g.kind, {})) for g in recipe.optim.groups)
     inputs = step_inputs(replace(recipe, optim=replace(recipe.optim, groups=groups)), Clock(0, 0.0))
@@ -191,11 +202,16 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
                 losses[name].append(answer["loss"])
     for peer in peers.values():
         peer.close()
+    if options.trace:
+        with jax.profiler.trace(options.trace):
+            for _ in range(3):
+                state, metrics = compiled(state, batch, inputs)
+            jax.block_until_ready(metrics)
 
     result: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"{mesh.size} x {device.device_kind if where != 'cpu' else _cpu_name()}",
+        "device": f"{mesh.size} x {device.device_kind if where != 'cpu' else cpu_name()}",
         "cores": cores(),
         "load_average": os.getloadavg()[0],
         "environment": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
@@ -221,11 +237,15 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
 
     tflops, gbs = peaks(options, mesh)
     result |= {"peak_tflops": tflops, "peak_gbs": gbs}
-    parts = [on_every_device(p, mesh) for p in model_parts(recipe.model, rows, d.seq_len, micros, options.looping)]
-    parts = time_parts(parts, options.steps)
-    flops = sum(p["flops"] for p in parts)
+    of_model = [on_every_device(p, mesh) for p in model_parts(recipe.model, rows, d.seq_len, micros, options.looping)]
+    flops = sum(p.flops * p.times for p in of_model)
     result["clock"] = "cpu_ms" if where == "cpu" and result["cores"] == 1 else "wall_ms"  # on one core CPU time is free of other load
     result["mfu"] = flops / (result["step"][result["clock"]] * 1e-3) / (tflops * 1e12)
+    result["parts"] = []
+    yield result
+    if not options.parts:
+        return
+    parts = time_parts(of_model, options.steps)
     parts += time_parts(optimizer_parts(recipe, mesh, state), options.steps)
     if mesh.size > 1:
         *rest, whole, collectives = parts
@@ -235,10 +255,10 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
     left = {k: result["step"][k] - sum(p[k] for p in parts) for k in ("wall_ms", "wall_min_ms", "cpu_ms")}
     parts.append({"part": "rest", "times": 1, "flops": 0.0, "bytes": 0, "floor_ms": 0.0} | left)
     result["parts"] = parts
-    return result
+    yield result
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
@@ -267,11 +287,12 @@ def show(r: dict[str, Any]) -> str:
 def main(argv: list[str]) -> int:
     recipe, options = parse(argv, Options(), "Step time in parts, and beside PyTorch.")
     split_cpu(options.devices, recipe.data.batch_shape[0])
-    result = measure(recipe, options)
+    result = {}
+    for result in measure(recipe, options):
+        if options.json:
+            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     print(show(result))
-    if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -167,7 +167,7 @@ class Smear(nn.Module):
 
 
 class Model(nn.Module):
-    """Tokens and targets [B, T] -> mean cross entropy. Parameter names are the challenge's."""
+    """Tokens and targets [B, T] -> mean cross entropy, or the scores of the last targets. Parameter names are the challenge's."""
 
     def __init__(self, c: ModelConfig, seq_len: int, dtype: torch.dtype):
         super().__init__()
@@ -191,7 +191,7 @@ class Model(nn.Module):
         self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor) -> Tensor:
         c = self.c
         x = self.tok_emb(tokens).to(self.dtype)
         if c.bigram_buckets:
@@ -215,8 +215,15 @@ class Model(nn.Module):
             if j < 0:
                 skips.append(x)
         logits = F.linear(rms_norm(x), self.tok_emb.weight.to(self.dtype))
-        logits = c.softcap * torch.tanh(logits / c.softcap)
-        return F.cross_entropy(logits.float().view(-1, c.vocab_size), targets.reshape(-1))
+        return c.softcap * torch.tanh(logits / c.softcap)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(tokens).float().view(-1, self.c.vocab_size), targets.reshape(-1))
+
+    def scores(self, tokens: Tensor, targets: Tensor, last: int) -> Tensor:
+        """nll [B, last] of the last targets, from the logits of all positions: how the records' code scores a window."""
+        every = F.cross_entropy(self.logits(tokens).float().flatten(0, 1), targets.flatten(), reduction="none")
+        return every.view(targets.shape)[:, -last:]
 
 
 def newton_schulz(x: Tensor, steps: int) -> Tensor:
@@ -278,9 +285,11 @@ class Trainer:
         self.muon = [b for g, names in by_group.items() if g.kind == "muon" for b in _batches([named[n] for n in names], g)]
         self.params = list(named.values())
         self.ema = [p.detach().float().clone() for p in self.params] if recipe.schedule.ema_decay else []
-        self.loss, self.newton_schulz = self.model, newton_schulz
+        self.loss, self.scores, self.newton_schulz = self.model, self.model.scores, newton_schulz
         if compile:
-            self.loss, self.newton_schulz = torch.compile(self.model, dynamic=False), torch.compile(newton_schulz, dynamic=False)
+            self.loss, self.scores, self.newton_schulz = (
+                torch.compile(f, dynamic=False) for f in (self.model, self.model.scores, newton_schulz)
+            )
 
     def step(self, x: Tensor, y: Tensor, lr_factor: float, momentum: float, rows: int) -> Tensor:
         """One step on int64 [sequences, T] in micro-batches of `rows`; returns the mean loss before the update."""
@@ -332,8 +341,9 @@ def _batches(params: list[Tensor], group: GroupConfig) -> list[MuonBatch]:
 
 
 def serve() -> None:
-    """Run as a process of its own, driven by step_time.py: pickled job on stdin, one pickled answer per step on stdout.
+    """Run as a process of its own, driven by `Peer`: pickled job on stdin, one pickled answer per step on stdout.
 
+    A job with `last` scores the last targets of the batch instead of training on it; its answers hold the scores.
     A process apart keeps the thread pools and GPU memory pools of the two frameworks from counting against each other.
     """
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
@@ -341,11 +351,17 @@ def serve() -> None:
     trainer = Trainer(job["recipe"], job["tensors"], job["roles"], job["device"], job["compile"])
     trainer.model.looping = job["looping"]
     x, y = (torch.from_numpy(a).long().to(job["device"]) for a in (job["x"], job["y"]))
-    version = torch.__version__
+
+    def work() -> dict:  # either way the answer waits for the device
+        if "last" not in job:
+            return {"loss": trainer.step(x, y, job["lr_factor"], job["momentum"], job["rows"]).item()}
+        with torch.no_grad():
+            return {"scores": trainer.scores(x, y, job["last"]).cpu().numpy()}
+
     while pickle.load(sys.stdin.buffer) == "step":
         wall, cpu = time.perf_counter(), time.process_time()
-        loss = trainer.step(x, y, job["lr_factor"], job["momentum"], job["rows"]).item()  # .item() waits for the device
-        answer = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "loss": loss, "version": version}
+        answer = work()
+        answer |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "version": torch.__version__}
         if job["device"] == "cuda":
             answer["peak_bytes"] = torch.cuda.max_memory_allocated()
         pickle.dump(answer, answers)

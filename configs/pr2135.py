@@ -20,15 +20,19 @@ What the PR says and what ran:
 from golf_jax.config import (
     BudgetConfig,
     DataConfig,
+    DocumentsConfig,
     EvalConfig,
     GroupConfig,
+    LowRankConfig,
     ModelConfig,
     OptimConfig,
+    PackedConfig,
     QuantConfig,
     QuantRule,
     Recipe,
     ScheduleConfig,
     SlidingConfig,
+    TiltConfig,
 )
 
 POLAR_EXPRESS = (  # (a, b, c) of the five steps; docs/recipes/pr2135_model_training.md, section 5.3
@@ -98,13 +102,20 @@ def recipe() -> Recipe:
         quant=QuantConfig(
             rules=(
                 QuantRule("", "float16", max_numel=65_536),
-                QuantRule("tok_emb", "gptq_int7"),
-                QuantRule("", "gptq_int6"),
+                QuantRule("tok_emb", "gptq_int7", sigmas=14.0),
+                QuantRule(".attn.", "gptq_int6", sigmas=13.0),
+                QuantRule("", "gptq_int6", sigmas=11.5),
             ),
-            gptq_batches=16,
-            compressor="brotli",
+            lowrank=LowRankConfig(rank=4, top=3, group=32),
+            gptq_batches=32,
+            compressor="rans",
             level=11,
         ),
-        eval=EvalConfig(every=4000, sliding=SlidingConfig(stride=0)),
+        eval=EvalConfig(
+            every=4000,
+            sliding=SlidingConfig(stride=0),
+            packed=PackedConfig(rows=25),
+            documents=DocumentsConfig(rank=80, tilt=TiltConfig(order=16, state="corpus")),
+        ),
         seed=42,
     )

@@ -1,6 +1,5 @@
 """python -m golf_jax.evaluate: score a packed artifact (or a PyTorch checkpoint) in a fresh process, in bits per byte."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +10,13 @@ import jax
 import tyro
 
 from golf_jax import cli
-from golf_jax.config import GolfError, load_recipe
 from golf_jax.evaluation import score
 from golf_jax.evaluation.methods import method_of
 from golf_jax.evaluation.stream import first_documents
-from golf_jax.files import read_bytes
-from golf_jax.interop import open_torch
+from golf_jax.interop import open_model
 from golf_jax.mesh import make_mesh
-from golf_jax.opening import Model, load, opened_here, text_for
+from golf_jax.opening import text_for
 from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
-from golf_jax.progress import Log
 
 WINDOWED = ("sliding", "score_first", "adapt_first")
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
@@ -61,27 +57,13 @@ class Options:
     """With a PyTorch file: the recipe it belongs to, or a recipe file (default: told by the names and shapes of its tensors)."""
 
 
-def opened(path: str, recipe: str, log: Log = print) -> Model:
-    """The model of an artifact, a run directory or a PyTorch file, which is computed and scored as its recipe says."""
-    if Path(path).suffix not in (".pt", ".pth", ".ptz", ".safetensors"):
-        if recipe:
-            raise GolfError(f"--recipe {recipe}: {path} is no PyTorch file and says its own configuration; leave --recipe out")
-        return load(path)
-    config, params, name = open_torch(path, recipe)
-    if not recipe:
-        log(f"{path}: the tensors are those of recipe {name}")
-    run = load_recipe(name)
-    sha256 = hashlib.sha256(read_bytes(path)).hexdigest()
-    return opened_here(config, params, name=path, eval=run.eval, seq_len=run.data.seq_len, sha256=sha256)
-
-
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.evaluate", description=DESCRIPTION, args=argv)
     keep_compiled_programs()
     initialize_distributed()
     split_cpu(options.devices, sequences=8)
     say = print if jax.process_index() == 0 else lambda line: None
-    model = opened(options.model, options.recipe, say)
+    model = open_model(options.model, options.recipe, say)
     text = text_for(model, options.val, options.tokenizer)
     mesh, eval = make_mesh(options.devices), replace(model.eval, batch_rows=options.batch_rows or model.eval.batch_rows)
     if options.stride:

@@ -1,11 +1,15 @@
 """Reading and writing files whole: only regular files of a size that was agreed on, and never half a file."""
 
+import contextlib
+import hashlib
+import json
 import os
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, parse_json
 
 
 def read_bytes(path: str | Path, limit: int = 1 << 31) -> bytes:
@@ -39,8 +43,26 @@ def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
         os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
     except OSError as error:
-        raise GolfError(f"{path}: cannot be written ({error.strerror})") from error
+        raise GolfError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+def sealed(facts: dict[str, Any]) -> dict[str, Any]:
+    """`facts` (JSON data) with the digest of all of them under `sha256`: what differs from `sealed` of itself was altered."""
+    body = {name: value for name, value in facts.items() if name != "sha256"}
+    return body | {"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+
+
+def json_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows {event, ...} of a metrics.jsonl; lines that a kill or a fault tore are left out, and none of a file that is not there."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(GolfError):
+                row = parse_json(line)
+                if isinstance(row, dict) and isinstance(row.get("event"), str):
+                    found.append(row)
+    return found

@@ -25,7 +25,7 @@ def make_mesh(num_devices: int = 0) -> Mesh:
     if num_devices < 0:
         raise GolfError(f"--devices {num_devices}: give a number of devices, or 0 for all")
     devices = jax.devices()
-    if num_devices and jax.process_count() > 1:
+    if num_devices not in (0, len(devices)) and jax.process_count() > 1:
         raise GolfError(f"--devices {num_devices}: with several processes all devices are used; start fewer processes")
     if num_devices > len(devices):
         raise GolfError(f"--devices {num_devices}: only {len(devices)} {devices[0].platform} device(s) are here")

@@ -45,6 +45,7 @@ from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
+from golf_jax.training.memory import fitted
 from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, new_path, read_json
 from golf_jax.training.state import state_shapes
@@ -76,7 +77,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
     initialize_distributed()
     before = devices_of(options.resume) if options.resume else 0
     split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.batch_shape[0])
-    mesh = make_mesh(options.devices or min(before, jax.device_count()))
+    mesh = make_mesh(options.devices or (min(before, jax.device_count()) if jax.process_count() == 1 else 0))
     resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=d.packed))
     check_devices(resolved, mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
@@ -205,6 +206,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
             run.log(f"checkpoint {found.step}: training complete, packing")
             return Trained(exported(recipe, found.state), **done)
         run.log(f"checkpoint {found.step:,} of {f'{recipe.budget.steps:,}' if recipe.budget.steps else f'{recipe.budget.seconds:.0f} s'}")
+    recipe = fitted(recipe, mesh, run.log)
     validate = _validator(plan)
 
     def validate_and_estimate(params: dict[str, Any], looping: bool, rehearse: bool) -> Result:

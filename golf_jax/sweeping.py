@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from golf_jax import cli
-from golf_jax.config import GolfError, Recipe, differences, from_dict, to_dict
+from golf_jax.config import GolfError, Recipe, differences, from_dict, parse_json, to_dict
 from golf_jax.training.resume import stored_recipe
 from golf_jax.training.rundir import read_json
 
@@ -42,7 +42,7 @@ def parse_vary(given: Sequence[str]) -> dict[str, list[Any]]:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

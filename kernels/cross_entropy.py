@@ -23,7 +23,7 @@ Softcap = float | tuple[jax.Array, jax.Array]
 
 def softcap_logits(x_XD: jax.Array, table_VD: jax.Array, *, softcap: Softcap) -> jax.Array:
     """softcap * tanh(x @ table.T / softcap) in fp32 [...,V]; the table is cast to x's dtype, products add up in fp32."""
-    return _cap(_matmul("...d,vd->...v", x_XD, table_VD.astype(x_XD.dtype)), softcap)
+    return soft_cap(_matmul("...d,vd->...v", x_XD, table_VD.astype(x_XD.dtype)), softcap)
 
 
 def _side(raw: jax.Array, softcap: Softcap) -> jax.Array | float:
@@ -31,7 +31,8 @@ def _side(raw: jax.Array, softcap: Softcap) -> jax.Array | float:
     return jnp.where(raw >= 0, *(side.astype(jnp.float32) for side in softcap)) if isinstance(softcap, tuple) else softcap
 
 
-def _cap(raw: jax.Array, softcap: Softcap) -> jax.Array:
+def soft_cap(raw: jax.Array, softcap: Softcap) -> jax.Array:
+    """softcap * tanh(raw / softcap), elementwise, with the softcap of its sign."""
     side = _side(raw, softcap)
     return side * jnp.tanh(raw / side)
 
@@ -73,9 +74,9 @@ def _matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def _nll(x_ND, table_VD, targets_N, softcap):
     """(nll, log-sum-exp, un-capped fp32 logits) of one piece."""
     raw_NV = _matmul("nd,vd->nv", x_ND, table_VD)
-    lse_N = jnp.log(jnp.sum(jnp.exp(_cap(raw_NV, softcap)), -1))
+    lse_N = jnp.log(jnp.sum(jnp.exp(soft_cap(raw_NV, softcap)), -1))
     target_N = jnp.take_along_axis(raw_NV, targets_N[:, None], 1)[:, 0]
-    return lse_N - _cap(target_N, softcap), lse_N, raw_NV
+    return lse_N - soft_cap(target_N, softcap), lse_N, raw_NV
 
 
 def _piece_gradients(x_ND, table_VD, targets_N, lse_N, raw_NV, g_N, softcap):

@@ -28,7 +28,10 @@ def references() -> Path:
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cache of compiled programs, for this process (`quick_compilation`) and for those that tests start."""
-    return tmp_path_factory.mktemp("programs")
+    base = tmp_path_factory.getbasetemp()  # with -n, one folder per worker inside that of the session
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (shared / "programs").mkdir(exist_ok=True)
+    return shared / "programs"
 
 
 @pytest.fixture(scope="module")

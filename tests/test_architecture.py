@@ -16,7 +16,7 @@ FLOORS = [
     {"opening", "plan"},
     {"pipeline"},
     {"interop", "proof"},
-    {"reporting", "sweeping"},
+    {"reporting", "sweeping", "rescoring"},
     {"train", "evaluate", "reproduce", "check", "report", "generate", "submit", "sweep", "__main__"},
 ]
 

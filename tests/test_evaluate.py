@@ -18,6 +18,7 @@ from golf_jax.data.shards import write_shard
 from golf_jax.data.tokenizer import Tokenizer, train_bpe
 from golf_jax.evaluation import METHODS
 from golf_jax.evaluation.stream import first_documents
+from golf_jax.interop import open_model
 from golf_jax.mesh import make_mesh
 from golf_jax.model import init_params
 
@@ -142,7 +143,7 @@ def test_a_pytorch_checkpoint_is_scored(references, tmp_path):
         "    eval = replace(r.eval, sliding=replace(r.eval.sliding, stride=8))\n"
         "    return replace(r, model=small, data=replace(r.data, seq_len=32), eval=eval)\n"
     )
-    subject = evaluate.opened(str(tmp_path / "final_model.pt"), str(tmp_path / "small.py"))
+    subject = open_model(str(tmp_path / "final_model.pt"), str(tmp_path / "small.py"))
     assert subject.seq_len == 32 and subject.eval.sliding.windows == "tail"
     result = METHODS["standard"](subject, case.stream(), make_mesh(1), None)
     assert result.score.nll_nats == pytest.approx(case.sums("standard")[0], rel=1e-5)

@@ -11,16 +11,19 @@ import pytest
 
 from golf_jax import reproduce
 from golf_jax.config import GolfError
-from golf_jax.interop.checks.conformity import problems
+from golf_jax.interop.conformity import problems
 
-RECIPES = ("pr372", "pr562", "pr638", "pr1182", "pr2005")
+# Arrays and facts that the sets hold, portable and full: none may be left out.
+HELD = {"pr372": (409, 1_767), "pr562": (583, 2_097), "pr638": (484, 2_289), "pr1182": (430, 1_946), "pr2005": (610, 2_310)}
+RECIPES = tuple(HELD)
 EXAMPLE = Path(__file__).resolve().parents[1] / "docs" / "examples" / "dump_reference.py"
 
 
-def missed(path, only="", devices=1):
-    _, results, _ = reproduce.reproduce(path, only, devices)
-    assert results
-    return [f"{r.name}: {r.worst} (max abs {r.max_abs:.2e}, max rel {r.max_rel:.2e})" for r in results if not r.ok]
+def missed(path, only="", devices=1, held=None):
+    report = reproduce.reproduce(path, only, devices)
+    assert report.results and not report.not_checked, report.not_checked
+    assert report.compared == report.held == (held or report.held)
+    return [f"{r.name}: {r.worst} (max abs {r.max_abs:.2e}, max rel {r.max_rel:.2e})" for r in report.results if not r.ok]
 
 
 def test_a_portable_set_is_met(references):
@@ -31,13 +34,13 @@ def test_a_portable_set_is_met(references):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_whole_portable_sets_are_met(references, recipe):
-    assert missed(references / f"{recipe}.npz") == []
+    assert missed(references / f"{recipe}.npz", held=HELD[recipe][0]) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_whole_directories_are_met(shared, recipe):
-    assert missed(shared / "reference" / recipe) == []
+    assert missed(shared / "reference" / recipe, held=HELD[recipe][1]) == []
 
 
 @pytest.mark.slow

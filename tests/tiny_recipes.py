@@ -3,10 +3,13 @@
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 import golf_jax
 from golf_jax.config import DataConfig, Recipe, load_recipe, to_dict
@@ -70,6 +73,12 @@ def tiny(name: str, *, steps: int = 20, vocab_size: int = 64, seq_len: int = 16,
         numerics=numerics,
         log_every=5,
     )
+
+
+def some(names: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test: those in `quick` always, the others with `-m slow`, where every record compiles its own programs."""
+    values = [name if isinstance(name, tuple) else (name,) for name in names]
+    return [pytest.param(*v, marks=() if v in quick or v[0] in quick else pytest.mark.slow) for v in values]
 
 
 def build_text(directory: Path, vocab_size: int = 300) -> Path:

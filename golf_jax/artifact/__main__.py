@@ -15,6 +15,7 @@ from golf_jax.artifact.container import MAX_FILE_BYTES, inspect, tensors_of
 from golf_jax.artifact.ledger import ledger
 from golf_jax.config import GolfError, escape
 from golf_jax.files import read_bytes
+from golf_jax.interop import export_artifact
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Options:
     """The code that ships with it, counted as well (default: code.pyz beside it, where there is one)."""
     tensors: bool = False
     """List every tensor."""
+    export: Path | None = None
+    """Write the weights to this .safetensors file, for other programs; `golf_jax.evaluate FILE` scores it as it scores the artifact."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
     print(table)
     if zipfile.is_zipfile(io.BytesIO(code)):
         print(f"code: {raw_code_bytes(code):,} bytes of source, {len(code):,} as shipped ({code_path})")
+    if options.export:
+        print(f"{options.export}: {export_artifact(data, options.export)} tensors written")
     return 0
 
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from golf_jax.artifact.codecs import ArtifactError
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, parse_json
 
 # Where the sources lie; the longest name that a module begins with counts.
 FOLDERS = {name: Path(import_module(name).__path__[0]) for name in ("golf_jax", "golf_jax.kernels", "golf_jax.configs")}
@@ -78,7 +78,7 @@ def unbundle(data: bytes) -> dict[str, str]:
     """Path -> source, exactly as bundled. Nothing is executed. Raises ArtifactError."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as z:
-            return json.loads(lzma.decompress(z.read("source.xz")))
+            return parse_json(lzma.decompress(z.read("source.xz")))
     except (zipfile.BadZipFile, KeyError, lzma.LZMAError, ValueError) as e:
         raise ArtifactError(f"not a code bundle of golf_jax ({e})") from None
 

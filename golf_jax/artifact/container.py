@@ -2,7 +2,9 @@
 
     prefix    "GOLF", version u8, compressor u8, file length u32, header length u32 (stored), header length u32 (raw), SHA-256 of the
               rest of the prefix and everything after it; little endian, 50 bytes
-    header    JSON, compressed: {"header": the caller's, "tensors": [[name, kind, dtype, shape], ...], "sections": [stored length, ...]}
+    header    JSON, compressed: {"header": the caller's, "tensors": [[name, kind, dtype, shape], ...], "sections": [stored length, ...]}.
+              Codes with another number of scales than rows give it as a fifth entry. The factors of a tensor's low-rank correction are
+              the lines NAME.lowrank_a and NAME.lowrank_b
     sections  compressed one by one, in the order of `section_plan`: the codes of every group (same kind and role in all layers) row by
               row, then all scales and all floats with their bytes split into planes
 
@@ -18,7 +20,7 @@ import re
 import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from golf_jax.quant import QTensor
 from golf_jax.quant.schemes import FLOATS, WIDTHS
 
 MAGIC = b"GOLF"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # 2: fifth entries and corrections
 # Far above any model that fits the cap; a file that claims more is refused before anything is allocated or decompressed.
 MAX_FILE_BYTES = 1 << 26
 MAX_HEADER_BYTES = 1 << 20
@@ -40,6 +43,7 @@ MAX_NAME = 200
 FREE_VALUES, VALUES_PER_BYTE = 1 << 22, 64  # a file of n bytes may hold 4 M + 64 n values: a small one can never cost gigabytes
 _PREFIX = struct.Struct("<4sBBIII")
 _DIGEST = 32
+FACTORS = (".lowrank_a", ".lowrank_b")
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,20 @@ class Entry:
     kind: str
     dtype: str
     shape: tuple[int, ...]
+    groups: int | None = None
+    """Scales of codes, each for equally many of them in row-major order; None: one per row."""
 
     def parts(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """The arrays that store it: fields of its QTensor, their dtypes and shapes. All that the layout of the file depends on."""
         if self.kind in WIDTHS:
-            return {"codes": (np.dtype(np.int8), self.shape), "scale": (np.dtype(np.float16), self.shape[:1])}
+            return {
+                "codes": (np.dtype(np.int8), self.shape),
+                "scale": (np.dtype(np.float16), self.shape[:1] if self.groups is None else (self.groups,)),
+            }
         return {"values": (FLOATS[self.kind], self.shape)}
+
+    def line(self) -> list[Any]:
+        return [self.name, self.kind, self.dtype, list(self.shape), *([] if self.groups is None else [self.groups])]
 
 
 @dataclass(frozen=True)
@@ -92,8 +104,36 @@ def section_plan(entries: list[Entry]) -> list[Section]:
     return sections
 
 
+def flatten(qtensors: Mapping[str, QTensor]) -> dict[str, QTensor]:
+    """The factors of low-rank corrections as tensors of their own, behind their tensor."""
+    flat = {}
+    for name, q in qtensors.items():
+        flat[name] = replace(q, lowrank=None)
+        flat |= {name + suffix: factor for suffix, factor in zip(FACTORS, q.lowrank or (), strict=False)}
+    return flat
+
+
+def _fold(flat: dict[str, QTensor]) -> dict[str, QTensor]:
+    """Inverse of `flatten`. Raises ArtifactError."""
+    result = {}
+    for name, q in flat.items():
+        if name.endswith(FACTORS):
+            base = name.rpartition(".")[0]
+            _require(base in flat and all(base + suffix in flat for suffix in FACTORS), f"{name}: half of a low-rank correction")
+            continue
+        if (a := flat.get(name + FACTORS[0])) is not None and (b := flat.get(name + FACTORS[1])) is not None:
+            fits = all(x.codes is not None and len(x.shape) == 2 for x in (q, a, b))
+            fits = fits and (a.shape[0], b.shape[1]) == q.shape and a.shape[1] == b.shape[0]
+            _require(fits, f"{name}: its low-rank correction has factors of shapes {a.shape} and {b.shape}")
+            q = replace(q, lowrank=(a, b))
+        result[name] = q
+    return result
+
+
 def table_of(qtensors: Mapping[str, QTensor]) -> list[Entry]:
-    return [Entry(name, q.kind, q.dtype, tuple(q.shape)) for name, q in qtensors.items()]
+    """The lines of the table for flattened tensors."""
+    groups = {name: None if q.scale is None or q.scale.size == q.shape[0] else q.scale.size for name, q in qtensors.items()}
+    return [Entry(name, q.kind, q.dtype, tuple(q.shape), groups[name]) for name, q in qtensors.items()]
 
 
 def pack(header: dict[str, Any], qtensors: Mapping[str, QTensor], name: str, level: int) -> bytes:
@@ -101,12 +141,13 @@ def pack(header: dict[str, Any], qtensors: Mapping[str, QTensor], name: str, lev
 
     name, level: of the compressor. Raises GolfError if there is no such.
     """
-    entries, tensors, by = table_of(qtensors), list(qtensors.values()), compressor(name, level)
+    flat, by = flatten(qtensors), compressor(name, level)
+    entries, tensors = table_of(flat), list(flat.values())
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors release the GIL
         stored = list(pool.map(lambda section: _store(section, tensors, by, level), section_plan(entries)))
     table = {
         "header": header,
-        "tensors": [[e.name, e.kind, e.dtype, list(e.shape)] for e in entries],
+        "tensors": [e.line() for e in entries],
         "sections": [len(s) for s in stored],
     }
     raw_head = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
@@ -140,7 +181,7 @@ def tensors_of(opened: "Opened") -> dict[str, QTensor]:
                 finite = np.isfinite(parts["values"].astype(FLOATS[e.dtype])).all()
             _require(finite, f"{e.name}: a value is NaN or infinite")
         result[e.name] = QTensor(e.kind, e.dtype, **parts)
-    return result
+    return _fold(result)
 
 
 def read_artifact(path: str | Path) -> tuple[dict[str, Any], dict[str, QTensor]]:
@@ -173,7 +214,7 @@ def inspect(data: bytes) -> Opened:
     _require(len(data) <= MAX_FILE_BYTES, f"{len(data)} bytes; at most {MAX_FILE_BYTES} are read")
     _require(len(data) >= start, f"truncated: {len(data)} bytes are less than the {start} of the prefix")
     _, version, codec, length, head_stored, head_raw = _PREFIX.unpack_from(data)
-    _require(version == VERSION, f"format version {version}; this golf_jax reads version {VERSION}")
+    _require(version in READABLE, f"format version {version}; this golf_jax reads versions up to {VERSION}")
     _require(len(data) >= length, f"truncated: {len(data)} of {length} bytes")
     _require(len(data) == length, f"{len(data) - length} trailing bytes behind the {length} of the artifact")
     digest = hashlib.sha256(data[: _PREFIX.size] + data[start:]).digest()
@@ -231,15 +272,18 @@ def _parse_table(raw: bytes) -> tuple[dict[str, Any], list[Entry], list[int]]:
     _require(len(rows) <= MAX_TENSORS, f"{len(rows)} tensors; at most {MAX_TENSORS} are read")
     entries = []
     for row in rows:
-        _require(isinstance(row, list) and len(row) == 4, "a line of the tensor table is not [name, kind, dtype, shape]")
-        name, kind, dtype, shape = row
+        _require(isinstance(row, list) and len(row) in (4, 5), "a line of the tensor table is not [name, kind, dtype, shape]")
+        name, kind, dtype, shape = row[:4]
         _require(isinstance(name, str) and len(name) <= MAX_NAME, f"a tensor name is not a string of at most {MAX_NAME} characters")
         _require(isinstance(kind, str) and (kind in WIDTHS or kind in FLOATS), f"{name}: unknown kind {str(kind)[:MAX_NAME]!r}")
         _require(dtype in ("float32", "bfloat16"), f"{name}: unknown dtype {str(dtype)[:MAX_NAME]!r}")
         good = isinstance(shape, list) and len(shape) <= 4 and all(_is_size(n) for n in shape)
         _require(good, f"{name}: bad shape {str(shape)[:MAX_NAME]}")
         _require(kind not in WIDTHS or len(shape) == 2, f"{name}: {kind} codes need a matrix, shape is {shape}")
-        entries.append(Entry(name, kind, dtype, tuple(shape)))
+        groups = row[4] if len(row) > 4 else None
+        divides = groups is None or (kind in WIDTHS and _is_size(groups) and groups > 0 and math.prod(shape) % groups == 0)
+        _require(divides, f"{name}: {str(groups)[:20]} scales for codes of shape {shape}")
+        entries.append(Entry(name, kind, dtype, tuple(shape), groups))
     _require(len({e.name for e in entries}) == len(entries), "a tensor name occurs twice")
     return header, entries, lengths
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from golf_jax.artifact.compressors import COMPRESSORS
-from golf_jax.artifact.container import Section, inspect, join_section, read_section, section_plan, table_of
+from golf_jax.artifact.container import Section, flatten, inspect, join_section, read_section, section_plan, table_of
 from golf_jax.config import CAP_BYTES, escape
 from golf_jax.quant import QTensor
 
@@ -74,9 +74,10 @@ def ledger(data: bytes, code_bytes: int = 0) -> ByteLedger:
 def estimate_bytes(qtensors: Mapping[str, QTensor], compressor: str) -> int:
     """Bytes the artifact will take, from entropies alone: a fraction of a second for a full-size model, so it can run at every
     evaluation of a training run. Within 0.4 % for synthetic full-size recipes (docs/artifact.md)."""
-    tensors = list(qtensors.values())
+    flat = flatten(qtensors)
+    tensors = list(flat.values())
     total = HEADER_ALLOWANCE
-    for section in section_plan(table_of(qtensors)):
+    for section in section_plan(table_of(flat)):
         rate = COMPRESSORS[compressor].code_rate if section.part == "codes" else FLOAT_RATE
         total += rate * _entropy_bytes(join_section(section, tensors), section.itemsize)
     return round(total)

@@ -11,8 +11,8 @@ import numpy as np
 from golf_jax.artifact.calibration import calibrated
 from golf_jax.artifact.codecs import ArtifactError
 from golf_jax.artifact.compressors import compressor
-from golf_jax.artifact.container import MAX_FILE_BYTES, Entry, inspect, pack, tensors_of
-from golf_jax.artifact.ledger import ByteLedger, ledger
+from golf_jax.artifact.container import FACTORS, MAX_FILE_BYTES, inspect, pack, tensors_of
+from golf_jax.artifact.ledger import ByteLedger, estimate_bytes, ledger
 from golf_jax.config import CAP_BYTES, EvalConfig, ModelConfig, QuantConfig, Recipe, from_dict, to_dict
 from golf_jax.config.base import check
 from golf_jax.files import read_bytes
@@ -110,8 +110,17 @@ def pack_model(
         assert score is not None
         return score(from_tensors(recipe.model, dequantize_all(qtensors)))
 
-    rules, budget = rules_for(recipe.model, recipe.quant), CAP_BYTES - code_bytes
-    quant, data, fit = fit_to_cap(tensors, rules, budget, encode, hessians=hessians, score=bpb if score else None, log=log)
+    rules, budget = rules_for(recipe.model, recipe.quant), CAP_BYTES - code_bytes - max(recipe.quant.margin, 0)
+    quant, data, fit = fit_to_cap(
+        tensors,
+        rules,
+        budget,
+        encode,
+        hessians=hessians,
+        score=bpb if score else None,
+        estimate=lambda q: estimate_bytes(q, recipe.quant.compressor),
+        log=log,
+    )
     return Packed(data, ledger(data, code_bytes), quant, fit)
 
 
@@ -122,24 +131,28 @@ def load_model(source: str | Path | bytes) -> Loaded:
     tensor table before a tensor is decompressed.
     """
     opened = inspect(source if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES))
-    header = opened.header
+    loaded = describe(opened.header, {e.name: e.shape for e in opened.entries if not e.name.endswith(FACTORS)})
+    return replace(loaded, params=from_tensors(loaded.config, dequantize_all(tensors_of(opened))))
+
+
+def describe(header: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Loaded:
+    """What a header says of a model whose tensors have these shapes; no parameters yet. Raises ArtifactError."""
     try:
-        config = from_dict(ModelConfig, header["model"], "header.model")
         loaded = Loaded(
             header=header,
-            config=config,
+            config=from_dict(ModelConfig, header["model"], "header.model"),
             params={},
             eval=from_dict(EvalConfig, header["eval"], "header.eval"),
             seq_len=_typed(header, "seq_len", int),
             tokenizer_sha256=_typed(header, "tokenizer_sha256", str),
             embedded=_typed(header, "embedded", bool),
         )
-        _check_header(loaded, opened.entries)
+        _check_header(loaded, shapes)
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"artifact header: field {str(error)[:100]} is missing or has the wrong type") from None
     except (ValueError, ArithmeticError) as error:  # a GolfError too
         raise ArtifactError(f"artifact: {str(error)[:500]}") from None
-    return replace(loaded, params=from_tensors(config, dequantize_all(tensors_of(opened))))
+    return loaded
 
 
 def _typed(header: dict[str, Any], name: str, kind: type) -> Any:
@@ -148,7 +161,7 @@ def _typed(header: dict[str, Any], name: str, kind: type) -> Any:
     return header[name]
 
 
-def _check_header(loaded: Loaded, entries: list[Entry]) -> None:
+def _check_header(loaded: Loaded, found: Mapping[str, tuple[int, ...]]) -> None:
     """Raises GolfError if what the header says is impossible or not what the tensor table holds; costs no more than the table."""
     c = loaded.config
     layers = c.num_layers * (1 + max(c.loop_repeats, 0))
@@ -156,7 +169,7 @@ def _check_header(loaded: Loaded, entries: list[Entry]) -> None:
     check(0 < loaded.seq_len < 1 << 24, f"header.seq_len {loaded.seq_len} is no sequence length")
     check(bool(re.fullmatch("[0-9a-f]{64}", loaded.tokenizer_sha256)), "header.tokenizer_sha256 is no SHA-256")
     loaded.eval.check_length(loaded.seq_len)
-    needed, found = _shapes(c), {e.name: e.shape for e in entries}
+    needed = _shapes(c)
     for name in [*found, *needed]:
         check(name in needed, f"the tensors do not fit the model configuration: unknown {name}")
         check(name in found, f"the tensors do not fit the model configuration: missing {name}")

@@ -4,22 +4,28 @@ A recipe is a file in `configs/` with a function `recipe() -> Recipe`. Every fie
 refused here, before anything is compiled, in one line that names the field and the fix.
 """
 
-from golf_jax.config.base import CAP_BYTES, GolfError, escape
+from golf_jax.config.base import CAP_BYTES, GolfError, escape, parse_json
+from golf_jax.config.evaluation import (
+    AdaptFirstConfig,
+    DocumentsConfig,
+    EvalConfig,
+    PackedConfig,
+    ScoreFirstConfig,
+    SlidingConfig,
+    TiltConfig,
+    TTTConfig,
+)
 from golf_jax.config.model import FakeQuantConfig, ModelConfig
 from golf_jax.config.recipe import (
-    AdaptFirstConfig,
     BudgetConfig,
     DataConfig,
-    EvalConfig,
     GroupConfig,
+    LowRankConfig,
     OptimConfig,
     QuantConfig,
     QuantRule,
     Recipe,
     ScheduleConfig,
-    ScoreFirstConfig,
-    SlidingConfig,
-    TTTConfig,
 )
 from golf_jax.config.serialize import differences, from_dict, load_recipe, recipe_names, to_dict
 
@@ -28,12 +34,15 @@ __all__ = [
     "AdaptFirstConfig",
     "BudgetConfig",
     "DataConfig",
+    "DocumentsConfig",
     "EvalConfig",
     "FakeQuantConfig",
     "GolfError",
     "GroupConfig",
+    "LowRankConfig",
     "ModelConfig",
     "OptimConfig",
+    "PackedConfig",
     "QuantConfig",
     "QuantRule",
     "Recipe",
@@ -41,10 +50,12 @@ __all__ = [
     "ScoreFirstConfig",
     "SlidingConfig",
     "TTTConfig",
+    "TiltConfig",
     "differences",
     "escape",
     "from_dict",
     "load_recipe",
+    "parse_json",
     "recipe_names",
     "to_dict",
 ]

@@ -1,10 +1,12 @@
 """The one error users see, and the cap."""
 
+import json
 import math
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 CAP_BYTES = 16_000_000  # artifact cap of the challenge, decimal, code + model
+MAX_LINE = 1000  # characters of an error
 
 
 def escape(text: str) -> str:
@@ -16,7 +18,16 @@ class GolfError(ValueError):
     """A mistake of the user, or bad input, told in one line that names the place, the field and the fix."""
 
     def __str__(self) -> str:
-        return escape(super().__str__())
+        line = escape(super().__str__())  # of a hostile file it may hold anything, of any length
+        return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 200]} ... {line[-190:]}"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in `text`. GolfError (a ValueError) for anything that is not JSON, also for what is nested too deep or not UTF-8."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GolfError(f"not JSON ({str(error)[:80]})") from None
 
 
 def check(ok: bool, message: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from golf_jax.config.base import check, check_finite
+from golf_jax.config.evaluation import EvalConfig
 from golf_jax.config.model import ModelConfig
 
 
@@ -222,11 +223,31 @@ class QuantRule:
     """Only tensors with at most this many elements; 0: no limit."""
     step: float = 1.0
     """Multiplies the scheme's rounding step: above 1 coarser and smaller, 1 exactly as the PR. `quant.fit_to_cap` solves for it."""
+    sigmas: float = 0.0
+    """Clip at so many standard deviations of the row, for the schemes that do (PR 2135: by group of tensors); 0: the scheme's own."""
 
     def __post_init__(self):
+        check(0 <= self.sigmas < math.inf, f"quant.rules: sigmas must be >= 0, got {self.sigmas} (pattern {self.pattern!r})")
         check(0 < self.step < math.inf, f"quant.rules: step must be positive, got {self.step} (pattern {self.pattern!r})")
         for name in ("min_numel", "max_numel"):
             check(getattr(self, name) >= 0, f"quant.rules: {name} must be >= 0, got {getattr(self, name)} (pattern {self.pattern!r})")
+
+
+@dataclass(frozen=True)
+class LowRankConfig:
+    """Coded low-rank correction of the tensors that quantization hurts most (PR 2135: LQER)."""
+
+    rank: int = 0
+    """0: no correction (PR 2135: 4)."""
+    top: int = 3
+    """Corrected tensors: those with the largest norm of what their codes miss."""
+    group: int = 32
+    """Consecutive elements of the second factor per scale; what it does not divide gets a scale per row in both factors."""
+
+    def __post_init__(self):
+        check(self.rank >= 0, f"quant.lowrank.rank must be >= 0, got {self.rank}")
+        for name in ("top", "group"):
+            check(getattr(self, name) > 0, f"quant.lowrank.{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -241,8 +262,12 @@ class QuantConfig:
     """Magnitude pruning before quantization (PR 562: 0.03)."""
     prune_min_numel: int = 65_536
     """Only 2-D tensors with more elements than this are pruned."""
+    lowrank: LowRankConfig = LowRankConfig()
     gptq_batches: int = 0
     """Calibration batches for the Hessians of GPTQ schemes (PR 2005: 64)."""
+    margin: int = -1
+    """Bytes that artifact and code are to stay below the cap: one factor on all steps, up or down, is solved for it. -1: the steps are the
+    rules', coarser only where the cap asks for it."""
     compressor: str = "zstd"
     """zstd, lzma, brotli or rans (golf_jax.artifact.compressors).
 
@@ -254,96 +279,7 @@ class QuantConfig:
         check(0 <= self.prune_fraction < 1, f"quant.prune_fraction must be in 0..1, got {self.prune_fraction}")
         for name in ("prune_min_numel", "gptq_batches"):
             check(getattr(self, name) >= 0, f"quant.{name} must be >= 0, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class SlidingConfig:
-    """Scoring with a window of `data.seq_len` tokens that moves on."""
-
-    stride: int = 64
-    """New targets per window; 0 leaves this evaluation out."""
-    windows: Literal["pr372", "tail", "tail_min", "exact"] = "exact"
-    """Window list of the recipe (docs/recipes, section 6): `pr372` scores only full strides, `tail` (638, 1182) and `tail_min` (562,
-    score-first of 1182) re-score the tail, `exact` (2005) scores every target once."""
-
-    def __post_init__(self):
-        check(self.stride >= 0, f"eval: stride must be >= 0, got {self.stride}")
-
-    @property
-    def on(self) -> bool:
-        """Whether the recipe asks for this evaluation."""
-        return self.stride > 0
-
-
-@dataclass(frozen=True)
-class TTTConfig(SlidingConfig):
-    """Sliding evaluation with training on the validation text: what both kinds of it share."""
-
-    epochs: int = 0
-    """Passes over what is trained on; 0 leaves this evaluation out."""
-    lr: float = 0.002
-    batch_rows: int = 32
-    """Most sequences per rank and update."""
-    ranks: int = 8
-    """Ranks whose split of the text is reproduced."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
-    fake_quant: bool = False
-    """Fake quantization in the training forwards (what really ran in PRs 562 and 1182)."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self.epochs >= 0, f"eval: epochs of test-time training must be >= 0, got {self.epochs}")
-        for name in ("stride", "batch_rows", "ranks"):
-            check(getattr(self, name) > 0, f"eval: {name} of test-time training must be positive, got {getattr(self, name)}")
-
-    @property
-    def on(self) -> bool:
-        return self.epochs > 0
-
-
-@dataclass(frozen=True)
-class ScoreFirstConfig(TTTConfig):
-    """Chunk by chunk, score and then train by SGD (PRs 1182, 2005). Legal: every token is scored before an update sees it."""
-
-    momentum: float = 0.9
-    chunk_tokens: int = 32_768
-
-
-@dataclass(frozen=True)
-class AdaptFirstConfig(TTTConfig):
-    """Train by Adam on everything, then score (PR 562). Illegal; reproduced as a reference."""
-
-    proj_lr_scale: float = 1.0
-    """Factor for output projections (PR 562: 3)."""
-    fc_lr_scale: float = 1.0
-    """Factor for the MLP's first matrix (PR 562: 0.5)."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """How the packed model is scored: always by rows side by side, and by each method below that is not left out."""
-
-    batch_rows: int = 0
-    """Sequences or windows per device and forward pass; 0: 1,024 tokens on a CPU, 65,536 elsewhere, one sequence at least."""
-    every: int = 0
-    """Validate the raw weights every N training steps (outside the clock); 0: only at the end."""
-    sliding: SlidingConfig = SlidingConfig()
-    score_first: ScoreFirstConfig = ScoreFirstConfig()
-    adapt_first: AdaptFirstConfig = AdaptFirstConfig()
-
-    def __post_init__(self):
-        check(self.batch_rows >= 0, f"eval.batch_rows must be >= 0, got {self.batch_rows}")
-
-    def check_length(self, seq_len: int) -> None:
-        """Raises GolfError unless every method that is asked for can work with windows of `seq_len` tokens."""
-        for name in ("sliding", "score_first", "adapt_first"):
-            method = getattr(self, name)
-            fits = not method.on or method.stride <= seq_len
-            check(fits, f"eval.{name}.stride {method.stride} exceeds the window of {seq_len} tokens (data.seq_len)")
-        chunk = self.score_first.chunk_tokens
-        fits = not self.score_first.on or chunk >= seq_len
-        check(fits, f"eval.score_first.chunk_tokens {chunk} is less than one sequence of {seq_len} (data.seq_len)")
+        check(self.margin >= -1, f"quant.margin must be -1 or a number of bytes, got {self.margin}")
 
 
 @dataclass(frozen=True)
@@ -361,8 +297,9 @@ class Recipe:
     numerics: Literal["as_run", "fp32"] = "as_run"
     """`as_run`: `model.bf16_params`, their moments and Newton-Schulz in bfloat16, initial weights rounded to bfloat16, as the
     records do; `fp32`: everything float32."""
-    micro_rows: int = 0
-    """Sequences per device and forward pass (gradient accumulation); 0: as many as one rank has."""
+    micro_rows: int | Literal["auto"] = 0
+    """Sequences per device and forward pass (gradient accumulation); 0: as many as one rank has; `auto`: of what one rank has the most
+    that fit the device's memory, known from the compiled step before the run."""
     seed: int = 1337
     checkpoint_every: int = 0
     """Save a checkpoint every N steps; 0: about once a minute of training. The last two are kept, and the final state always."""
@@ -371,8 +308,9 @@ class Recipe:
     def __post_init__(self):
         r = self
         check_finite(r)
-        for name in ("micro_rows", "checkpoint_every"):
-            check(getattr(r, name) >= 0, f"{name} must be >= 0, got {getattr(r, name)}")
+        fixed = 0 if r.micro_rows == "auto" else r.micro_rows
+        for name, value in (("micro_rows", fixed), ("checkpoint_every", r.checkpoint_every)):
+            check(value >= 0, f"{name} must be >= 0, got {value}")
         check(r.log_every > 0, f"log_every must be positive, got {r.log_every}")
         has_fake_quant = r.model.fake_quant.matrices != "none"
         check(
@@ -388,7 +326,7 @@ class Recipe:
         packed = "schedule.seq_lens: packed rows are not cut (data.order 'documents'); leave the ramp out"
         check(not (r.schedule.seq_lens and r.data.packed), packed)
         check(
-            r.data.rank_rows % max(r.micro_rows, 1) == 0 or r.micro_rows % r.data.rank_rows == 0,
+            r.data.rank_rows % max(fixed, 1) == 0 or fixed % r.data.rank_rows == 0,
             f"micro_rows {r.micro_rows} must divide or be a multiple of data.rows_per_rank {r.data.rank_rows}",
         )
         check(

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
-import json
 import math
 import re
 import traceback
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from golf_jax.config import model, recipe
-from golf_jax.config.base import GolfError, check
+from golf_jax.config.base import GolfError, check, parse_json
 from golf_jax.config.recipe import Recipe
 
 
@@ -63,7 +62,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             check(len(value) == len(args), f"{where}: expected {len(args)} values, found {len(value)}")
         return tuple(_value(item or args[i], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(args[0], value, where)
+        named = [name for a in args if typing.get_origin(a) is Literal for name in typing.get_args(a)]
+        return value if value is None or (isinstance(value, str) and value in named) else _value(args[0], value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     check(
@@ -83,7 +83,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     if path.suffix == ".json":
         check(path.is_file(), f"{path}: no such recipe file")
         with _told(path):
-            return from_dict(Recipe, json.loads(path.read_text(encoding="utf8")))
+            return from_dict(Recipe, parse_json(path.read_bytes()))
     if path.suffix == ".py":
         check(path.is_file(), f"{path}: no such recipe file")
         spec = importlib.util.spec_from_file_location(f"golf_recipe_{path.stem}", path)

@@ -1,12 +1,11 @@
 """Documents of text files, JSON lines and directories of both, as people have them."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, parse_json
 
 PATTERNS = ("*.txt", "*.md", "*.jsonl", "*.ndjson")
 JSON_LINES = (".jsonl", ".ndjson")
@@ -84,9 +83,9 @@ def _read_json_lines(path: Path, field: str) -> Iterator[str]:
                 if not line.strip():
                     continue
                 try:
-                    text = json.loads(line)[field]
+                    text = parse_json(line)[field]
                     text.encode()
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise GolfError(
                         f"{path}:{number}: needs a JSON object with a string field `{field}` (--field names another)"
                     ) from error

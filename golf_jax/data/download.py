@@ -4,7 +4,6 @@ In the dataset repository everything lies under `datasets/`: manifest.json (list
 datasets/fineweb10B_<variant>/fineweb_{train,val}_NNNNNN.bin, tokenizers/. Here the same tree is written without that prefix.
 """
 
-import json
 import os
 import re
 import time
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, parse_json
 from golf_jax.data.manifest import file_entry, sha256_file, text_bytes, write_manifest
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard
 from golf_jax.data.sidecar import beside, find_sidecars, load_sidecar
@@ -141,7 +140,7 @@ def _fetch_index(hub: Hub, root: Path) -> dict[str, Any]:
     fetched = _ask(hub.fetch, f"{PREFIX}/manifest.json", root / ".hub")
     raw = fetched.read_bytes()
     try:
-        index = json.loads(raw)
+        index = parse_json(raw)
         _ = index["datasets"], index["tokenizers"]
     except (ValueError, KeyError, TypeError) as error:
         raise GolfError(f"{PREFIX}/manifest.json: not the manifest of a FineWeb export") from error

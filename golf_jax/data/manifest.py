@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, parse_json
 from golf_jax.data.tokenizer import ByteTables, count_bytes
 from golf_jax.files import write_atomic
 
@@ -44,11 +44,11 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise GolfError(f"{path}: larger than {MAX_BYTES:,} bytes; not a manifest")
-        manifest = json.loads(raw)
+        manifest = parse_json(raw)
     except OSError as error:
         raise GolfError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise GolfError(f"{path}: not JSON ({str(error)[:80]})") from error
+    except GolfError as error:
+        raise GolfError(f"{path}: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise GolfError(f"{path}: not a manifest of format {FORMAT}")
     _check(path, manifest, "", {"tokenizer": dict, "train": dict, "val": dict})

@@ -10,24 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from golf_jax.evaluation.queue import BOS
+from golf_jax.evaluation.tilt import tilted
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.model import Model, Params, head_softcap, hidden
 
 
-def changed_before_flip(scores: Callable[[np.ndarray], np.ndarray], tokens: np.ndarray, flips: Sequence[int], vocab_size: int) -> int:
+def changed_before_flip(
+    scores: Callable[[np.ndarray], np.ndarray],
+    tokens: np.ndarray,
+    flips: Sequence[int],
+    vocab_size: int,
+    order: np.ndarray | None = None,
+) -> int:
     """C1 of a whole engine: number of scores that change although their target lies before the flipped token.
 
-    scores: tokens [n + 1] -> nll of every target [n]. flips: token indices, one run of the engine each. 0 is legal; raises
-    ValueError if a flip changes nothing at all, since then the test proves nothing.
+    scores: tokens [n + 1] -> nll of every target [n]. flips: token indices, one run of the engine each. order: the targets in the order
+    in which the engine predicts them (default: as they stand). 0 is legal; raises ValueError if a flip changes nothing at all, since then
+    the test proves nothing.
     """
     base, changed = _bits(scores(tokens)), 0
+    rank = np.argsort(np.arange(len(base)) if order is None else order)
     for s in flips:
         other = tokens.copy()
         other[s] = (int(other[s]) + 1) % vocab_size
         flipped = _bits(scores(other))
         if np.array_equal(base, flipped):
             raise ValueError(f"flipping token {s} changed no score: the test has no power")
-        changed += int(np.count_nonzero(base[: max(s - 1, 0)] != flipped[: max(s - 1, 0)]))  # target p is token p + 1
+        changed += int(np.count_nonzero((base != flipped) & (rank < (rank[s - 1] if s else 0))))  # target p is token p + 1
     return changed
 
 
@@ -67,3 +77,46 @@ def check_model(model: Model, tokens: np.ndarray, mesh: Mesh, seq_len: int, flip
     causal = all(before[:s].all() and not before[s:].all() for before, s in zip(equal, at, strict=True))
     error = np.abs(np.log(np.exp(-nll_PV.astype(np.float64)).sum(-1)))
     return bool(causal), float(error.max())  # NaN, if there is one
+
+
+def tilt_breaks_order(hints: Callable[[np.ndarray, np.ndarray], np.ndarray], tokens: np.ndarray, order: np.ndarray, flips: int = 16) -> int:
+    """C1 of a tilt: how many hints change although their target lies before a flipped token in the predictor's order.
+
+    hints: (tokens, order) -> hint of every target; order: the targets in the predictor's order. Tokens are flipped that hints are likely to
+    come from: those whose target, hinted elsewhere, is found earliest in the stream, and some at random. At most 262,144 targets of
+    the stream are looked at, documents whole.
+    """
+    limit = 1 << 18
+    if len(order) > limit:
+        starts = np.flatnonzero(tokens[:limit] == BOS)
+        tokens = tokens[: starts[-1] + 1] if len(starts) > 1 else tokens[:limit]
+        order = order[order < len(tokens) - 1]
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    before, rng = hints(tokens, order), np.random.default_rng(0)
+    candidates = [rng.integers(0, len(order), flips // 2)]
+    gated = np.flatnonzero(before >= 0)
+    for target in rng.permutation(gated)[: flips // 2]:
+        same = np.flatnonzero(tokens[1:target] == tokens[target])  # where the token before the hinted one stood before
+        same = same[tokens[np.minimum(same + 2, len(tokens) - 1)] == before[target]] + 1
+        later = same[rank[same] > rank[target]]
+        candidates.append((later if len(later) else same)[-1:])
+    changed = 0
+    for target in np.unique(np.concatenate(candidates)):
+        if tokens[target + 1] != BOS:
+            other = tokens.copy()
+            other[target + 1] = BOS + 1 + int(other[target + 1] == BOS + 1)
+            changed += int(np.count_nonzero((hints(other, order) != before) & (rank < rank[target])))
+    return changed
+
+
+def tilt_normalization(boost: float, vocab_size: int = 64) -> float:
+    """C2 of a tilt: largest |ln sum p'| over all entries, for distributions from flat to peaked and every kind of hint."""
+    logits_PV = (
+        np.random.default_rng(0).normal(size=(8, vocab_size)).astype(np.float32) * np.geomspace(0.1, 10, 8, dtype=np.float32)[:, None]
+    )
+    logp_PV = jax.nn.log_softmax(jnp.asarray(logits_PV))
+    hint_P = jnp.asarray(np.argsort(logits_PV)[np.arange(8), np.arange(8) * vocab_size // 8])
+    hint_logp_P1 = jnp.take_along_axis(logp_PV, hint_P[:, None], 1)
+    nll_PV = tilted(-logp_PV, hint_logp_P1, hint_P[:, None], jnp.arange(vocab_size)[None], boost)
+    return float(np.abs(np.log(np.exp(-np.asarray(nll_PV, np.float64)).sum(-1))).max())

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 from jax.sharding import Mesh
 
 from golf_jax.config import EvalConfig, GolfError
 from golf_jax.data.text import Text
 from golf_jax.evaluation.adapt_first import evaluate_adapt_first
+from golf_jax.evaluation.documents import evaluate_documents
 from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
 from golf_jax.evaluation.legality import check_model
+from golf_jax.evaluation.packed import evaluate_packed
 from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.score_first import evaluate_score_first
 from golf_jax.evaluation.stream import Stream
@@ -21,6 +24,8 @@ METHODS: dict[str, Callable[..., Result]] = {
     "sliding": evaluate_sliding,
     "score_first": evaluate_score_first,
     "adapt_first": evaluate_adapt_first,
+    "packed": evaluate_packed,
+    "documents": evaluate_documents,
 }
 """name -> function of (model, stream, mesh, `eval.<name>`, log)."""
 
@@ -48,11 +53,20 @@ def score(
     not finite.
     """
     eval.check_length(seq_len)
-    stream = Stream.of(text.val_tokens, text.tables, seq_len, eval.batch_rows, max_targets)
-    causal, error = check_model(model, stream.tokens, mesh, seq_len)
+    causal, error = check_model(model, Stream.of(text.val_tokens, text.tables, seq_len).tokens, mesh, seq_len)
     for name in methods or methods_of(eval):
-        result = METHODS[name](model, stream, mesh, getattr(eval, name, None), log)
-        yield replace(result, facts=replace(result.facts, causal=causal, normalization_error=error))
+        config = getattr(eval, name, None)
+        stream = Stream.of(text.val_tokens, text.tables, getattr(config, "seq_len", seq_len), eval.batch_rows, max_targets)
+        result = METHODS[name](model, stream, mesh, config, log)
+        facts = result.facts  # what the method measured of itself counts with what its model is
+        yield replace(
+            result,
+            facts=replace(
+                facts,
+                causal=causal and facts.causal is not False,
+                normalization_error=float(np.maximum(error, facts.normalization_error or 0.0)),
+            ),
+        )
 
 
 def method_of(eval: EvalConfig, mode: str) -> str:

@@ -45,9 +45,13 @@ class ScoreBook:
 
     def update(self, start: int, stop: int, steps: int) -> None:
         """The optimizer takes `steps` steps on targets start..stop-1 now."""
-        self.used[start:stop] = True
+        self.update_on(np.arange(start, stop), steps)
+
+    def update_on(self, targets: np.ndarray, steps: int) -> None:
+        """The optimizer takes `steps` steps on these targets now."""
+        self.used[targets] = True
         self.updates += steps
-        self._log("update", start, stop)
+        self._log("update", int(targets.min(initial=len(self.used))), int(targets.max(initial=-1)) + 1)
 
     def _log(self, event: str, start: int, stop: int) -> None:
         if self.order and self.order[-1][0] == event:  # one entry per phase, not per batch

@@ -1,6 +1,9 @@
 """Exchange with PyTorch: checkpoints, packed files and hyperparameters of the records' scripts."""
 
 from golf_jax.interop.hparams import model_config
+from golf_jax.interop.opened import export_artifact, open_model
 from golf_jax.interop.torch_names import export_safetensors, from_torch, import_safetensors, open_torch, to_torch
 
-__all__ = ["export_safetensors", "from_torch", "import_safetensors", "model_config", "open_torch", "to_torch"]
+__all__ = [
+    "export_artifact", "export_safetensors", "from_torch", "import_safetensors", "model_config", "open_model", "open_torch", "to_torch",
+]  # fmt: skip

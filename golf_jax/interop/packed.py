@@ -21,6 +21,7 @@ import numpy as np
 import zstandard
 
 from golf_jax.config import GolfError
+from golf_jax.interop import pgrp
 from golf_jax.interop.safetensors import read_safetensors
 from golf_jax.quant import QTensor, dequantize_all
 
@@ -47,6 +48,8 @@ def read_packed_codes(data: bytes) -> dict[str, QTensor]:
     The packing is told by the bytes: zstd, xz or zlib (what the scripts write where a library is missing), else brotli.
     """
     where = "packed file"
+    if data[:4] == pgrp.MAGIC:
+        return _codes_of_2135(data)
     stored = _torch_load(io.BytesIO(_decompress(data, where)), where)
     try:
         read = _codes_of_372 if "quantized" in stored else _codes_of_w_and_m
@@ -204,6 +207,31 @@ def _codes_of_w_and_m(stored: Any) -> dict[str, QTensor]:
             result[name] = QTensor(kind[0], "float32", codes=codes, scale=scale)
         else:
             result[name] = _values(stored["w"][name])
+    return result
+
+
+def _codes_of_2135(data: bytes) -> dict[str, QTensor]:
+    """PR 2135: codes in a frame of their own (`golf_jax.interop.pgrp`), scales, low-rank factors and floats in a torch file beside."""
+    where = "packed file"
+    codes, remainder = pgrp.split(data)
+    stored = _torch_load(io.BytesIO(_decompress(remainder, where)), where)
+    try:
+        floats, result = {n: _numpy(x) for n, x in stored["w"].items()}, {}
+        for name, kind in stored["m"].items():
+            if not (width := re.search(r"int\d", kind)):
+                result[name] = _values(stored["w"][name])
+                continue
+            factors = None
+            if "lqer" in kind:
+                a, b = (QTensor(k, "float32", codes=floats[f"{name}.lq{x}_a"], scale=floats[f"{name}.lq{x}s_a"].reshape(-1))
+                        for k, x in (("int2", "A"), ("int4", "B")))  # fmt: skip
+                factors = (a, b)
+            scale = floats[name + ".scale"]
+            result[name] = QTensor(width[0], "float32", codes=codes.pop(name + ".q"), scale=scale, lowrank=factors)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise GolfError(f"{where}: not a layout that PR 2135's script writes ({type(e).__name__}: {e})") from None
+    if codes:
+        raise GolfError(f"{where}: codes without a scale: {', '.join(codes)}")
     return result
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, parse_json
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 MAX_HEADER = 1 << 24
@@ -21,13 +21,10 @@ MAX_HEADER = 1 << 24
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     """All tensors of a file, in their dtypes. Raises GolfError naming the file for whatever the layout does not allow."""
     data = Path(path).read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(MAX_HEADER, len(data) - 8):
-        raise GolfError(f"{path}: not a safetensors file, or cut short")
+    header, length = _header(data, path)
     try:
-        header = json.loads(data[8 : 8 + length].decode())
         entries = {n: (e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in header.items() if n[:2] != "__"}
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise GolfError(f"{path}: damaged safetensors header ({type(e).__name__})") from None
     tensors, position, body = {}, 0, memoryview(data)[8 + length :]
     for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda kv: kv[1][2:]):
@@ -43,10 +40,31 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_safetensors(tensors: Mapping[str, Any], path: str | Path) -> None:
-    """Write arrays of float64, float32, float16 or bfloat16."""
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a writer noted beside the tensors; empty where nothing is noted. Raises GolfError naming the file."""
+    found = _header(Path(path).read_bytes(), path)[0].get("__metadata__", {})
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+
+
+def _header(data: bytes, path: str | Path) -> tuple[dict[str, Any], int]:
+    """The header, and how long it is."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(MAX_HEADER, len(data) - 8):
+        raise GolfError(f"{path}: not a safetensors file, or cut short")
+    try:
+        header = parse_json(data[8 : 8 + length])
+    except GolfError as e:
+        raise GolfError(f"{path}: damaged safetensors header: {e}") from None
+    if not isinstance(header, dict):
+        raise GolfError(f"{path}: damaged safetensors header (it is no object)")
+    return header, length
+
+
+def write_safetensors(tensors: Mapping[str, Any], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays of float64, float32, float16 or bfloat16. metadata: noted beside them."""
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-    header, parts, position = {}, [], 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    parts, position = [], 0
     for name, x in tensors.items():
         x = np.asarray(x)
         if x.dtype not in names:

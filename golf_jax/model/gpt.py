@@ -24,6 +24,9 @@ from golf_jax.model.inputs import check_params, check_tokens
 from golf_jax.model.params import Params, init_params, leaves
 
 Tap = Callable[[str, jax.Array], None]
+# (what, input [B, T, D], output [B, T, O]) -> output: something added beside a map. what: q, v, o (of the attention's input), mlp, each
+# after its executed layer ("3/q").
+Branch = Callable[[str, jax.Array, jax.Array], jax.Array]
 Attend = Callable[..., jax.Array]  # (q, k, v, xsa=) -> y: `xsa_attention`, or a cache's
 Sight = tuple[jax.Array, int | None] | None  # first key that each position sees [B, T], most keys; None: all of the row
 LANES = ("lane_post", "lane_resid")  # one array for all layers in the challenge's naming, used per layer
@@ -62,6 +65,7 @@ def hidden(
     fake_quant: jax.Array | float | None = None,
     cache: Cache | None = None,
     tap: Tap | None = None,
+    branch: Branch | None = None,
 ) -> jax.Array:
     """Normalised final state [B, T, D] in the activation dtype.
 
@@ -71,6 +75,7 @@ def hidden(
     looping: depth recurrence on (evaluation) or not (start of training); no effect without it in the config.
     last: compute only the last N positions of the last block and of the result: [B, N, D]. Everything before is needed in full.
     fake_quant: strength of fake quantization, 0 to 1, may be traced; default is what evaluation uses (`config.fake_quant.in_eval`).
+    branch: adds to the output of maps (adapters of test-time training); not with `last`.
     cache: go on with a row: tokens are `cache.window` of it, the result is that of its new positions, whose keys and values it takes in.
     Raises GolfError for tokens that are not integers [B, T] within the vocabulary, and for leaves that are not those of the model.
     """
@@ -110,8 +115,9 @@ def hidden(
         only = last if step == len(encoder + decoder) - 1 else None
         attend = None if cache is None else partial(cache.attend, step)
         x_BTD, lane_BTD, v_BTGK = _block(
-            config, i, block, x_BTD, lane_BTD, x0_BTD, v0_BTGK, values.get(i), rope, sight, only, _prefixed(tap, step, i), attend
-        )
+            config, i, block, x_BTD, lane_BTD, x0_BTD, v0_BTGK, values.get(i), rope, sight, only, _prefixed(tap, step, i), attend,
+            branch and _at_step(branch, step),
+        )  # fmt: skip
         v0_BTGK = v_BTGK if v0_BTGK is None else v0_BTGK
         _tap_lanes(tap, step, "out", x_BTD, lane_BTD)
         if j < 0:
@@ -125,6 +131,10 @@ def hidden(
 
 def _prefixed(tap: Tap, step: int, layer: int) -> Tap:
     return lambda name, x: tap(f"{step}/{layer}/{name}", x)
+
+
+def _at_step(branch: Branch, step: int) -> Branch:
+    return lambda what, z, y: branch(f"{step}/{what}", z, y)
 
 
 def _tap_lanes(tap: Tap, step: int, where: str, x_BTD: jax.Array, lane_BTD: jax.Array | None) -> None:
@@ -199,6 +209,7 @@ def _block(
     last: int | None,
     tap: Tap,
     attend: Attend | None,
+    branch: Branch | None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """One transformer block with the weights of physical layer i: the stream, its second lane, and the block's own, unmixed value.
 
@@ -208,7 +219,9 @@ def _block(
     u_BTD = w["resid_mix"][0] * x_BTD + w["resid_mix"][1] * x0_BTD
     z_BTD = ops.rms_norm(u_BTD) * jnp.asarray(scale, x_BTD.dtype)
     tap("attn_in", z_BTD)
-    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap, sight, attend)
+    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap, sight, attend, branch)
+    if branch:
+        a_BTD = branch("o", z_BTD, a_BTD)
     tap("attn_out", a_BTD)
     if last is not None:
         x_BTD, u_BTD, z_BTD = (x[:, -last:] for x in (x_BTD, u_BTD, z_BTD))
@@ -220,6 +233,8 @@ def _block(
         z_BTD = ops.rms_norm(y_BTD) * jnp.asarray(scale, x_BTD.dtype)
     tap("mlp_in", z_BTD)
     m_BTD = mlp(config, w, z_BTD, tap)
+    if branch:
+        m_BTD = branch("mlp", z_BTD, m_BTD)
     tap("mlp_out", m_BTD)
     m_BTD = w["mlp_scale"] * m_BTD
     if lane_BTD is None:
@@ -242,6 +257,7 @@ def attention(
     tap: Tap,
     sight: Sight = None,
     attend: Attend | None = None,
+    branch: Branch | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of layer i with its own weights w on the normalised input: output [B, T, D] and its unmixed value [B, T, G, K].
 
@@ -251,6 +267,8 @@ def attention(
     b, t = z_BTD.shape[:2]
     s = t if last is None else last
     maps = _input_maps(w, z_BTD, last)
+    if branch:
+        maps |= {name: branch(name, z_BTD, maps[name]) for name in ("q", "v")}
     qg = maps["q"]
     tap("q_proj", qg)
     q_BSHK = qg[..., : c.width].reshape(b, s, c.num_heads, c.head_dim)
@@ -375,11 +393,13 @@ class GPT(nn.Module):
     """
 
     config: ModelConfig
+    numerics: str = "fp32"
+    """`as_run`: the initialisation in the precision of the records' scripts."""
 
     @nn.nowrap
     def init(self, rngs: jax.Array | dict[str, jax.Array], *_: Any, **__: Any) -> dict[str, Params]:
         """Fresh variables. Example tokens may be given, as Linen has it, and are not needed: every shape is in the config."""
-        return {"params": init_params(self.config, rngs["params"] if isinstance(rngs, dict) else rngs)}
+        return {"params": init_params(self.config, rngs["params"] if isinstance(rngs, dict) else rngs, self.numerics)}
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, *, looping: bool = True) -> jax.Array:

@@ -6,6 +6,7 @@ challenge's own naming and orientation, one 2-D tensor `(out, in)` per layer: th
 exchanged with PyTorch.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -205,6 +206,7 @@ def storage_dtypes(config: ModelConfig, numerics: str) -> dict[str, jnp.dtype]:
     return {name: jnp.dtype(jnp.bfloat16 if name in low else jnp.float32) for name in leaves(config)}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def init_params(config: ModelConfig, key: jax.Array, numerics: str = "fp32") -> Params:
     """Fresh parameters. `as_run`: every value rounded to bfloat16 once, then kept in `storage_dtypes` (docs/recipes, section 3)."""
     table = leaves(config)

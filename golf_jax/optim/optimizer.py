@@ -60,7 +60,7 @@ class Optimizer(NamedTuple):
     clip_norm: limit of the norm after averaging (infinity: none)."""
 
 
-# kind -> (rule of a group over the shapes of its leaves, host values of the rule's scalars at a step)
+# kind -> (rule of a group over the shapes of its leaves, host values of the rule's float32 scalars at a step: one, or a tree of them)
 RULES: dict[str, tuple[Callable[..., Rule], Callable[[GroupConfig, int], Any]]] = {
     "muon": (muon, lambda group, step: np.float32(muon_momentum(group, step))),
     "adamw": (lambda *_: adam(), lambda group, step: AdamScalars.of(*group.betas, group.eps)),

@@ -41,7 +41,11 @@ _SCORED = re.compile(rf"\bnats[:=]{NUMBER} tokens[:=]({NUMBER}) bytes[:=]{NUMBER
 _PAIR = re.compile(r"(\w+):([\w.+-]+)")
 _PAIRS = re.compile(r"^\w+:[\w.+-]+(?: \w+:[\w.+-]+)*$")
 _SETTING = re.compile(r"^\s+(\w+): (.*)$")
-_STAMP = re.compile(r"^(?:\d{9,}\.\d+|\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[\d.,]*Z?\]?|\[rank\d+\]:?)\s+")
+_COLOUR = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
+_STAMP = re.compile(
+    r"^(?:\d{9,}\.\d+|\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[\d.,]*Z?\]?(?: std(?:out|err) F)?|\[(?:rank|default)\d+\]:?)(?:[ \t]|$|(?<=:))"
+)  # one space only: the program's own indentation stays
+_TASK = re.compile(r"^\d{1,4}:(?: |$)")  # as srun --label has it: a prefix only where every line has it
 _RULE = re.compile(r"^={60,}$")
 _PYTHON = re.compile(r"^\s*(?:import \w|from [\w.]+ import |(?:async )?def \w+\(|class \w+|@\w+)")
 _START = re.compile(r"^(?:Hyperparameters:|val_bpb:enabled\b|logs/\S+\.txt\s*$)")
@@ -126,9 +130,10 @@ def read_text(path: Path) -> str:
     for bom, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
         if data.startswith(bom):
             return data[len(bom) :].decode(encoding, "replace")
-    head = data[:4096]
-    if head.count(0) > len(head) // 4:  # UTF-16 without a mark: every other byte of ASCII is zero
-        return data.decode("utf-16-le" if head[1:2] == b"\0" else "utf-16-be", "replace")
+    head = data[:4096].rstrip(b"\0")
+    zeros = [head[i::2].count(0) for i in (0, 1)]
+    if max(zeros) > len(head) // 4 > 8 * min(zeros):  # UTF-16 without a mark: every other byte of ASCII is zero
+        return data.decode("utf-16-le" if zeros[1] > zeros[0] else "utf-16-be", "replace")
     return data.decode("utf-8", "replace")
 
 
@@ -139,7 +144,7 @@ def digest(text: str) -> str:
 
 def parse_log(text: str, file: str) -> list[Run]:
     """The runs of a log, in order; none if there is no event of training or scoring in it."""
-    lines = [(i, _STAMP.sub("", line.replace("\0", "").rstrip())) for i, line in enumerate(re.split(r"\r\n|\n|\r", text), 1)]
+    lines = list(enumerate(_bare(text), 1))
     if lines[-1][1] and (match := _SCORE.match(lines[-1][1].strip()[:LONGEST])) and _digit(match[2]) != _digit(match[3]):
         lines.pop()  # the file ends within a number
     output, sources = _set_source_aside(lines)
@@ -153,6 +158,15 @@ def parse_log(text: str, file: str) -> list[Run]:
     for run in runs:
         run.sources = sources
     return runs
+
+
+def _bare(text: str) -> list[str]:
+    """The lines as the program printed them: without what terminals, launchers and collectors put before and after."""
+    found = [_COLOUR.sub("", line.replace("\0", "")).rstrip() for line in re.split(r"\r\n|\n|\r", text)]
+    printed = [line for line in found if line]
+    if printed and all(_TASK.match(line) for line in printed):
+        found = [_TASK.sub("", line) for line in found]
+    return [_STAMP.sub("", line) for line in found]
 
 
 def _set_source_aside(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], list[str]]:

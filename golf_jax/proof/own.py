@@ -1,7 +1,6 @@
 """A run directory of this project: nothing is taken on trust that its files can show again."""
 
 import hashlib
-import json
 import math
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 from golf_jax.artifact.code import raw_code_bytes, unbundle
 from golf_jax.artifact.container import inspect
-from golf_jax.config import CAP_BYTES, GolfError
+from golf_jax.config import CAP_BYTES, GolfError, parse_json
 from golf_jax.data.corpus import build_embedded
 from golf_jax.data.manifest import sha256_file
 from golf_jax.data.shards import find_shards
@@ -74,11 +73,11 @@ def check_together(paths: list[Path]) -> list[Finding]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except OSError as error:
         raise GolfError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise GolfError(f"{path}: not JSON ({error})") from None
+        raise GolfError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise GolfError(f"{path}: holds {type(value).__name__}, not an object")
     return value

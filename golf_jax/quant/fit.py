@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from golf_jax.config import GolfError, QuantConfig
+from golf_jax.config import GolfError, QuantConfig, QuantRule
 from golf_jax.progress import Log
-from golf_jax.quant.rules import quantize
-from golf_jax.quant.schemes import FLOATS, QTensor, dequantize
+from golf_jax.quant.rules import quantize, without_hessians
+from golf_jax.quant.schemes import FLOATS, SCHEMES, QTensor, dequantize
 
 MAX_STEP = 16.0
+MIN_SIGMAS = 8.0
+WIDER = {"gptq_int6": "gptq_int7", "int6_sdclip": "int7_sdclip"}
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,22 @@ class _Trial:
 
 
 def scale_steps(config: QuantConfig, factor: float) -> QuantConfig:
-    """`config` with the step of every integer rule multiplied; float rules have none."""
-    rules = tuple(r if r.scheme in FLOATS else replace(r, step=r.step * factor) for r in config.rules)
-    return replace(config, rules=rules)
+    """`config` with the step of every integer rule multiplied; float rules have none.
+
+    Where a finer step would clip below `MIN_SIGMAS` standard deviations of a row, the rule gets a bit more: same step, twice the range.
+    """
+
+    def scaled(rule: QuantRule) -> QuantRule:
+        if rule.scheme in FLOATS:
+            return rule
+        rule = replace(rule, step=rule.step * factor)
+        scheme = SCHEMES[rule.scheme]
+        clip = (rule.sigmas or scheme.sigmas) * rule.step
+        if factor < 1 and clip and clip < MIN_SIGMAS and (wider := WIDER.get(rule.scheme)):
+            rule = replace(rule, scheme=wider, sigmas=rule.sigmas or scheme.sigmas, step=rule.step * 63 / 31)
+        return rule
+
+    return replace(config, rules=tuple(map(scaled, config.rules)))
 
 
 def fit_to_cap(
@@ -59,46 +74,57 @@ def fit_to_cap(
     *,
     hessians: Mapping[str, np.ndarray] | None = None,
     score: Callable[[dict[str, QTensor]], float] | None = None,
+    estimate: Callable[[dict[str, QTensor]], int] | None = None,
     slack: float = 0.002,
     max_trials: int = 8,
     log: Log | None = None,
 ) -> tuple[QuantConfig, bytes, FitReport]:
     """(config, encoded, report): the tensors quantized by `config` and encoded, in at most `budget_bytes`.
 
-    A recipe that fits is returned unchanged after one trial. Otherwise all steps grow by one factor, the least that fits to within
-    `slack` of the budget: doubling a step takes about one bit per code, which gives the first guess, and false position on
-    (log2 factor, bytes) the rest. encode: the real container with its compressor; the caller takes the code's bytes off the budget.
+    A recipe that fits is returned unchanged after one trial, unless `config.margin` asks for the whole budget. Otherwise all steps get one
+    factor, that which fits to within `slack` of the budget. `estimate`, the bytes by entropy, gives the first guess on plainly rounded
+    weights (without it: doubling a step takes about one bit per code), and false position on (log2 factor, bytes) the rest.
+    encode: the real container with its compressor; the caller takes the code's bytes, and the margin, off the budget.
     score: measures the quantized model (bpb), called for the first and the last if they differ. Raises GolfError if even a step 16
     times as coarse does not fit.
     """
     trials: list[tuple[float, int]] = []
 
     def attempt(log_factor: float) -> _Trial:
-        candidate = scale_steps(config, 2.0**log_factor)
+        candidate = scale_steps(config, 2.0**log_factor) if log_factor else config
         quantized = quantize(tensors, candidate, hessians, log)
         trial = _Trial(2.0**log_factor, candidate, quantized, encode(quantized))
         trials.append((trial.factor, len(trial.data)))
         return trial
 
     first = best = attempt(0.0)
-    low, low_size = 0.0, len(first.data)  # largest factor known to be too small
-    high, high_size = math.inf, 0  # smallest factor known to fit
     codes = sum(q.codes.size for q in first.quantized.values() if q.codes is not None)
+    low, low_size, high, high_size = -math.inf, 0, math.inf, 0  # factors known to give too many bytes, and to fit
     target = budget_bytes * (1 - slack / 2)
-    while low_size > budget_bytes and len(trials) < max_trials and not (high_size >= budget_bytes * (1 - slack)):
-        if math.isinf(high):
-            guess = low + (low_size - target) * 8 / max(codes, 1) * 1.02
-            guess = min(max(guess, low + 1e-4), low + 2, math.log2(MAX_STEP))
+    now, size = 0.0, len(first.data)
+    while True:
+        if size <= budget_bytes:
+            high, high_size = now, size
+        else:
+            low, low_size = now, size
+        full = high_size >= budget_bytes * (1 - slack) or (math.isinf(low) and config.margin < 0)
+        if len(trials) >= max_trials or not codes or (high_size and full):
+            break
+        if len(trials) == 1 and estimate:
+            guess = _by_entropy(tensors, config, target * _over(estimate, tensors, config, size), estimate)
+        elif math.isinf(high) or math.isinf(low):
+            guess = now + (size - target) * 8 / codes * (1.02 if math.isinf(high) else 1)
+            guess = max(guess, now + 1e-4) if math.isinf(high) else min(guess, now - 1e-4)
+            guess = min(max(guess, now - 2), now + 2)
         else:
             guess = low + (high - low) * min(max((low_size - target) / (low_size - high_size), 0.05), 0.95)
-        if guess <= low:
+        guess = min(max(guess, -math.log2(MAX_STEP)), math.log2(MAX_STEP))
+        if guess == now or not low <= guess <= high:
             break
         candidate = attempt(guess)
-        size = len(candidate.data)
-        if size <= budget_bytes:
-            best, high, high_size = candidate, guess, size
-        else:
-            low, low_size = guess, size
+        now, size = guess, len(candidate.data)
+        if size <= budget_bytes and (len(best.data) > budget_bytes or size > len(best.data)):
+            best = candidate
     if len(best.data) > budget_bytes:
         raise GolfError(
             f"quant: {trials[-1][1]:,} bytes at step x {trials[-1][0]:.2f} still exceed the budget of {budget_bytes:,}; "
@@ -115,6 +141,26 @@ def fit_to_cap(
         score_after=score(best.quantized) if score and best is not first else None,
     )
     return best.config, best.data, report
+
+
+def _over(estimate: Callable[[dict[str, QTensor]], int], tensors: Mapping[str, np.ndarray], config: QuantConfig, size: int) -> float:
+    """What the estimate of plain rounding is to the bytes that came out."""
+    return estimate(quantize(tensors, without_hessians(config))) / max(size, 1)
+
+
+def _by_entropy(
+    tensors: Mapping[str, np.ndarray], config: QuantConfig, target: float, estimate: Callable[[dict[str, QTensor]], int]
+) -> float:
+    """log2 of the factor whose plainly rounded codes are estimated at `target` bytes, to 1/256."""
+    plain = without_hessians(config)
+    low, high = -2.0, math.log2(MAX_STEP)
+    while high - low > 1 / 256:
+        middle = (low + high) / 2
+        if estimate(quantize(tensors, scale_steps(plain, 2.0**middle))) > target:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def relative_error(tensors: Mapping[str, np.ndarray], quantized: Mapping[str, QTensor]) -> float:

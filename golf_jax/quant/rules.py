@@ -9,6 +9,7 @@ import numpy as np
 
 from golf_jax.config import GolfError, ModelConfig, QuantConfig, QuantRule
 from golf_jax.progress import Log, Progress
+from golf_jax.quant.lowrank import correct
 from golf_jax.quant.rounding import prune_by_magnitude
 from golf_jax.quant.schemes import QTensor, apply_rule, check_shape, scheme_of
 
@@ -65,7 +66,7 @@ def quantize(
         if config.prune_fraction and w.ndim == 2 and w.size > config.prune_min_numel:
             w = prune_by_magnitude(w, config.prune_fraction)
         result[name] = apply_rule(rule, name, w, (hessians or {}).get(name))
-    return result
+    return correct(tensors, result, config.lowrank)
 
 
 def without_hessians(config: QuantConfig) -> QuantConfig:

@@ -13,14 +13,24 @@ from golf_jax.config import GolfError, QuantRule
 from golf_jax.quant.rounding import F16_TINY, F32, sorted_rows, squared_error, to_codes, torch_quantile
 
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-WIDTHS = {"int5": (-16, 15), "int6": (-32, 31), "int7": (-64, 63), "int8": (-128, 127)}  # least and largest code
+WIDTHS = {
+    "int2": (-2, 1),
+    "int4": (-8, 7),
+    "int5": (-16, 15),
+    "int6": (-32, 31),
+    "int7": (-64, 63),
+    "int8": (-128, 127),
+}  # least and largest code
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 INT8_QUANTILE = 99.99984 / 100
 
 
 @dataclass(frozen=True)
 class QTensor:
-    """One stored tensor: integer codes with a scale per row, or float values."""
+    """One stored tensor: integer codes with scales, perhaps a coded low-rank correction, or float values.
+
+    Every scale counts for equally many consecutive codes in row-major order: a row, a group, the whole matrix.
+    """
 
     kind: str
     """One of WIDTHS (codes are int8 in memory) or of FLOATS."""
@@ -29,9 +39,11 @@ class QTensor:
     codes: np.ndarray | None = None
     """int8 [R, C]"""
     scale: np.ndarray | None = None
-    """float16 [R]"""
+    """float16 [n], n divides R C; n = R: one per row, 1: one for the matrix."""
     values: np.ndarray | None = None
     """Floats of dtype `kind`, any shape; None for codes."""
+    lowrank: tuple["QTensor", "QTensor"] | None = None
+    """Coded factors [R, k] and [k, C] of a correction that is added to codes times scales (`golf_jax.quant.lowrank`)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,12 +54,17 @@ class QTensor:
 
 @dataclass(frozen=True)
 class Scheme:
-    """An integer scheme. `make(w_RC float32, step, hessian or None) -> (codes int8 [R, C], scale float16 [R])`."""
+    """An integer scheme. `make(w_RC float32, step, hessian or None) -> (codes int8 [R, C], scale float16 [R])`.
+
+    step: factor on the scheme's rounding step; where the scheme clips at standard deviations, their number.
+    """
 
     kind: str
     make: Callable[[np.ndarray, float, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
     plain: str = ""
     """Of a scheme that needs a Hessian: the one that rounds to the same scales without."""
+    sigmas: float = 0.0
+    """Clip in standard deviations of the row, where the scheme has one and the rule names no other."""
 
     @property
     def needs_hessian(self) -> bool:
@@ -121,24 +138,24 @@ def sd_scale(w_RC: np.ndarray, high: int, sigmas: float) -> np.ndarray:
     return np.maximum(F32(sigmas) * std_R / F32(high), F32(1e-10)).astype(np.float16)
 
 
-def _sd_clip(high: int, sigmas: float):
+def _sd_clip(high: int):
     """The scale of PR 2005 with plain rounding: what GPTQ costs in bytes, known without a Hessian."""
 
-    def make(w_RC, step, _):
-        scale_R = sd_scale(w_RC, high, sigmas * step)
+    def make(w_RC, sigmas, _):
+        scale_R = sd_scale(w_RC, high, sigmas)
         return to_codes(w_RC, scale_R, -high, high), scale_R
 
     return make
 
 
-def _gptq(high: int, sigmas: float):
-    """PR 2005: full-Hessian GPTQ, clip at `sigmas` standard deviations of the row."""
+def _gptq(high: int):
+    """PR 2005: full-Hessian GPTQ, clip at `sigmas` standard deviations of the row (PR 2135: by group)."""
 
-    def make(w_RC, step, hessian_CC):
+    def make(w_RC, sigmas, hessian_CC):
         from golf_jax.quant.gptq import gptq_codes  # jax: only who runs GPTQ pays for its import
 
         assert hessian_CC is not None
-        scale_R = sd_scale(w_RC, high, sigmas * step)
+        scale_R = sd_scale(w_RC, high, sigmas)
         return gptq_codes(w_RC, hessian_CC, scale_R, high), scale_R
 
     return make
@@ -152,10 +169,10 @@ SCHEMES: dict[str, Scheme] = {
     "int5_row_search": Scheme("int5", _row_search(15)),
     "int6_row_search": Scheme("int6", _row_search(31)),
     "int6_matrix_search": Scheme("int6", _matrix_search),
-    "int6_sdclip": Scheme("int6", _sd_clip(31, 12.85)),
-    "int7_sdclip": Scheme("int7", _sd_clip(63, 15.0)),
-    "gptq_int6": Scheme("int6", _gptq(31, 12.85), plain="int6_sdclip"),
-    "gptq_int7": Scheme("int7", _gptq(63, 15.0), plain="int7_sdclip"),
+    "int6_sdclip": Scheme("int6", _sd_clip(31), sigmas=12.85),
+    "int7_sdclip": Scheme("int7", _sd_clip(63), sigmas=15.0),
+    "gptq_int6": Scheme("int6", _gptq(31), plain="int6_sdclip", sigmas=12.85),
+    "gptq_int7": Scheme("int7", _gptq(63), plain="int7_sdclip", sigmas=15.0),
 }
 
 
@@ -168,7 +185,10 @@ def scheme_of(rule: QuantRule) -> Scheme | None:
 
 def check_shape(rule: QuantRule, name: str, shape: tuple[int, ...]) -> None:
     """Raises GolfError if the scheme of `rule` cannot take a tensor of this shape."""
-    if scheme_of(rule) and (len(shape) != 2 or 0 in shape):
+    scheme = scheme_of(rule)
+    if rule.sigmas and not (scheme and scheme.sigmas):
+        raise GolfError(f"quant.rules: scheme {rule.scheme} has no clip in standard deviations; leave sigmas 0 (pattern {rule.pattern!r})")
+    if scheme and (len(shape) != 2 or 0 in shape):
         raise GolfError(f"quant.rules: scheme {rule.scheme} needs a matrix, but {name} has shape {shape}; give it a float rule before")
 
 
@@ -184,21 +204,32 @@ def apply_rule(rule: QuantRule, name: str, w: np.ndarray, hessian: np.ndarray | 
             return QTensor(rule.scheme, w.dtype.name, values=values)
         if scheme.needs_hessian and hessian is None:
             raise GolfError(f"{name}: scheme {rule.scheme} needs its Hessian, and none was collected")
-        codes, scale = scheme.make(w.astype(F32, order="C"), rule.step, hessian)
+        step = (rule.sigmas or scheme.sigmas or 1.0) * rule.step
+        codes, scale = scheme.make(w.astype(F32, order="C"), step, hessian)
     if not np.isfinite(scale).all():
         raise GolfError(f"{name}: a row scale exceeds float16; the weights are far too large for scheme {rule.scheme}")
     return QTensor(scheme.kind, w.dtype.name, codes=codes, scale=scale)
 
 
 def dequantize(q: QTensor) -> np.ndarray:
-    """The tensor again, float32 or bfloat16 as it was: float32(code) * float32(scale) per row, or the stored values."""
-    if q.codes is not None:
-        assert q.scale is not None
-        w = q.codes.astype(F32) * q.scale.astype(F32)[:, None]
-    else:
+    """The tensor again, float32 or bfloat16 as it was: float32(code) * float32(scale), the correction added, or the stored values."""
+    if q.codes is None:
         assert q.values is not None
-        w = q.values
+        return q.values.astype(FLOATS[q.dtype])
+    w = coded_values(q)
+    if q.lowrank:
+        a_RK, b_KC = (coded_values(factor) for factor in q.lowrank)
+        w += a_RK @ b_KC
     return w.astype(FLOATS[q.dtype])
+
+
+def coded_values(q: QTensor) -> np.ndarray:
+    """Codes times scales, float32 [R, C], without the correction."""
+    assert q.codes is not None and q.scale is not None
+    if not q.codes.size:
+        return q.codes.astype(F32)
+    groups = q.codes.reshape(q.scale.size, -1).astype(F32)
+    return (groups * q.scale.astype(F32).reshape(-1, 1)).reshape(q.codes.shape)
 
 
 def dequantize_all(qtensors: Mapping[str, QTensor]) -> dict[str, np.ndarray]:

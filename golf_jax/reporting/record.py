@@ -1,7 +1,5 @@
 """A run directory as a report reads it, finished or not."""
 
-import contextlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,8 @@ from typing import Any
 from golf_jax.artifact.container import read_bytes
 from golf_jax.artifact.ledger import ByteLedger, ledger
 from golf_jax.config import GolfError, Recipe, from_dict
-from golf_jax.training.rundir import read_json
+from golf_jax.files import json_rows
+from golf_jax.training.rundir import read_json, read_stages
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,7 @@ def read_record(path: Path, name: str = "") -> Record:
         config = read_json(path / "config.json")
     except FileNotFoundError:
         raise GolfError(f"{path}: no run is there (config.json is missing)") from None
-    stages: Any = {}
-    with contextlib.suppress(FileNotFoundError):
-        stages = read_json(path / "stages.json")
-    if not isinstance(stages, dict):
-        raise GolfError(f"{path / 'stages.json'}: is not the record of a run")
-    rows = _rows(path / "metrics.jsonl")
+    stages, rows = read_stages(path), json_rows(path / "metrics.jsonl")
     bytes_of = None
     if "pack" in stages and (path / "artifact.golf").is_file():
         bytes_of = ledger(read_bytes(path / "artifact.golf"), stages["pack"]["code_bytes"])
@@ -76,18 +70,6 @@ def read_record(path: Path, name: str = "") -> Record:
         stages,
         bytes_of,
     )
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """The sound rows of metrics.jsonl, also of a run that is still going on."""
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in file.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("event"), str):
-                    found.append(row)
-    return found
 
 
 def read_records(paths: list[Path]) -> list[Record]:

@@ -5,8 +5,6 @@ arrays of one step beside the meta of another, are found before anything is trai
 """
 
 import functools
-import hashlib
-import json
 import logging
 import shutil
 import sys
@@ -22,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from golf_jax.config import GolfError, Recipe, to_dict
+from golf_jax.files import sealed
 from golf_jax.mesh import ROWS
 from golf_jax.processes import from_main
 from golf_jax.training.state import TrainState
@@ -67,11 +66,6 @@ def _named_digests(state: TrainState) -> tuple[dict[str, list[int]], bool]:
     return named, bool(finite)
 
 
-def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
-    body = {k: v for k, v in meta.items() if k != "sha256"}
-    return body | {"sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
-
-
 @functools.cache
 def _quiet() -> None:
     """A failure is raised here, as one line; orbax and asyncio log it, too, and tensorstore's threads print dozens of tracebacks of it."""
@@ -109,7 +103,7 @@ class Checkpoints:
         named, finite = _named_digests(state)
         if not finite:
             raise GolfError(f"step {step}: the weights are not finite any more; nothing is saved from here on")
-        meta = _sealed({"recipe": to_dict(recipe), "step": step, "digests": named, **facts})
+        meta = sealed({"recipe": to_dict(recipe), "step": step, "digests": named, **facts})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
         with self._written(f"checkpoint {step} cannot be written"):
             self._manager.save(step, args=args, force=True)
@@ -142,7 +136,7 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
         with self._reported(f"checkpoint {step} cannot be read"):
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            if not isinstance(meta, dict) or meta != _sealed(meta) or meta["step"] != step:
+            if not isinstance(meta, dict) or meta != sealed(meta) or meta["step"] != step:
                 raise GolfError(f"checkpoint {step}: its meta data were altered")
             folder: Any = self.directory / str(step) / "state"
             check_same_shapes(abstract, ocp.StandardCheckpointHandler().metadata(folder).tree)

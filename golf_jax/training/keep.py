@@ -55,6 +55,14 @@ class Keeper:
             return Interrupted(number, "nothing could be saved" if step else "nothing was trained yet")
         return Interrupted(number, f"saved after step {step}; go on with: python -m golf_jax.train --resume {self.run.path}")
 
+    def without_data(
+        self, error: GolfError, step: int, state: TrainState, seconds: float, position: dict[str, int], loss: float
+    ) -> GolfError:
+        """The training text cannot be read on: save what was trained, where one process can decide that alone."""
+        if jax.process_count() > 1 or not step or not self.save(step, state, seconds, position, loss, wait=True):
+            return error
+        return GolfError(f"{error} (saved after step {step}; then go on with: python -m golf_jax.train --resume {self.run.path})")
+
     def diverged(self, step: int, loss: float) -> GolfError:
         """The state after `step` steps has a loss that is not finite: its checkpoint is good for nothing and set aside."""
         with contextlib.suppress(GolfError):

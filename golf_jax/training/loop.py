@@ -133,7 +133,14 @@ def train(
             if profile and step - first in (PROFILED_FROM, PROFILED_FROM + profile):
                 jax.block_until_ready(state.params)
                 _trace(run, begins=step - first == PROFILED_FROM)
-            state, metrics = steps[phase_at(recipe, now)](state, next(batches), put_replicated(mesh, inputs))
+            try:
+                batch = next(batches)
+            except GolfError as error:  # a shard that was altered meanwhile, or holds no tokens of this vocabulary
+                if pending:
+                    watch.step(*pending, clock)
+                with jax.transfer_guard("allow"):
+                    raise keeper.without_data(error, step, state, clock.local_seconds, batches.state(), watch.loss) from None
+            state, metrics = steps[phase_at(recipe, now)](state, batch, put_replicated(mesh, inputs))
             if pending:
                 watch.step(*pending, clock)
             pending = (step, inputs, metrics)

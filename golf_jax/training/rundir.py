@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 import jax
 
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, parse_json
+from golf_jax.files import json_rows, sealed, write_atomic
 from golf_jax.processes import from_main
 
 PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
@@ -32,11 +33,22 @@ def new_path(parent: str | Path, name: str) -> Path:
 def read_json(path: Path) -> Any:
     """JSON of a file of a run. Raises GolfError naming it, FileNotFoundError where it is not there."""
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise GolfError(f"{path}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+
+
+def read_stages(run: Path) -> dict[str, Any]:
+    """What each finished stage of the run said (`stages.json`); nothing where there is none. Raises GolfError if it was altered."""
+    try:
+        stages = read_json(run / "stages.json")
+    except FileNotFoundError:
+        return {}
+    if not isinstance(stages, dict) or stages != sealed(stages):
+        raise GolfError(f"{run / 'stages.json'}: was altered; remove it to repeat what follows training")
+    return {stage: facts for stage, facts in stages.items() if stage != "sha256"}
 
 
 class RunDir:
@@ -72,10 +84,7 @@ class RunDir:
             self._log = open(self.path / "log.txt", "a", encoding="utf8")
             self._repair_metrics()
             self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf8")
-            with contextlib.suppress(FileNotFoundError):
-                self.record = read_json(self.path / "stages.json")
-            if not isinstance(self.record, dict):
-                return f"{self.path / 'stages.json'}: is not the record of a run; remove it to repeat what follows training"
+            self.record = read_stages(self.path)
         except BlockingIOError:
             return f"{self.path}: another process works in this directory"
         except GolfError as error:
@@ -134,15 +143,8 @@ class RunDir:
             self._append(self._metrics, json.dumps({"event": event, **clean}, allow_nan=False))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; lines that a kill or a fault tore are left out."""
-        found = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / "metrics.jsonl").read_bytes().splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    row = json.loads(line)
-                    if isinstance(row, dict) and isinstance(row.get("event"), str):
-                        found.append(row)
-        return found
+        """The sound rows of metrics.jsonl."""
+        return json_rows(self.path / "metrics.jsonl")
 
     def _repair_metrics(self, keep: Any = lambda row: True) -> None:
         """Rewrite metrics.jsonl, whole or not at all, with the sound rows that are to be kept."""
@@ -159,7 +161,7 @@ class RunDir:
     def note(self, stage: str, facts: Any) -> None:
         """The stage is done: its facts are kept, so that it is not repeated."""
         self.record[stage] = facts
-        self.write("stages.json", self.record)
+        self.write("stages.json", sealed(self.record))
 
     def write(self, name: str, content: Any) -> Path:
         """A file, complete or not there at all: bytes and text as they are, anything else as JSON."""
@@ -169,17 +171,7 @@ class RunDir:
         if not isinstance(content, bytes):
             text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False)
             content = (text.rstrip("\n") + "\n").encode()
-        part = target.with_name(target.name + ".part")
-        try:
-            with open(part, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise GolfError(f"{target}: cannot write: {error.strerror}") from None
-        return target
+        return write_atomic(target, content)
 
     def remove(self, name: str) -> None:
         if self.main:

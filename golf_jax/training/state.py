@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from golf_jax.config import DataConfig, EvalConfig, GroupConfig, Recipe, ScheduleConfig, SlidingConfig
 from golf_jax.mesh import AXIS, REPLICATED, ROWS
-from golf_jax.model.params import dead_layers, init_params, leaves
+from golf_jax.model.gpt import GPT
+from golf_jax.model.params import dead_layers, leaves
 from golf_jax.optim.averaging import ema_init, swa_init
 from golf_jax.optim.optimizer import Optimizer, make_optimizer
 
@@ -106,7 +107,8 @@ def _maker(graph: Recipe, mesh: Mesh) -> Any:
     """Compiled-on-first-use function of a key and given parameters (or None) to the state on the mesh."""
 
     def make(key: jax.Array, given: dict[str, jax.Array] | None) -> TrainState:
-        return make_state(graph, init_params(graph.model, key, graph.numerics) if given is None else given, mesh.shape[AXIS])
+        params = GPT(graph.model, graph.numerics).init(key)["params"] if given is None else given
+        return make_state(graph, params, mesh.shape[AXIS])
 
     return jax.jit(make, out_shardings=state_shardings(graph, mesh))
 

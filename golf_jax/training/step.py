@@ -67,14 +67,15 @@ class StepMetrics(NamedTuple):
 
 
 def micro_rows(recipe: Recipe, devices: int) -> int:
-    """Sequences per device and forward pass. Raises GolfError if the batch does not divide."""
+    """Sequences per device and forward pass; an `auto` not yet resolved counts as 0. Raises GolfError if the batch does not divide."""
     d = recipe.data
     total = d.batch_shape[0]
     if total % devices:
         what = "data.ranks" if d.packed else "data.ranks * data.rows_per_rank"
         raise GolfError(f"a batch of {total} sequences ({what}) does not divide over {devices} devices")
     local = total // devices
-    count = min(recipe.micro_rows or d.rank_rows, local)
+    asked = 0 if recipe.micro_rows == "auto" else recipe.micro_rows
+    count = min(asked or d.rank_rows, local)
     if local % count:
         raise GolfError(f"micro_rows {count} does not divide the {local} sequences of one device")
     if recipe.optim.clip_per_rank and d.ranks % devices:

@@ -46,6 +46,7 @@ def test_flops_are_those_of_the_compiled_parts(parts, recipe):
         assert 0.9 < flops(made[name]) / made[name].flops < 1.6, name
 
 
+@pytest.mark.slow
 def test_newton_schulz_and_bytes(parts, recipe):
     mesh = make_mesh(1)
     state = init_state(recipe, mesh, 0)
@@ -56,6 +57,7 @@ def test_newton_schulz_and_bytes(parts, recipe):
     assert part.bytes == 4 * (size + 2 * held), "gradients in, state in and out"
 
 
+@pytest.mark.slow
 def test_collectives_are_timed_apart_on_several_devices(parts, recipe):
     mesh = make_mesh(2)
     names = [p.name for p in parts.optimizer_parts(recipe, mesh, init_state(recipe, mesh, 0))]

@@ -21,6 +21,12 @@ def batches(loader, count):
     return np.stack([b.inputs for b in pairs]), np.stack([b.targets for b in pairs])
 
 
+def equal(found, tokens):
+    """Inputs and targets [steps, rows, T] are those of stored tokens [steps, ranks, rows, T + 1]."""
+    for ours, want in zip(found, (tokens[..., :-1], tokens[..., 1:]), strict=True):
+        np.testing.assert_array_equal(ours, want.reshape(ours.shape))
+
+
 def test_stream_wraps_spans_shards_and_leaves_span_ends_as_targets_only(arrays):
     stream = np.concatenate(arrays * 3)
     x, y = batches(StreamLoader(arrays, ranks=4, rows=2, seq_len=16), 40)
@@ -30,60 +36,35 @@ def test_stream_wraps_spans_shards_and_leaves_span_ends_as_targets_only(arrays):
     np.testing.assert_array_equal(y, spans[..., 1:].reshape(40, 8, 16))
 
 
-def test_stream_equals_pr1182(shared):
-    golden = np.load(shared / "golden/pr1182/loader.npz")
-    loader = StreamLoader([golden[f"shard{number}"] for number in range(3)], ranks=8, rows=2, seq_len=16)
-    x, y = batches(loader, 14)
-    np.testing.assert_array_equal(x.reshape(14, 8, 2, 16), golden["x"])
-    np.testing.assert_array_equal(y.reshape(14, 8, 2, 16), golden["y"])
-
-
-def test_stream_equals_pr372(shared):
-    golden = np.load(shared / "golden/pr372/train.npz")
-    loader = StreamLoader([golden[f"shard{number}"] for number in range(3)], ranks=8, rows=2, seq_len=128)
-    x, y = batches(loader, 20)
-    np.testing.assert_array_equal(x.reshape(20, 8, 2, 128), golden["x"])
-    np.testing.assert_array_equal(y.reshape(20, 8, 2, 128), golden["y"])
-
-
-def test_stream_equals_pr638(shared):
-    golden = np.load(shared / "golden/pr638/train.npz")
-    sizes = json.loads(str(golden["config"]))["train_shard_sizes"]
-    shards = np.split(golden["train_shards"], np.cumsum(sizes)[:-1])
-    x, y = batches(StreamLoader(shards, ranks=8, rows=4, seq_len=128), 20)
-    np.testing.assert_array_equal(x.reshape(20, 8, 4, 128), golden["x"])
-    np.testing.assert_array_equal(y[..., -1].reshape(20, 8, 4), golden["y_last"])
+@pytest.mark.parametrize(("pr", "section"), [(372, "train"), (638, "train"), (1182, "loader")])
+def test_stream_equals_the_records(shared, pr, section):
+    shards, want = np.load(shared / f"reference/pr{pr}/loader.npz"), np.load(shared / f"reference/pr{pr}/{section}.npz")["main/tokens"]
+    steps, ranks, rows, length = want.shape
+    loader = StreamLoader([shards[f"main/shard/{number}"] for number in range(3)], ranks=ranks, rows=rows, seq_len=length - 1)
+    equal(batches(loader, steps), want)
 
 
 def test_stream_equals_pr562(shared):
-    golden = np.load(shared / "golden/pr562/train.npz")
+    want = np.load(shared / "reference/pr562/train.npz")["main/tokens"]
     tokens = open_shard(shared / "data/fineweb_sp1024/fineweb_train_000000.bin")[:120_000]
-    loader = StreamLoader([tokens[:30_001], tokens[30_001:]], ranks=8, rows=2, seq_len=128)
-    x, y = batches(loader, 20)
-    np.testing.assert_array_equal(x.reshape(20, 8, 2, 128), golden["tokens"])
-    np.testing.assert_array_equal(y[..., -1].reshape(20, 8, 2), golden["targets_last"])
+    equal(batches(StreamLoader([tokens[:30_001], tokens[30_001:]], ranks=8, rows=2, seq_len=128), len(want)), want)
 
 
 def test_shuffled_equals_pr2005(shared):
-    train = np.load(shared / "golden/pr2005/train.npz")
     loader = make_loader("shuffled", shared / "data/fineweb_sp8192/fineweb_train_*.bin", ranks=1, rows=8, seq_len=128)
     x, y = batches(loader, 20)
-    np.testing.assert_array_equal(x, train["tokens"])
-    np.testing.assert_array_equal(y, train["targets"])
-    np.testing.assert_array_equal(x[:4], np.load(shared / "golden/pr2005/quant.npz")["calibration_tokens"])
+    equal((x, y), np.load(shared / "reference/pr2005/train.npz")["main/tokens"])
+    np.testing.assert_array_equal(x[:4], np.load(shared / "reference/pr2005/quant.npz")["main/calibration"])
 
 
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_shuffled_equals_pr2005_on_several_shards_ranks_and_passes(shared, ranks, rank):
-    golden = np.load(shared / "golden/pr2005/units.npz")
-    files = golden[f"loader/world{ranks}_rank{rank}/files"]
+    stored = np.load(shared / "reference/pr2005/loader.npz")
     # a token tells its shard and place, so that the batch tells what was drawn
-    shards = [index * 8192 + np.arange(size) for index, size in enumerate(golden["loader/shard_lengths"])]
+    shards = [index * 8192 + np.arange(size) for index, size in enumerate(stored[f"ranks_{ranks}/shard_lengths"])]
     loader = ShuffledLoader(shards, ranks, rows=8, seq_len=128, row_slice=slice(8 * rank, 8 * rank + 8))
     x, y = batches(loader, 9)
-    index, start = np.divmod(x[..., 0], 8192)
-    np.testing.assert_array_equal(index, files[golden[f"loader/world{ranks}_rank{rank}/local_shard_and_start"][..., 0]])
-    np.testing.assert_array_equal(start, golden[f"loader/world{ranks}_rank{rank}/local_shard_and_start"][..., 1])
+    np.testing.assert_array_equal(np.stack(np.divmod(x[..., 0], 8192), -1), stored[f"ranks_{ranks}/drawn"][:, rank])
     np.testing.assert_array_equal(x, x[..., :1] + np.arange(128))
     np.testing.assert_array_equal(y, x + 1)
 

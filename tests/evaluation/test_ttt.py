@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from evaluation.reference_models import Tiny
+from tiny_recipes import some
 
 from golf_jax.config import AdaptFirstConfig, GolfError, ModelConfig, ScoreFirstConfig, SlidingConfig
 from golf_jax.evaluation import METHODS, Stream
@@ -43,13 +44,7 @@ def illegal_run(tiny):
 
 @pytest.mark.parametrize(
     ("pr", "name"),
-    [
-        ("pr562", "main"),
-        ("pr1182", "main"),
-        ("pr2005", "main"),
-        pytest.param("pr562", "plain", marks=pytest.mark.slow),
-        pytest.param("pr1182", "plain", marks=pytest.mark.slow),
-    ],
+    some([("pr562", "main"), ("pr1182", "main"), ("pr2005", "main"), ("pr562", "plain"), ("pr1182", "plain")], ("pr1182", "main")),
 )
 def test_the_reference_run_is_reproduced(references, pr, name):
     """Losses and norms of every step, sums of every chunk, weights at the end."""

@@ -12,8 +12,8 @@ FLOORED = RowScheme(levels=31, lowest=-32, scale_floor=1 / 31)
 
 @pytest.mark.parametrize(("name", "scheme"), [("int6", RowScheme(31, -31, 1e-8)), ("int5", RowScheme(15, -16, 1e-8))])
 def test_matches_the_recorded_rows_bit_for_bit(shared, name, scheme):
-    with np.load(shared / "golden/pr372/fakequant.npz") as golden:
-        w, expected, gradient = golden["W"], golden[f"{name}/fake"], golden[f"{name}/grad_of_sum_o_times_col"]
+    with np.load(shared / "reference/pr372/units.npz") as stored:
+        w, expected, gradient = (stored[f"fake_quant_{name}/{item}"] for item in ("in/w", "out/w", "out/grad"))
     columns = jnp.arange(w.shape[1], dtype=jnp.float32)
     function = lambda w, axis: fake_quant(w, scheme, axis=axis)  # noqa: E731
     np.testing.assert_array_equal(function(jnp.asarray(w), 1), expected)

@@ -1,10 +1,12 @@
 """fit_to_cap: never over the budget, close to it, few encodings, and the price is told."""
 
 import lzma
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from golf_jax.artifact.ledger import estimate_bytes
 from golf_jax.config import GolfError, QuantConfig, QuantRule
 from golf_jax.quant import quantize
 from golf_jax.quant.fit import fit_to_cap, relative_error, scale_steps
@@ -66,3 +68,24 @@ def test_float_rules_have_no_step():
     assert scale_steps(config(), 2.0).rules[1].step == 2.0
     with pytest.raises(GolfError, match="step must be positive"):
         QuantRule("", "int6_row", step=0.0)
+
+
+@pytest.mark.parametrize("fraction", [1.3, 0.8])
+def test_a_margin_asks_for_the_whole_budget_and_entropy_finds_it(fraction):
+    sd = replace(config("int6_sdclip"), margin=0)
+    start = len(encode(quantize(tensors(), sd)))
+    budget = int(start * fraction)
+    fitted, data, report = fit_to_cap(tensors(), sd, budget, encode, estimate=lambda q: estimate_bytes(q, "lzma"), slack=0.01)
+    assert 0.985 * budget <= len(data) <= budget and len(report.trials) <= 4
+    assert (report.error_after < report.error_before) == (fraction > 1)
+    assert fitted == scale_steps(sd, report.factor)
+
+
+def test_a_finer_step_takes_a_bit_more_before_it_clips():
+    sd = QuantConfig(rules=(QuantRule("", "int6_sdclip", sigmas=11.5),))
+    finer = scale_steps(sd, 0.5).rules[0]
+    assert (finer.scheme, finer.sigmas) == ("int7_sdclip", 11.5)
+    w = {"w": np.random.default_rng(0).standard_normal((8, 512)).astype(np.float32)}
+    wide, narrow = (quantize(w, QuantConfig(rules=(r,)))["w"] for r in (finer, replace(sd.rules[0], step=0.5)))
+    np.testing.assert_allclose(wide.scale, narrow.scale, rtol=1e-3)
+    assert scale_steps(sd, 0.8).rules[0].scheme == "int6_sdclip"

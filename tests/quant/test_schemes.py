@@ -63,7 +63,7 @@ def test_a_larger_step_makes_fewer_distinct_codes():
     for name, scheme in SCHEMES.items():
         if scheme.needs_hessian:
             continue
-        distinct = [len(np.unique(scheme.make(w, step, None)[0])) for step in (1.0, 1.5, 3.0)]
+        distinct = [len(np.unique(scheme.make(w, (scheme.sigmas or 1.0) * step, None)[0])) for step in (1.0, 1.5, 3.0)]
         assert distinct[0] > distinct[1] > distinct[2], name
 
 

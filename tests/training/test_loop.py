@@ -34,12 +34,12 @@ def metrics(path: Path) -> list[dict]:
 class Dies:
     """A loader that breaks off before batch `last`."""
 
-    def __init__(self, loader, last: int) -> None:
-        self.loader, self.last = loader, last
+    def __init__(self, loader, last: int, error: Exception | None = None) -> None:
+        self.loader, self.last, self.error = loader, last, error or OSError("the disk is gone")
 
     def next_batch(self):
         if self.loader.batches >= self.last:
-            raise OSError("the disk is gone")
+            raise self.error
         return self.loader.next_batch()
 
     def __getattr__(self, name):
@@ -114,11 +114,19 @@ def test_a_diverged_state_is_set_aside_and_the_one_before_goes_on(run_training, 
     assert [row["step"] for row in metrics(path)] == list(range(6))
 
 
+def test_what_was_trained_is_saved_when_the_text_cannot_be_read_on(run_training, tmp_path):
+    with pytest.raises(GolfError, match=r"^a.bin: altered \(saved after step 3; then go on with: python -m golf_jax.train --resume .*\)$"):
+        run_training(small(), tmp_path / "run", loader=lambda source: Dies(source, 3, GolfError("a.bin: altered")))
+    run_training(small(), tmp_path / "run", resume=True)
+    assert "resumed at step 3," in (tmp_path / "run/log.txt").read_text()
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(6))
+
+
 @pytest.fixture(scope="module")
 def saved() -> Recipe:
-    """Averages, momentum and shuffled data; a checkpoint every second step."""
+    """Averages, momentum, a ramp of the sequence length and shuffled data; a checkpoint every second step."""
     recipe = tiny("baseline", steps=6)
-    schedule = replace(recipe.schedule, ema_decay=0.9, export="ema")
+    schedule = replace(recipe.schedule, ema_decay=0.9, export="ema", seq_lens=((0.0, 8), (0.5, 16)))
     return replace(recipe, schedule=schedule, data=replace(recipe.data, order="shuffled"), checkpoint_every=2)
 
 

@@ -100,6 +100,36 @@ def test_a_refusal_ends_both_processes(tmp_path, text, programs):
     assert time.monotonic() - begin < 100
 
 
+def wait_for_checkpoint(run: Path, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 300
+    while not [p for p in (run / "checkpoints").glob("[0-9]*") if p.name.isdigit()]:
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_of_two_dies_the_other_says_so_and_both_go_on(victim, tmp_path, text, programs):
+    """Within a minute, in one line, without a C++ stack; a resume of the two gives the artifact of a run that was left alone."""
+    recipe = on_text(tiny("baseline", steps=150, vocab_size=300, seq_len=32), text)
+    file = recipe_file(replace(recipe, checkpoint_every=10), tmp_path / "mine.py")
+    outputs = finish(start_pair(["golf_jax.train", file, "--run-dir", "whole"], programs, tmp_path))
+    pair = start_pair(["golf_jax.train", file, "--run-dir", "dies"], programs, tmp_path)
+    wait_for_checkpoint(tmp_path / "dies", pair)
+    pair[victim].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    _, said = pair[1 - victim].communicate(timeout=100)
+    assert pair[1 - victim].returncode == 3 and time.monotonic() - begin < 60
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert "has ended" in line and "python -m golf_jax.train --resume" in line and "Fatal" not in said and "***" not in said
+    again = start_pair(["golf_jax.train", "--resume", "dies"], programs, tmp_path)
+    outputs = finish(again)
+    assert [process.returncode for process in again] == [0, 0], outputs
+    assert 0 < int(re.search(r"resumed at step (\d+)", outputs[0][0])[1]) < 150
+    assert (tmp_path / "dies/artifact.golf").read_bytes() == (tmp_path / "whole/artifact.golf").read_bytes()
+    assert losses(tmp_path / "dies") == losses(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, text, programs):
     """kill -9 in the middle; --resume gives the artifact of a run that was left alone."""
@@ -109,11 +139,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, text, programs):
     whole = pipeline.run(recipe, pipeline.Options(run_dir=str(tmp_path / "whole")))
     start = command("golf_jax.train", file, "--run-dir", "dies")
     process = subprocess.Popen(start, env=environment(programs), cwd=tmp_path, stdout=subprocess.DEVNULL)
-    saved = tmp_path / "dies/checkpoints"
-    deadline = time.monotonic() + 300
-    while not [p for p in saved.glob("[0-9]*") if p.name.isdigit()]:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_checkpoint(tmp_path / "dies", [process])
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "dies/result.json").exists()

@@ -48,9 +48,9 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
 def test_a_full_disk_ends_no_run(tmp_path, capsys):
     """A file is there whole or not at all, and the error names it; lines that cannot be written are missed once and aloud."""
     run = RunDir(tmp_path / "run")
-    with files_of_at_most(4096), pytest.raises(GolfError, match=r"artifact.golf: cannot write: File too large"):
+    with files_of_at_most(4096), pytest.raises(GolfError, match=r"artifact.golf: cannot be written \(File too large"):
         run.write("artifact.golf", bytes(100_000))
-    assert not (tmp_path / "run/artifact.golf").exists() and not list((tmp_path / "run").glob("*.part"))
+    assert not (tmp_path / "run/artifact.golf").exists() and not list((tmp_path / "run").glob("*.tmp"))
     run.close()
     run._log = run._metrics = open("/dev/full", "w")
     run.log("a line")
@@ -124,7 +124,8 @@ def test_the_record_of_finished_stages_comes_back(tmp_path):
     again = RunDir(tmp_path / "run", resume=True)
     assert again.record == {"train": {"steps": 3}}
     again.close()
-    for damage in ("[]", "3", "{", '"x"'):
+    whole = (tmp_path / "run/stages.json").read_text()
+    for damage in ("[]", "3", "{", '"x"', '{"pack": []}', whole.replace("3", "4")):
         (tmp_path / "run/stages.json").write_text(damage)
         with pytest.raises(GolfError, match="stages.json") as caught:
             RunDir(tmp_path / "run", resume=True)

@@ -92,7 +92,7 @@ class Comparison:
         if self.measure == "rel":
             worst = float((np.abs(a - b) / np.where(b == 0, 1, np.abs(b))).max())
             return worst, worst
-        norm = float(np.linalg.norm(b - start))
+        norm = float(np.linalg.norm(b - start if self.measure == "change" else b))
         l2 = float(np.linalg.norm(a - b)) / (norm or 1.0)
         return l2, l2
 

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from golf_jax.config import GolfError, ScoreFirstConfig, TTTConfig
-from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation import METHODS, Result, Stream
 from golf_jax.evaluation.adapt_first import adam_rule
 from golf_jax.evaluation.adapter import Adapter, cosine
@@ -16,6 +15,7 @@ from golf_jax.evaluation.scorebook import ScoreBook
 from golf_jax.evaluation.scorer import WindowScorer, shapes_of
 from golf_jax.evaluation.windows import Windows, chunk_windows, sliding_windows, standard_windows
 from golf_jax.interop.checks.base import quick_compilation
+from golf_jax.interop.checks.documents import check_documents, stream_of
 from golf_jax.interop.checks.reference import Case, NotComputed
 from golf_jax.mesh import make_mesh, replicate
 from golf_jax.model import Model, to_tensors
@@ -32,6 +32,8 @@ def check_eval(case: Case) -> None:
     seq_len, sliding = recipe.data.seq_len, recipe.eval.sliding
     if mode == "windows":
         return case.compare({"windows": _table(sliding_windows(sliding.windows, s["targets"], seq_len, sliding.stride))})
+    if mode == "standard" and recipe.eval.packed.on:
+        return case.compare(_sums(packed_result(case)))
     if mode not in ("standard", "sliding"):
         raise GolfError(f"{case.refs.path}: {case.where}: mode {mode!r} is not one of standard, sliding, windows")
     tokens, tables = stream_of(case)
@@ -52,14 +54,15 @@ def _model(case: Case) -> Model:
     return replace(Model.open(case.model, case.params, jax.default_backend()), looping=case.looping)
 
 
-def stream_of(case: Case) -> tuple[np.ndarray, ByteTables]:
-    """The first tokens of the stream, as many as the case says, and the byte tables."""
-    if "target_bytes" in case.seen or "base_bytes" not in case.seen:
-        raise NotComputed("bytes per target (target_bytes) instead of byte tables are not implemented")
-    tables = (case.seen[k] for k in ("base_bytes", "leading_space", "boundary"))
-    base, space, boundary = tables
-    tokens = case.seen["tokens"][: case.settings.get("tokens")].astype(np.uint16)
-    return tokens, ByteTables(base.astype(np.int16), space.astype(bool), boundary.astype(bool))
+def packed_result(case: Case) -> Result:
+    """Of a standard evaluation on packed streams."""
+
+    def make() -> Result:
+        config = case.recipe.eval.packed
+        stream = Stream.of(*stream_of(case), config.seq_len)
+        return METHODS["packed"](_model(case), stream, make_mesh(case.refs.devices), config)
+
+    return case.refs.once(("packed evaluation", case.where), make)
 
 
 def _table(w: Windows) -> np.ndarray:
@@ -101,6 +104,8 @@ def _by_window(case: Case, stream: Stream, windows: Windows, stride: int) -> dic
 @quick_compilation()
 def check_ttt(case: Case) -> None:
     recipe = case.recipe
+    if recipe.eval.documents.on:
+        return check_documents(case)
     methods: dict[str, TTTConfig] = {"score_first": recipe.eval.score_first, "adapt_first": recipe.eval.adapt_first}
     name = next((name for name, method in methods.items() if method.on), None)
     if name is None:

@@ -1,6 +1,7 @@
 """Quantization: codes, scales, pass-through values, dequantized weights, and the script's own packed file read back."""
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,12 +11,14 @@ from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.interop.checks.base import quick_compilation
 from golf_jax.interop.checks.reference import Arrays, Case
 from golf_jax.interop.packed import read_packed_codes
+from golf_jax.interop.pgrp import NoLrzip
 from golf_jax.mesh import make_mesh
 from golf_jax.model import resolve
 from golf_jax.quant import QTensor, dequantize, dequantize_all, quantize, rules_for
 from golf_jax.quant.gptq import gptq_codes
+from golf_jax.quant.lowrank import low_rank, pack, residual_norm
 from golf_jax.quant.rounding import prune_by_magnitude, sorted_rows, torch_quantile
-from golf_jax.quant.schemes import INT8_QUANTILE, sd_scale
+from golf_jax.quant.schemes import INT8_QUANTILE, coded_values, sd_scale
 
 Packed = dict[str, QTensor]
 
@@ -24,13 +27,18 @@ def check_quant(case: Case) -> None:
     tensors, config = case.tensors, rules_for(case.model, case.recipe.quant)
     stored, made = case.under("hessian/", "own"), packed(case)
     ours: dict[str, Any] = {}
+    residuals: Arrays = {}
     for name, q in made.items():
-        ours |= {f"kind/{name}": q.kind, f"dequantized/{name}": dequantize(q).astype(np.float32)}
+        if q.codes is not None:
+            residuals[name] = tensors[name].astype(np.float32) - coded_values(q)
+            ours[f"residual_norm/{name}"] = residual_norm(residuals[name])
+        ours |= {f"kind/{name}": _kind(q), f"dequantized/{name}": dequantize(q).astype(np.float32)}
         ours |= {f"values/{name}": q.values} if q.codes is None else {f"codes/{name}": q.codes, f"scale/{name}": q.scale}
     ours |= {f"clip/{n}": torch_quantile(sorted_rows(tensors[n]), INT8_QUANTILE) for n in case.under("clip/", "own")}
     if "calibration" in case.seen:
         own = _hessians(case)
         ours |= {f"hessian/{n}": h for n, h in own.items()} | {f"trace/{n}": np.trace(h.astype(np.float64)) for n, h in own.items()}
+        ours |= {f"hessian_norm/{n}": np.linalg.norm(h.astype(np.float64)) for n, h in own.items()}
         given = quantize({n: tensors[n] for n in stored}, config, stored)
         for name, q in given.items():
             case.add(f"codes_given_hessian/{name}", q.codes, case.own[f"codes/{name}"])
@@ -41,8 +49,29 @@ def check_quant(case: Case) -> None:
             fraction = config.prune_fraction
             ours[f"threshold/{name}"] = torch_quantile(np.sort(np.abs(tensors[name]), axis=None), fraction)
             ours[f"zeroed/{name}"] = (prune_by_magnitude(tensors[name], fraction) == 0).sum()
+    for name in case.under("lowrank_a/", "own"):
+        if name in residuals and made[name].lowrank:
+            factors = _aligned(case, name, residuals[name])
+            ours[f"dequantized/{name}"] = dequantize(replace(made[name], lowrank=factors)).astype(np.float32)
+            for x, q in zip("ab", factors, strict=True):
+                shape = case.own[f"lowrank_{x}_scale/{name}"].shape
+                ours |= {f"lowrank_{x}/{name}": q.codes, f"lowrank_{x}_scale/{name}": np.reshape(q.scale, shape)}  # pyright: ignore
     _artifact(case)
     case.compare(ours)
+
+
+def _kind(q: QTensor) -> str:
+    """As the sets call it: int6, int6+lqer_asym, float16."""
+    return q.kind + (("+lqer_asym" if q.lowrank[0].kind == "int2" else "+lqer") if q.lowrank else "")
+
+
+def _aligned(case: Case, name: str, residual: np.ndarray) -> tuple[QTensor, QTensor]:
+    """Our factors coded, each singular pair with the sign of the stored one: an SVD leaves it open."""
+    config = case.recipe.quant.lowrank
+    a_RK, b_KC = low_rank(residual, config.rank)
+    stored = [x.astype(np.float32) for x in (case.own[f"lowrank_a/{name}"], case.own[f"lowrank_b/{name}"])]
+    sign_K = np.sign((a_RK * stored[0]).sum(axis=0) / a_RK.max() + (b_KC * stored[1]).sum(axis=1) / b_KC.max()).astype(np.float32)
+    return pack(a_RK * sign_K, b_KC * sign_K[:, None], config.group)
 
 
 def packed(case: Case) -> Packed:
@@ -69,12 +98,23 @@ def dequantized(case: Case, own: bool) -> Arrays:
     def make() -> Arrays:
         if own:
             return dequantize_all(packed(case))
-        scales = case.under("scale/", "own")
-        given = {n: QTensor("int8", "float32", codes=c, scale=scales[n]) for n, c in case.under("codes/", "own").items() if "@" not in n}
+        scales, factors = case.under("scale/", "own"), _stored_factors(case)
+        codes = {n: c for n, c in case.under("codes/", "own").items() if "@" not in n}
+        given = {n: QTensor("int8", "float32", codes=c, scale=scales[n], lowrank=factors.get(n)) for n, c in codes.items()}
         rest = {n: x for n, x in case.tensors.items() if n not in given}
         return dequantize_all(given | quantize(rest, rules_for(case.model, case.recipe.quant)))
 
     return case.refs.once(("dequantized", case.where, own), make)
+
+
+def _stored_factors(case: Case) -> dict[str, tuple[QTensor, QTensor]]:
+    """The low-rank corrections of the case by tensor."""
+
+    def factor(x: str, name: str) -> QTensor:
+        scale = case.own[f"lowrank_{x}_scale/{name}"].reshape(-1)
+        return QTensor("int8", "float32", codes=case.own[f"lowrank_{x}/{name}"], scale=scale)
+
+    return {name: (factor("a", name), factor("b", name)) for name in case.under("lowrank_a/", "own")}
 
 
 def _hessians(case: Case) -> Arrays:
@@ -82,9 +122,8 @@ def _hessians(case: Case) -> Arrays:
 
     def make() -> Arrays:
         with quick_compilation():
-            return collect_hessians(
-                resolve(case.model, jax.default_backend()), case.params, case.seen["calibration"], make_mesh(case.refs.devices)
-            )
+            config = resolve(case.model, jax.default_backend())
+            return collect_hessians(config, case.params, case.seen["calibration"], make_mesh(case.refs.devices))
 
     return case.refs.once(("hessians", case.where), make)
 
@@ -99,7 +138,11 @@ def _artifact(case: Case) -> None:
     if importlib.util.find_spec("torch") is None:
         case.refs.not_checked[f"{case.where}/artifact"] = "needs torch: pip install 'golf-jax[torch]'"
         return
-    found = read_packed_codes(case.own["artifact"].tobytes())
+    try:
+        found = read_packed_codes(case.own["artifact"].tobytes())
+    except NoLrzip as e:
+        case.refs.not_checked[f"{case.where}/artifact"] = str(e)
+        return
     for what in ("codes", "scale", "values"):
         for item, want in case.under(f"{what}/", "own").items():
             name, _, spec = item.partition("@")
@@ -115,5 +158,5 @@ def _artifact(case: Case) -> None:
     for name in absent | (set(case.settings.get("tensors", {})) - set(case.tensors)):
         kind = case.settings["tensors"].get(name, {}).get("kind")
         if kind and name in found:
-            case.add(f"artifact/kind/{name}", found[name].kind == kind, True)
+            case.add(f"artifact/kind/{name}", _kind(found[name]) == kind, True)
             case.added.add(f"kind/{name}")

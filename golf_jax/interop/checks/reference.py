@@ -4,11 +4,11 @@
 and the comparison of what we compute, by the format's names, with what is stored under the tolerances the set gives.
 """
 
-import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe
+from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe, parse_json
 from golf_jax.config.serialize import from_dict, to_dict
 from golf_jax.interop.checks.base import CheckResult, Comparison
+from golf_jax.interop.checks.hyperparameters import settings
 from golf_jax.model import from_tensors
 
 Arrays = dict[str, np.ndarray]
@@ -95,6 +96,11 @@ class Set:
             if where.startswith(f"{section}/"):
                 yield self.case(where)
 
+    def counts(self, sections: Iterable[str]) -> tuple[int, int]:
+        """(arrays and facts that were compared, all that these sections hold beside what is given)."""
+        pairs = [case.counts for section in sections for case in self.cases(section)]
+        return sum(compared for compared, _ in pairs), sum(held for _, held in pairs)
+
     def case(self, where: str) -> "Case":
         if where not in self.items:
             raise GolfError(f"{self.path}: refers to {where}, which is not there")
@@ -119,13 +125,16 @@ def read_npz(path: Path) -> Arrays:
 
 def _read_json(text: str, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
+    except GolfError as e:
+        raise GolfError(f"{path}: reference.json: {e}") from None
+    try:
         if found.get("format") != 1:
             raise GolfError(f"{path}: format is {found.get('format')!r}, this reader knows 1")
         if not all(isinstance(s["cases"], dict) for s in found["sections"].values()) or not isinstance(found["recipe"], str):
             raise GolfError(f"{path}: reference.json: sections hold `cases`, and `recipe` is a name")
         return found
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as e:
+    except (AttributeError, KeyError, TypeError) as e:
         raise GolfError(f"{path}: reference.json is not what the format asks for ({type(e).__name__}: {e})") from None
 
 
@@ -183,9 +192,10 @@ class Case:
         layers = [self.settings.get("config", {})]
         if not self.settings.get("shipped"):
             source = self.refs.case(f"params/{self._params_case()}").settings if self._has_params() else {}
-            layers = [self.refs.json["config"], source.get("config", {}), *layers]
+            by_name = settings(self.refs.json["recipe"], self.refs.json.get("hyperparameters", {}))
+            layers = [by_name, self.refs.json["config"], source.get("config", {}), *layers]
+        document = to_dict(self.refs.recipe)
         try:
-            document = to_dict(self.refs.recipe)
             for layer in layers:
                 for dotted, value in layer.items():
                     for target, field_name in _places(document, dotted):
@@ -293,25 +303,46 @@ class Case:
 
         start: by tensor, what `change` measures from.
         """
-        for item, reference in {k: v for k, v in self.own.items() if not is_input(self.section, k)}.items():
+        for item, reference in self.held.items():
             base, _, spec = item.partition("@")
-            if base in ours:
-                pick = self.index(spec) if spec else ()
-                origin = (start or {}).get(tensor_of(base))
-                self.add(item, np.asarray(ours[base])[pick], reference, None if origin is None else np.asarray(origin)[pick])
-            elif item not in self.added:
-                self.refs.not_checked[f"{self.where}/{item}"] = "not computed here"
-        for name, facts in self.settings.get("tensors", {}).items():
-            for fact, value in facts.items():
-                item = f"{fact}/{name}"
-                if item in ours:
-                    same = isinstance(value, str)
-                    self.add(item, ours[item] == value if same else ours[item], True if same else value)
-                elif item not in self.added:
+            if (found := _fact(ours, base)) is None:
+                if item not in self.added:
                     self.refs.not_checked[f"{self.where}/{item}"] = "not computed here"
+            elif isinstance(reference, str):
+                self.add(item, found == reference, True)
+            else:
+                origin, pick = (start or {}).get(tensor_of(base)), self.index(spec)
+                self.add(item, np.asarray(found)[pick], reference, None if origin is None else np.asarray(origin)[pick])
+
+    @cached_property
+    def held(self) -> dict[str, Any]:
+        """What the set says and the case is compared with: arrays by item, facts as `FACT/TENSOR`."""
+        if self.section == "params":
+            return {}
+        arrays = {item: x for item, x in self.own.items() if not is_input(self.section, item)}
+        return arrays | {f"{fact}/{name}": x for name, about in self.settings.get("tensors", {}).items() for fact, x in about.items()}
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(arrays and facts of the case that were compared, all that are not given)."""
+        return len({*self.held} & self.added), len(self.held)
 
     def results(self) -> list[CheckResult]:
         return [row.result() for row in self._rows.values()]
+
+
+def _fact(ours: Mapping[str, Any], item: str) -> Any:
+    """A fact of one tensor, or the norm of all that a pattern names; None where it is not known."""
+    what, _, name = item.partition("/")
+    if item in ours or not ("*" in name or "|" in name) or not what.endswith("norm"):
+        return ours.get(item)
+    found = [ours[k] for k in ours if k.startswith(f"{what}/") and matches(k[len(what) + 1 :], name)]
+    return np.linalg.norm(found) if found else None
+
+
+def matches(tensor: str, pattern: str) -> bool:
+    """Is the tensor one of those that `blocks.*.attn.c_q.weight|tok_emb.weight` stands for?"""
+    return any(fnmatchcase(tensor, part) for part in pattern.split("|"))
 
 
 def _places(document: dict[str, Any], dotted: str) -> list[tuple[dict[str, Any], str]]:

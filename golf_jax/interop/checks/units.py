@@ -11,12 +11,13 @@ import numpy as np
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
 from golf_jax.data.loader import document_segments
+from golf_jax.interop.checks import scoring_units
 from golf_jax.interop.checks.forward import activations, hash_ids
 from golf_jax.interop.checks.reference import Arrays, Case, NotComputed
 from golf_jax.interop.checks.schedule import padded_starts, row_starts
 from golf_jax.interop.packed import unshuffle_bytes
 from golf_jax.kernels.attention.xsa import exclude_self_value
-from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
+from golf_jax.kernels.cross_entropy import soft_cap, softcap_cross_entropy
 from golf_jax.kernels.fake_quant import RowScheme, fake_quant
 from golf_jax.model import layers as ops
 from golf_jax.model.gpt import attention, mlp, resolve
@@ -33,9 +34,9 @@ def check_units(case: Case) -> None:
     case.compare({f"out/{name}": x for name, x in KINDS[kind](case, case.under("in/")).items()})
 
 
-def _tables(case: Case, length: int) -> tuple[jax.Array, jax.Array]:
+def _tables(case: Case, length: int, head_dim: int = 0) -> tuple[jax.Array, jax.Array]:
     c = case.model
-    return ops.rope_tables(length, c.rope_dims or c.head_dim, c.rope_base, c.rope_train_len, c.rope_bf16_frequencies)
+    return ops.rope_tables(length, c.rope_dims or head_dim or c.head_dim, c.rope_base, c.rope_train_len, c.rope_bf16_frequencies)
 
 
 def _rope_tables(case: Case, _: Arrays) -> Outputs:
@@ -45,7 +46,7 @@ def _rope_tables(case: Case, _: Arrays) -> Outputs:
 
 def _rope(case: Case, given: Arrays) -> Outputs:
     x = jnp.asarray(given["x"])
-    return {"y": ops.rope(x, *_tables(case, x.shape[1]))}
+    return {"y": ops.rope(x, *_tables(case, x.shape[1], x.shape[-1]))}
 
 
 def _attention(case: Case, given: Arrays) -> Outputs:
@@ -119,8 +120,9 @@ def _softcap_ce(case: Case, given: Arrays) -> Outputs:
 
 
 def _asym_softcap(case: Case, given: Arrays) -> Outputs:
-    softcap = (jnp.float32(case.settings["softcap_pos"]), jnp.float32(case.settings["softcap_neg"]))
-    return {"logits": softcap_logits(jnp.asarray(given["logits"]), jnp.eye(given["logits"].shape[-1]), softcap=softcap)}
+    raw, key = (given["z"], "y") if "z" in given else (given["logits"], "logits")
+    caps = given["caps"] if "caps" in given else (case.settings["softcap_pos"], case.settings["softcap_neg"])
+    return {key: soft_cap(jnp.asarray(raw), (jnp.float32(caps[0]), jnp.float32(caps[1])))}
 
 
 def _leaky_mlp(case: Case, given: Arrays) -> Outputs:
@@ -175,5 +177,5 @@ KINDS: dict[str, Callable[[Case, Arrays], Outputs]] = {
     "rope_tables": _rope_tables, "rope": _rope, "attention": _attention, "xsa": _xsa, "hash_ids": _hash, "fake_quant": _fake_quant,
     "quantile": _quantile, "byte_shuffle": _byte_shuffle, "attention_2135": _packed_attention, "softcap_ce": _softcap_ce,
     "asym_softcap": _asym_softcap, "mlp": _leaky_mlp, "cu_seqlens": _cu_seqlens, "rope_tables_bf16": _rope_bf16, "caseops": _caseops,
-    "caseops_decode": _caseops_decode, "caseops_bad": _caseops_bad,
+    "caseops_decode": _caseops_decode, "caseops_bad": _caseops_bad, **scoring_units.KINDS,
 }  # fmt: skip

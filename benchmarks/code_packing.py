@@ -1,0 +1,140 @@
+"""Bytes and seconds of packing the integer codes of PR 2135 at full size (35,913,728 of them), by our coder and by general compressors.
+
+    python benchmarks/code_packing.py [--kind gaussian|trained] [--only rans,zstd,brotli,lzma,lrzip] [--out FILE]
+
+gaussian: weights independent and normal, so a row's codes have the spread that its clip in standard deviations leaves.
+trained: rows and columns of lognormal spread (0.35 and 0.25 of a natural logarithm) and heavy tails (Student t, 8 degrees of freedom),
+rounded with the record's scale per row.
+Every compressor gets the layout that suits it: ours the matrices of one role, lrzip (where it is installed) the record's, one file of all
+matrices, rows by similarity (natural order in the token table, for time) and column by column, the others that same file.
+Seconds are of processor time, one core.
+"""
+
+import argparse
+import json
+import lzma
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import brotli
+import numpy as np
+import zstandard
+
+from golf_jax.artifact.compressors import COMPRESSORS
+from golf_jax.interop.pgrp import row_order
+
+LAYERS, WIDTH, KV, HIDDEN, VOCAB = 11, 512, 256, 2048, 8192
+ROLES = {
+    "attn.c_q": ((WIDTH, WIDTH), 13.0, 31), "attn.c_k": ((KV, WIDTH), 13.0, 31), "attn.c_v": ((KV, WIDTH), 13.0, 31),
+    "attn.proj": ((WIDTH, WIDTH), 13.0, 31), "mlp.fc": ((HIDDEN, WIDTH), 11.5, 31), "mlp.proj": ((WIDTH, HIDDEN), 11.5, 31),
+    "tok_emb": ((VOCAB, WIDTH), 14.0, 63),
+}  # fmt: skip
+
+
+def make(kind: str, seed: int = 0) -> dict[str, list[np.ndarray]]:
+    """Codes int8 [R, C] of every matrix, by role."""
+    rng = np.random.default_rng(seed)
+    return {role: [codes(kind, rng, *about) for _ in range(1 if role == "tok_emb" else LAYERS)] for role, about in ROLES.items()}
+
+
+def codes(kind: str, rng: np.random.Generator, shape: tuple[int, int], sigmas: float, high: int) -> np.ndarray:
+    if kind == "gaussian":
+        w = rng.standard_normal(shape, np.float32)
+    else:
+        w = rng.standard_t(8, shape).astype(np.float32)
+        w *= np.exp(0.35 * rng.standard_normal((shape[0], 1), np.float32)) * np.exp(0.25 * rng.standard_normal((1, shape[1]), np.float32))
+    scale = (sigmas * w.std(axis=1, ddof=1) / high).astype(np.float16).astype(np.float32)
+    return np.clip(np.rint(w / scale[:, None]), -high, high).astype(np.int8)
+
+
+def record_layout(groups: dict[str, list[np.ndarray]]) -> bytes:
+    parts = []
+    for role, matrices in groups.items():
+        for m in matrices:
+            parts.append((m if role == "tok_emb" else m[row_order(m)]).T.tobytes())
+    return b"".join(parts)
+
+
+def lrzip(data: bytes) -> tuple[int, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        source, packed = Path(folder, "codes"), Path(folder, "codes.lrz")
+        source.write_bytes(data)
+        subprocess.run(["lrzip", "-z", "-L", "9", "-q", "-o", str(packed), str(source)], check=True)
+        begin = children()
+        subprocess.run(["lrzip", "-d", "-q", "-o", str(Path(folder, "back")), str(packed)], check=True)
+        return packed.stat().st_size, children() - begin
+
+
+def children() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+
+
+def timed(call: Callable[[], bytes]) -> tuple[bytes, float]:
+    begin = time.process_time()
+    return call(), time.process_time() - begin
+
+
+def ours(groups: dict[str, list[np.ndarray]]) -> dict[str, float]:
+    by, total, encode, decode = COMPRESSORS["rans"], 0, 0.0, 0.0
+    assert by.encode and by.decode
+    for matrices in groups.values():
+        encoder, decoder = by.encode, by.decode
+        stored, seconds = timed(lambda m=matrices, e=encoder: e(m))
+        encode += seconds
+        back, seconds = timed(lambda s=stored, m=matrices, d=decoder: d(s, [x.shape for x in m]))  # pyright: ignore[reportArgumentType]
+        decode += seconds
+        assert back == b"".join(m.tobytes() for m in matrices)
+        total += len(stored)
+    return {"bytes": total, "encode_seconds": encode, "decode_seconds": decode}
+
+
+def entropy_bytes(groups: dict[str, list[np.ndarray]]) -> float:
+    """Order-0 entropy, one histogram per role."""
+    total = 0.0
+    for matrices in groups.values():
+        counts = np.bincount(np.concatenate([m.reshape(-1) for m in matrices]).view(np.uint8), minlength=256)
+        counts = counts[counts > 0]
+        total += float((counts * np.log2(counts.sum() / counts)).sum()) / 8
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", default="trained", choices=("gaussian", "trained"))
+    parser.add_argument("--only", default="rans,zstd,brotli,lzma,lrzip")
+    parser.add_argument("--out", default="")
+    args = parser.parse_args()
+    groups = make(args.kind)
+    count, wanted = sum(m.size for ms in groups.values() for m in ms), args.only.split(",")
+    found: dict[str, dict[str, float]] = {"entropy by role": {"bytes": entropy_bytes(groups)}}
+    if "rans" in wanted:
+        found["rans (ours)"] = ours(groups)
+    if set(wanted) - {"rans"}:
+        data = record_layout(groups)
+        packers: dict[str, Callable[[], bytes]] = {
+            "zstd 22": lambda: zstandard.ZstdCompressor(level=22).compress(data),
+            "brotli 11": lambda: brotli.compress(data, quality=11, lgwin=24),
+            "lzma 9": lambda: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+        }
+        for name, pack in packers.items():
+            if name.split()[0] in wanted:
+                stored, seconds = timed(pack)
+                found[name] = {"bytes": len(stored), "encode_seconds": seconds}
+        if "lrzip" in wanted and shutil.which("lrzip"):
+            size, seconds = lrzip(data)
+            found["lrzip -z -L 9"] = {"bytes": size, "decode_seconds": seconds}
+    for name, row in found.items():
+        times = ", ".join(f"{k.split('_')[0]} {v:.1f} s" for k, v in row.items() if k != "bytes")
+        print(f"{args.kind:9} {name:16} {row['bytes']:13,.0f} bytes  {8 * row['bytes'] / count:.4f} bits per code  {times}")
+    if args.out:
+        Path(args.out).write_text(json.dumps({"kind": args.kind, "codes": count, "results": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""What a comparison measures, and which facts a set may ask for."""
+
+import numpy as np
+import pytest
+
+from golf_jax.interop.checks.base import Comparison
+from golf_jax.interop.checks.reference import _fact, matches
+
+
+@pytest.mark.parametrize(("measure", "error"), [("abs", 1.0), ("of max", 0.1), ("rel L2", 0.1), ("change", 0.5), ("equal", 0.5)])
+def test_each_measure_is_relative_to_its_own_thing(measure, error):
+    """Ours [10, 1] for [10, 0], which began at [8, 0]: the start matters to the measure of the change alone."""
+    for bar, ok in ((error * 1.001, True), (error * 0.999, False)):
+        row = Comparison("x", bar, measure)
+        row.add("w", np.array([10.0, 1.0]), np.array([10.0, 0.0]), start=np.array([8.0, 0.0]))
+        assert row.result().ok is ok
+
+
+def test_a_norm_of_several_tensors():
+    ours = {"norm/blocks.0.attn.c_q.weight": 3.0, "norm/blocks.1.attn.c_q.weight": 4.0, "norm/tok_emb.weight": 9.0, "kind/a": "int6"}
+    assert _fact(ours, "norm/blocks.*.attn.c_q.weight") == pytest.approx(5)
+    assert _fact(ours, "norm/tok_emb.weight|blocks.0.*") == pytest.approx(np.hypot(9, 3))
+    assert _fact(ours, "norm/nothing.*") is None and _fact(ours, "kind/*") is None
+    assert matches("blocks.10.mlp.fc.weight", "blocks.*.mlp.fc.weight|x") and not matches("x.y", "x")
