@@ -38,7 +38,7 @@ from golf_jax.model import Model as Network
 from golf_jax.model import count, resolve, to_tensors
 from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
-from golf_jax.plan import border, check_boundary, check_data, check_devices, check_plan
+from golf_jax.plan import border, check_data, check_devices, check_plan, check_text
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log, Progress
 from golf_jax.quant import quantize, rules_for, without_hessians
@@ -81,7 +81,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
     resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=d.packed))
     check_devices(resolved, mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
-    check_boundary(recipe, text.tokenizer.bos_id)
+    check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)
     return Plan(recipe, resolved, mesh, text)
 
 
@@ -171,10 +171,10 @@ def _validator(plan: Plan) -> Any:
     name = "packed" if "packed" in methods_of(recipe.eval) else "standard"
     config = getattr(recipe.eval, name, None)
     stream = Stream.of(text.val_tokens, text.tables, getattr(config, "seq_len", recipe.data.seq_len), recipe.eval.batch_rows)
+    first = stream.first_batch(mesh) if config is None else stream.beginning(config.ranks * config.rows * config.seq_len)
 
     def validate(params: dict[str, Any], looping: bool = True, rehearse: bool = False, log: Log | None = None) -> Result:
-        given = stream.first_batch(mesh) if rehearse and not config else stream
-        return METHODS[name](Network(recipe.model, params, looping), given, mesh, config, log)
+        return METHODS[name](Network(recipe.model, params, looping), first if rehearse else stream, mesh, config, log)
 
     return validate
 

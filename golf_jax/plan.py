@@ -5,6 +5,7 @@ import os
 from golf_jax.artifact.model import check_packing
 from golf_jax.config import GolfError, ModelConfig, Recipe
 from golf_jax.data import find_shards, open_shard
+from golf_jax.evaluation.packed import streams
 from golf_jax.model.params import ROLES, leaves
 from golf_jax.optim.optimizer import route
 from golf_jax.training.step import micro_rows
@@ -32,9 +33,14 @@ def check_devices(recipe: Recipe, devices: int) -> None:
 LOOKING_BACK = {"smear_gate": "smear", "input_smear_gate": "smear", "bigram_buckets": "bigram", "trigram_buckets": "trigram"}
 
 
-def check_boundary(recipe: Recipe, bos_id: int) -> None:
-    """Raises GolfError if `model.boundary_token` is not what starts a document of this text."""
-    token = recipe.model.boundary_token
+def check_text(recipe: Recipe, val_tokens: int, bos_id: int) -> None:
+    """Raises GolfError if `model.boundary_token` does not start a document of this text, or validation fills no packed stream."""
+    token, packed = recipe.model.boundary_token, recipe.eval.packed
+    if packed.on and not len(streams((val_tokens - 1) // packed.seq_len, packed)):
+        raise GolfError(
+            f"eval.packed: {val_tokens:,} validation tokens fill no stream of {packed.rows} rows of {packed.seq_len} on any of "
+            f"{packed.ranks} ranks: lower --eval.packed.rows, --eval.packed.seq-len or --eval.packed.ranks, or give more text"
+        )
     if token not in (-1, bos_id):
         raise GolfError(f"model.boundary_token {token}: documents of this text start with BOS {bos_id}; give that, or -1 for none")
 

@@ -45,7 +45,11 @@ class Stream:
 
     def first_batch(self, mesh: Mesh) -> "Stream":
         """One batch of the standard evaluation: scoring it compiles the program for all of them."""
-        used = truncate(self.tokens, self.seq_len, mesh.size * self.batch_rows(mesh) * self.seq_len)
+        return self.beginning(mesh.size * self.batch_rows(mesh) * self.seq_len)
+
+    def beginning(self, targets: int) -> "Stream":
+        """About the first `targets`, whole rows and one at least."""
+        used = truncate(self.tokens, self.seq_len, targets)
         return replace(self, tokens=used, share=self.share * (len(used) - 1) / self.targets)
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from tiny_recipes import tiny
 
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, PackedConfig
 from golf_jax.data import make_loader
 from golf_jax.mesh import make_mesh, put_replicated, rows
 from golf_jax.model import init_params, nll, resolve
 from golf_jax.optim.schedules import Clock
-from golf_jax.plan import border, check_boundary
+from golf_jax.plan import border, check_text
 from golf_jax.training.leak import leaked_momentum, momentum_leaks
 from golf_jax.training.phases import phases
 from golf_jax.training.state import init_state
@@ -137,6 +137,9 @@ def test_the_border_between_documents_is_told(recipe):
     assert "nothing looks over the border" in border(replace(model, input_smear_gate=False), BOS)
     with_hash = replace(model, input_smear_gate=False, bigram_buckets=8, bigram_dim=4)
     assert "bigram mixes" in border(with_hash, BOS)
-    check_boundary(recipe, BOS)
+    recipe = replace(recipe, eval=replace(recipe.eval, packed=PackedConfig(rows=2, seq_len=32, ranks=4)))
+    check_text(recipe, 10_000, BOS)
+    with pytest.raises(GolfError, match="256 validation tokens fill no stream of 2 rows of 32"):
+        check_text(recipe, 256, BOS)
     with pytest.raises(GolfError, match="documents of this text start with BOS 1"):
-        check_boundary(replace(recipe, model=replace(model, boundary_token=5)), BOS)
+        check_text(replace(recipe, model=replace(model, boundary_token=5)), 10_000, BOS)
