@@ -345,7 +345,7 @@ def summary(result: dict[str, Any]) -> str:
     line = "{val_bpb:.5f} bits per byte, {val_loss:.5f} nats per token".format
     rows = [
         ("steps", "{steps:,} in {train_seconds:.1f} s of training, last loss {train_loss:.4f}".format(**result)),
-        ("before quantization", f"{line(**result['pre_quantization'])} (standard)"),
+        ("before quantization", f"{line(**result['pre_quantization'])} ({result['pre_quantization']['mode']})"),
     ]
     for name, e in result["evaluations"].items():
         rows.append((f"packed, {name}", line(**e) + ("" if e["legal"] else "\n" + " " * 26 + "ILLEGAL: see C1 to C4")))
