@@ -51,9 +51,8 @@ def main(width: int = 128, layers: int = 2, tokens: int = 64, rows: int = 8, see
             seconds = run(name, function, times)
             best[name] = min(best[name], seconds) if repetition else best[name]  # the first one compiles
     milliseconds = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in best.items())
-    print(
-        f"width {width}, {layers} layers, {rows} x {tokens} tokens, {seeds} seeds: {milliseconds}; gain {best['in turn'] / best['vmapped']:.2f}"
-    )
+    size = f"width {width}, {layers} layers, {rows} x {tokens} tokens, {seeds} seeds"
+    print(f"{size}: {milliseconds}; gain {best['in turn'] / best['vmapped']:.2f}")
 
 
 if __name__ == "__main__":
