@@ -17,5 +17,7 @@ class Options:
     """Reproduce the data order of this many ranks, with the same tokens per step (the recipes' own number is 8)."""
     score: str = ""
     """Score this artifact on the recipe's text, and train nothing."""
+    tracker: str = ""
+    """Send the rows of metrics.jsonl to `tensorboard` (files in the run directory) or `wandb`, too; default: nowhere."""
     profile: int = 0
     """Write a trace of this many training steps to the run directory (jax.profiler: TensorBoard, Perfetto); 0: none."""

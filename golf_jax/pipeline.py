@@ -49,6 +49,7 @@ from golf_jax.training.memory import fitted
 from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, new_path, read_json
 from golf_jax.training.state import state_shapes
+from golf_jax.training.trackers import check_tracker
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
         recipe = replace(recipe, data=d)
     check_plan(recipe)
     check_data(recipe)
+    check_tracker(options.tracker)
     keep_compiled_programs()
     initialize_distributed()
     before = devices_of(options.resume) if options.resume else 0
@@ -117,6 +119,7 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         return read_json(result)
     artifact = _packed_before(run)
     run.write("config.json", to_dict(plan.asked))
+    run.track(options.tracker, to_dict(plan.asked))
     run.write(
         "environment.json", environment() | {"devices_used": plan.mesh.size, "text": plan.text.identity, "data": to_dict(recipe.data)}
     )
