@@ -5,22 +5,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import jax
 import tyro
 
 from golf_jax import cli
 from golf_jax.config import GolfError, load_recipe
-from golf_jax.evaluation import score
-from golf_jax.evaluation.methods import method_of
-from golf_jax.evaluation.stream import first_documents
 from golf_jax.files import read_bytes
-from golf_jax.interop import open_torch
-from golf_jax.mesh import make_mesh
-from golf_jax.opening import Model, load, opened_here, text_for
-from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
 from golf_jax.progress import Log
+
+if TYPE_CHECKING:  # what brings jax in is imported where it is used: --help must not wait for it
+    from golf_jax.opening import Model
 
 WINDOWED = ("sliding", "score_first", "adapt_first")
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
@@ -61,8 +56,11 @@ class Options:
     """With a PyTorch file: the recipe it belongs to, or a recipe file (default: told by the names and shapes of its tensors)."""
 
 
-def opened(path: str, recipe: str, log: Log = print) -> Model:
+def opened(path: str, recipe: str, log: Log = print) -> "Model":
     """The model of an artifact, a run directory or a PyTorch file, which is computed and scored as its recipe says."""
+    from golf_jax.interop import open_torch
+    from golf_jax.opening import load, opened_here
+
     if Path(path).suffix not in (".pt", ".pth", ".ptz", ".safetensors"):
         if recipe:
             raise GolfError(f"--recipe {recipe}: {path} is no PyTorch file and says its own configuration; leave --recipe out")
@@ -77,6 +75,15 @@ def opened(path: str, recipe: str, log: Log = print) -> Model:
 
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.evaluate", description=DESCRIPTION, args=argv)
+    import jax
+
+    from golf_jax.evaluation import score
+    from golf_jax.evaluation.methods import method_of
+    from golf_jax.evaluation.stream import first_documents
+    from golf_jax.mesh import make_mesh
+    from golf_jax.opening import text_for
+    from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
+
     keep_compiled_programs()
     initialize_distributed()
     split_cpu(options.devices, sequences=8)
