@@ -6,17 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import tyro
 
 from golf_jax import cli
-from golf_jax.evaluation import score
-from golf_jax.evaluation.methods import method_of
-from golf_jax.evaluation.stream import first_documents
-from golf_jax.interop import open_model
-from golf_jax.mesh import make_mesh
-from golf_jax.opening import text_for
-from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
 
 WINDOWED = ("sliding", "score_first", "adapt_first")
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
@@ -59,6 +51,16 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.evaluate", description=DESCRIPTION, args=argv)
+    import jax  # here, and what brings it in: --help must not wait for it
+
+    from golf_jax.evaluation import score
+    from golf_jax.evaluation.methods import method_of
+    from golf_jax.evaluation.stream import first_documents
+    from golf_jax.interop import open_model
+    from golf_jax.mesh import make_mesh
+    from golf_jax.opening import text_for
+    from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
+
     keep_compiled_programs()
     initialize_distributed()
     split_cpu(options.devices, sequences=8)
