@@ -153,9 +153,9 @@ def _packed_before(run: RunDir) -> bytes:
     return data
 
 
-def _make_loader(plan: Plan, rows: slice) -> Any:
+def _make_loader(plan: Plan, rows: slice, order: str = "") -> Any:
     d = plan.recipe.data
-    return make_loader(d.order, plan.text.train, d.ranks, d.rows_per_rank, d.seq_len, rows, plan.recipe.model.vocab_size)
+    return make_loader(order or d.order, plan.text.train, d.ranks, d.rows_per_rank, d.seq_len, rows, plan.recipe.model.vocab_size)
 
 
 def _validator(plan: Plan) -> Any:
@@ -220,7 +220,8 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
     begin = time.perf_counter()
     hessians = None
     if recipe.quant.gptq_batches:  # over rank 0's first training batches (docs/recipes/pr2005.md, section 5.2)
-        loader = _make_loader(plan, slice(0, recipe.data.rows_per_rank))
+        packed_rows = recipe.data.order == "documents"  # PR 2135 calibrates on random sequences, across documents
+        loader = _make_loader(plan, slice(0, recipe.data.rows_per_rank), "shuffled" if packed_rows else "")
         progress = Progress(run.log, "Hessians: batches", recipe.quant.gptq_batches)
 
         def batches() -> Iterator[np.ndarray]:

@@ -25,7 +25,7 @@ from golf_jax.model.params import leaves
 from golf_jax.quant import QTensor
 from golf_jax.quant.lowrank import low_rank, pack
 from golf_jax.quant.rounding import sorted_rows, torch_quantile
-from golf_jax.quant.schemes import coded_values
+from golf_jax.quant.schemes import SCHEMES, coded_values
 
 Outputs = dict[str, Any]
 
@@ -141,6 +141,11 @@ def _lqer(case: Case, given: Arrays) -> Outputs:
     return ours
 
 
+def _gate_int8_row(case: Case, given: Arrays) -> Outputs:
+    codes, scale = SCHEMES["int8_row"].make(given["w"], 1.0, None)
+    return {"codes": codes, "scale": scale}
+
+
 def _row_order(case: Case, given: Arrays) -> Outputs:
     return {"order": pgrp.row_order(given["codes"])}
 
@@ -185,5 +190,5 @@ KINDS: dict[str, Callable[[Case, Arrays], Outputs]] = {
     "lora_adamw": _lora_adamw, "lqer": _lqer, "row_order": _row_order, "asym_softcap": _asym_softcap, "quant_extra": _quant_extra,
     "standard_batches": _standard_batches, "ttt_queue": documents.queue_of_run, "doc_queue": documents.doc_queue,
     "chunk_window": documents.chunk_windows_of, "segments": documents.segment_bounds, "ttt_lora": documents.adapters_seen,
-    "ttt_global": documents.global_phase,
+    "ttt_global": documents.global_phase, "gate_int8_row": _gate_int8_row,
 }  # fmt: skip
