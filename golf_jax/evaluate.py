@@ -44,7 +44,7 @@ class Options:
     """SentencePiece model of the shards; must be the one the model was trained with. Default: the one beside the artifact."""
     mode: Literal["auto", "standard", "sliding", "ttt", "score_first", "adapt_first", "packed", "documents"] = "auto"
     """standard: rows side by side; sliding: window that moves by the stride; packed: flat streams of documents; score_first, adapt_first,
-    documents: test-time training; ttt: whichever of these the recipe has; auto: sliding, or standard for a model whose recipe has no stride."""
+    documents: test-time training; ttt: whichever of these the recipe has; auto: sliding, or standard where the recipe has no stride."""
     max_docs: int = 0
     """Only the first N documents: a quick look, marked PARTIAL (0: all)."""
     max_tokens: int = 0

@@ -128,7 +128,8 @@ def test_packed_streams_leave_out_rows_that_fill_none(tiny):
 
 QUICK_UNITS = (
     "chunk_window doc_queue segments0 segments1 segments2 segments3 segments4 lora_adamw tilt_order16 tilt_order4 tilt_order2 "
-    "tilt_distribution ttt_hints ttt_queue ttt_global lqer_wide lqer_tall lqer_group16 lqer_symmetric row_order row_order_ties asym_softcap gate_int8_row"
+    "tilt_distribution ttt_hints ttt_queue ttt_global "
+    "lqer_wide lqer_tall lqer_group16 lqer_symmetric row_order row_order_ties asym_softcap gate_int8_row"
 ).split()
 
 
