@@ -30,9 +30,9 @@ class Options:
     """Glob of the validation shards; default: those of the run, or the embedded corpus for artifacts that were trained on it."""
     tokenizer: str = ""
     """SentencePiece model of the shards; must be the one the model was trained with. Default: the one beside the artifact."""
-    mode: Literal["auto", "standard", "sliding", "ttt", "score_first", "adapt_first"] = "auto"
-    """standard: rows side by side; sliding: window that moves by the stride; score_first, adapt_first: test-time training; ttt: whichever
-    of the two the recipe has; auto: sliding, or standard for a model whose recipe has no stride."""
+    mode: Literal["auto", "standard", "sliding", "ttt", "score_first", "adapt_first", "packed", "documents"] = "auto"
+    """standard: rows side by side; sliding: window that moves by the stride; packed: flat streams of documents; score_first, adapt_first,
+    documents: test-time training; ttt: whichever of these the recipe has; auto: sliding, or standard where the recipe has no stride."""
     max_docs: int = 0
     """Only the first N documents: a quick look, marked PARTIAL (0: all)."""
     max_tokens: int = 0

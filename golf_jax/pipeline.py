@@ -234,7 +234,7 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
     begin = time.perf_counter()
     hessians = None
     if recipe.quant.gptq_batches:  # over rank 0's first training batches (docs/recipes/pr2005.md, section 5.2)
-        order = "shuffled" if recipe.data.packed else recipe.data.order  # PR 2135 calibrates on PR 2005's sequences
+        order = "shuffled" if recipe.data.packed else recipe.data.order  # PR 2135 calibrates on PR 2005's sequences, across documents
         loader = _make_loader(plan, order, slice(0, recipe.data.rows_per_rank))
         progress = Progress(run.log, "Hessians: batches", recipe.quant.gptq_batches)
 
