@@ -35,10 +35,12 @@ ROLES = {
 }  # fmt: skip
 
 
-def make(kind: str, seed: int = 0) -> dict[str, list[np.ndarray]]:
-    """Codes int8 [R, C] of every matrix, by role."""
+def make(kind: str, layers: int = LAYERS, seed: int = 0) -> dict[str, list[np.ndarray]]:
+    """Codes int8 [R, C] of every matrix, by role; with fewer layers the token table has fewer rows, in proportion."""
     rng = np.random.default_rng(seed)
-    return {role: [codes(kind, rng, *about) for _ in range(1 if role == "tok_emb" else LAYERS)] for role, about in ROLES.items()}
+    found = {role: [codes(kind, rng, *about) for _ in range(layers)] for role, about in ROLES.items() if role != "tok_emb"}
+    (rows, columns), sigmas, high = ROLES["tok_emb"]
+    return found | {"tok_emb": [codes(kind, rng, (rows * layers // LAYERS, columns), sigmas, high)]}
 
 
 def codes(kind: str, rng: np.random.Generator, shape: tuple[int, int], sigmas: float, high: int) -> np.ndarray:
@@ -108,9 +110,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", default="trained", choices=("gaussian", "trained"))
     parser.add_argument("--only", default="rans,zstd,brotli,lzma,lrzip")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer for a quick look")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
-    groups = make(args.kind)
+    groups = make(args.kind, args.layers)
     count, wanted = sum(m.size for ms in groups.values() for m in ms), args.only.split(",")
     found: dict[str, dict[str, float]] = {"entropy by role": {"bytes": entropy_bytes(groups)}}
     if "rans" in wanted:

@@ -11,6 +11,8 @@ Prints medians, windows per second, the temporary memory of the compiled program
 import argparse
 import json
 import os
+import shlex
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -78,7 +80,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     median = {n: {k: float(np.median([s[k] for s in taken])) for k in ("wall_s", "cpu_s")} for n, taken in samples.items()}
     where = mesh.devices.flat[0].device_kind
     return {
+        "command": shlex.join(["python", *sys.argv]),
         "recipe": name,
+        "layers": config.num_layers,
         "device": f"{mesh.size} x {cpu_name() if platform(mesh) == 'cpu' else where}",
         "rows": options.rows,
         "width": options.width,

@@ -76,7 +76,7 @@ def run(main: Callable[[list[str]], int]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # what XLA calls it
             raise
-        status = _fail("error: out of memory; --micro-rows auto takes what fits; 1, with --eval.batch-rows 1, needs the least", 2)
+        status = _fail("error: out of memory; --micro-rows 1 and --eval.batch-rows 1 need the least, --micro-rows auto takes what fits", 2)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except BrokenPipeError:

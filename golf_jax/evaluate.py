@@ -6,17 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import tyro
 
 from golf_jax import cli
-from golf_jax.evaluation import score
-from golf_jax.evaluation.methods import method_of
-from golf_jax.evaluation.stream import first_documents
-from golf_jax.interop import open_model
-from golf_jax.mesh import make_mesh
-from golf_jax.opening import text_for
-from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
 
 WINDOWED = ("sliding", "score_first", "adapt_first")
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
@@ -38,9 +30,9 @@ class Options:
     """Glob of the validation shards; default: those of the run, or the embedded corpus for artifacts that were trained on it."""
     tokenizer: str = ""
     """SentencePiece model of the shards; must be the one the model was trained with. Default: the one beside the artifact."""
-    mode: Literal["auto", "standard", "sliding", "ttt", "score_first", "adapt_first"] = "auto"
-    """standard: rows side by side; sliding: window that moves by the stride; score_first, adapt_first: test-time training; ttt: whichever
-    of the two the recipe has; auto: sliding, or standard for a model whose recipe has no stride."""
+    mode: Literal["auto", "standard", "sliding", "ttt", "score_first", "adapt_first", "packed", "documents"] = "auto"
+    """standard: rows side by side; sliding: window that moves by the stride; packed: flat streams of documents; score_first, adapt_first,
+    documents: test-time training; ttt: whichever of these the recipe has; auto: sliding, or standard where the recipe has no stride."""
     max_docs: int = 0
     """Only the first N documents: a quick look, marked PARTIAL (0: all)."""
     max_tokens: int = 0
@@ -59,6 +51,16 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.evaluate", description=DESCRIPTION, args=argv)
+    import jax  # here, and what brings it in: --help must not wait for it
+
+    from golf_jax.evaluation import score
+    from golf_jax.evaluation.methods import method_of
+    from golf_jax.evaluation.stream import first_documents
+    from golf_jax.interop import open_model
+    from golf_jax.mesh import make_mesh
+    from golf_jax.opening import text_for
+    from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
+
     keep_compiled_programs()
     initialize_distributed()
     split_cpu(options.devices, sequences=8)

@@ -4,15 +4,16 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from golf_jax import cli
 from golf_jax.config import GolfError
-from golf_jax.model.decode import Sampling
-from golf_jax.opening import Model, load
-from golf_jax.processes import keep_compiled_programs
+from golf_jax.options import Sampling
+
+if TYPE_CHECKING:  # what brings jax in is imported where it is used: --help must not wait for it
+    from golf_jax.opening import Model
 
 DESCRIPTION = """Let a packed model write.
 
@@ -35,7 +36,7 @@ class Options:
     """SentencePiece model. Default: the one beside the artifact."""
 
 
-def write(model: Model, prompt: str, max_tokens: int, sampling: Sampling) -> str:
+def write(model: "Model", prompt: str, max_tokens: int, sampling: Sampling) -> str:
     """Print the text as it comes; returns what is to be said about speed. The first token waits for compilation and the prompt."""
     begin = first = time.perf_counter()
     tokens, shown = model.encode(prompt), prompt
@@ -61,6 +62,9 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.generate", description=DESCRIPTION, args=argv)
     if options.max_tokens < 1:
         raise GolfError(f"--max-tokens must be positive, got {options.max_tokens}")
+    from golf_jax.opening import load
+    from golf_jax.processes import keep_compiled_programs
+
     keep_compiled_programs()
     model = load(options.model, options.tokenizer)
     if options.prompt is not None:

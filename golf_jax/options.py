@@ -1,6 +1,8 @@
-"""What a run is asked besides its recipe. No jax here: `train --help` must not wait for it."""
+"""What commands are asked besides a recipe. No jax here: `--help` must not wait for it."""
 
 from dataclasses import dataclass
+
+from golf_jax.config.base import check
 
 
 @dataclass(frozen=True)
@@ -17,5 +19,26 @@ class Options:
     """Reproduce the data order of this many ranks, with the same tokens per step (the recipes' own number is 8)."""
     score: str = ""
     """Score this artifact on the recipe's text, and train nothing."""
+    tracker: str = ""
+    """Send the rows of metrics.jsonl to `tensorboard` (files in the run directory) or `wandb`, too; default: nowhere."""
     profile: int = 0
     """Write a trace of this many training steps to the run directory (jax.profiler: TensorBoard, Perfetto); 0: none."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float = 0.8
+    """Logits are divided by it; 0: always the likeliest token."""
+    top_k: int = 0
+    """Only among the K likeliest tokens; 0: all."""
+    top_p: float = 0.95
+    """Only among the likeliest tokens that together reach this probability; 1: all."""
+    seed: int = 0
+    """Of the random numbers: the same seed gives the same text."""
+
+    def __post_init__(self) -> None:
+        check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
+        check(self.top_k >= 0, f"top-k must not be negative, got {self.top_k}")
+        check(0 < self.top_p <= 1, f"top-p must lie above 0 and be at most 1, got {self.top_p}")

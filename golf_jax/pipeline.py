@@ -49,6 +49,7 @@ from golf_jax.training.memory import fitted
 from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, new_path, read_json
 from golf_jax.training.state import state_shapes
+from golf_jax.training.trackers import check_tracker
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
         recipe = replace(recipe, data=d)
     check_plan(recipe)
     check_data(recipe)
+    check_tracker(options.tracker)
     keep_compiled_programs()
     initialize_distributed()
     before = devices_of(options.resume) if options.resume else 0
@@ -117,6 +119,7 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         return read_json(result)
     artifact = _packed_before(run)
     run.write("config.json", to_dict(plan.asked))
+    run.track(options.tracker, to_dict(plan.asked))
     run.write(
         "environment.json", environment() | {"devices_used": plan.mesh.size, "text": plan.text.identity, "data": to_dict(recipe.data)}
     )
@@ -231,7 +234,7 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
     begin = time.perf_counter()
     hessians = None
     if recipe.quant.gptq_batches:  # over rank 0's first training batches (docs/recipes/pr2005.md, section 5.2)
-        order = "shuffled" if recipe.data.packed else recipe.data.order  # PR 2135 calibrates on PR 2005's sequences
+        order = "shuffled" if recipe.data.packed else recipe.data.order  # PR 2135 calibrates on PR 2005's sequences, across documents
         loader = _make_loader(plan, order, slice(0, recipe.data.rows_per_rank))
         progress = Progress(run.log, "Hessians: batches", recipe.quant.gptq_batches)
 

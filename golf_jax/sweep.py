@@ -4,14 +4,14 @@ import csv
 import io
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from golf_jax import cli
 from golf_jax.config import GolfError
 from golf_jax.reporting import compare
 from golf_jax.reporting.record import Record, read_record
-from golf_jax.sweeping import grid, parse_vary, run_grid
+from golf_jax.sweeping import grid, miniature, parse_vary, run_grid
 
 DESCRIPTION = """Run a recipe over seeds and settings, and say which differences are more than noise.
 
@@ -31,6 +31,9 @@ class Options:
     """FIELD=VALUE,VALUE,...: fields as config.json has them, the reference value first."""
     sweep_dir: str = ""
     """Folder of the runs; default sweeps/<recipe>-<time>. An existing one is gone on with."""
+    miniature_of: int = 0
+    """Every run is a complete miniature of a run of this many steps: what the recipe counts in steps (warmdown, momentum warm-up, horizon
+    of the EMA) keeps its share of --budget.steps. 0: as the recipe has it."""
     jobs: int = 1
     """Runs at a time, each with its share of the cores, or of the GPUs that CUDA_VISIBLE_DEVICES names."""
 
@@ -72,6 +75,8 @@ def main(argv: list[str]) -> int:
     if options.jobs < 1:
         raise GolfError(f"--jobs {options.jobs}: at least 1")
     points = grid(recipe, seeds, parse_vary(options.vary))
+    if options.miniature_of:
+        points = [replace(p, recipe=miniature(p.recipe, options.miniature_of)) for p in points]
     folder = Path(options.sweep_dir or f"sweeps/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder.mkdir(parents=True, exist_ok=True)
     problems = run_grid(points, folder, options.jobs, lambda line: print(line, flush=True))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,29 @@ def grid(recipe: Recipe, seeds: Sequence[int], vary: dict[str, list[Any]]) -> li
     if len({p.name for p in points}) < len(points):
         raise GolfError("a seed or a value is given twice")
     return points
+
+
+def miniature(recipe: Recipe, full_steps: int) -> Recipe:
+    """A complete miniature of a run of `full_steps` steps in the recipe's own, fewer `budget.steps`.
+
+    Everything counted in steps keeps its share of the run: warmdown, momentum warm-up, intervals of weight averaging, the horizon
+    1 / (1 - decay) of the EMA. A run cut short, without its own warmdown, ranks settings by chance. Raises GolfError where that cannot be.
+    """
+    steps, s = recipe.budget.steps, recipe.schedule
+    if not 0 < steps < full_steps:
+        raise GolfError(f"--miniature-of {full_steps}: needs --budget.steps between 1 and {full_steps - 1}, found {steps}")
+    scale = steps / full_steps
+    horizon = scale / (1 - s.ema_decay) if s.ema_decay else 1.0
+    if horizon < 1:
+        raise GolfError(f"--miniature-of {full_steps}: of {steps} steps the EMA would average over {horizon:.2g}; give more steps")
+
+    def count(n: int) -> int:
+        return max(round(n * scale), 1) if n else 0
+
+    schedule = replace(s, warmdown_steps=count(s.warmdown_steps), swa_every=count(s.swa_every))
+    schedule = replace(schedule, ema_decay=1 - 1 / horizon if s.ema_decay else 0.0)
+    muon = (replace(g, momentum_warmup_steps=count(g.momentum_warmup_steps)) if g.kind == "muon" else g for g in recipe.optim.groups)
+    return replace(recipe, schedule=schedule, optim=replace(recipe.optim, groups=tuple(muon)))
 
 
 def _set(data: Any, field: str, value: Any) -> None:

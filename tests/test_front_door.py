@@ -22,6 +22,11 @@ def test_import_is_light():
     assert python("-c", code + "; assert 'jax' not in sys.modules").returncode == 0
 
 
+def test_help_does_not_wait_for_jax():
+    code = "import golf_jax.train, golf_jax.evaluate, golf_jax.generate, golf_jax.report, sys; assert 'jax' not in sys.modules"
+    assert python("-c", code).returncode == 0
+
+
 @pytest.mark.parametrize("name", sorted(golf_jax._PUBLIC))
 def test_every_name_is_there(name):
     assert callable(getattr(golf_jax, name))

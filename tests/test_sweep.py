@@ -9,7 +9,7 @@ from tiny_recipes import build_text, environment, on_text, tiny
 
 from golf_jax import sweep
 from golf_jax.config import GolfError, load_recipe, to_dict
-from golf_jax.sweeping import grid, parse_vary, run_grid
+from golf_jax.sweeping import grid, miniature, parse_vary, run_grid
 
 
 def test_grid():
@@ -19,6 +19,20 @@ def test_grid():
     last = points[-1].recipe
     assert (last.optim.groups[0].lr, last.model.smear_gate, last.seed) == (1.0, False, 2)
     assert points[0].recipe.optim.groups[0].lr == 0.02 and points[0].recipe.optim.groups[1] == last.optim.groups[1]
+
+
+def test_a_miniature_keeps_every_share():
+    full = load_recipe("pr562")
+    full = replace(full, schedule=replace(full.schedule, ema_decay=0.999))
+    small = miniature(replace(full, budget=replace(full.budget, steps=500)), 5_000)
+    s = full.schedule
+    assert (small.schedule.warmdown_steps, small.schedule.swa_every) == (s.warmdown_steps // 10, s.swa_every // 10) != (0, 0)
+    assert 1 / (1 - small.schedule.ema_decay) == pytest.approx(0.1 / (1 - s.ema_decay))
+    assert [g.momentum_warmup_steps for g in small.optim.groups if g.kind == "muon"] == [150]
+    assert replace(small, schedule=s, optim=full.optim, budget=full.budget) == full
+    for steps, word in ((0, "needs --budget.steps"), (5_000, "needs --budget.steps"), (3, "would average over 0.6")):
+        with pytest.raises(GolfError, match=word):
+            miniature(replace(full, budget=replace(full.budget, steps=steps)), 5_000)
 
 
 @pytest.mark.parametrize(

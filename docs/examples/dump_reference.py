@@ -20,7 +20,8 @@ def recipe():
     roles = ("matrix", "proj", "gate", "token", "table", "vector")
     return Recipe("mine", ModelConfig(vocab_size=64, num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, dtype="float32"),
         DataConfig(seq_len=16, ranks=1, rows_per_rank=2), OptimConfig((GroupConfig("all", roles, "adamw", 0.01, 0.1),), clip_norm=0.0),
-        BudgetConfig(steps=3), ScheduleConfig(warmdown_steps=0, ema_decay=0.0, export="raw"), eval=EvalConfig(sliding=SlidingConfig(stride=8)), numerics="fp32")
+        BudgetConfig(steps=3), ScheduleConfig(warmdown_steps=0, ema_decay=0.0, export="raw"),
+        eval=EvalConfig(sliding=SlidingConfig(stride=8)), numerics="fp32")
 """
 V, L, D, H, G, K = 64, 2, 32, 4, 2, 8
 

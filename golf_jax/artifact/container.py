@@ -81,9 +81,16 @@ class Section:
     members: tuple[int, ...]
     raw_bytes: int
 
+    @property
+    def own_coder(self) -> bool:
+        """Codes that a compressor's coder for codes takes; factors are too few to pay for its histograms and states."""
+        return self.part == "codes" and not self.label.endswith(tuple(suffix[1:] for suffix in FACTORS))
+
 
 def role(name: str) -> str:
     """The tensor name without its layer number: tensors of one role share statistics (`blocks.3.mlp.fc.weight` -> `mlp.fc`)."""
+    if name.endswith(FACTORS):
+        return name.rpartition(".")[2]  # few codes each: all together
     return re.sub(r"\d+\.|^blocks\.|\.weight$", "", name)
 
 
@@ -240,14 +247,14 @@ def inspect(data: bytes) -> Opened:
 def read_section(opened: Opened, section: Section, stored: bytes) -> bytes:
     """The raw bytes of one stream, exactly section.raw_bytes of them. Raises ArtifactError."""
     by = COMPRESSORS[opened.compressor]
-    if by.decode and section.part == "codes":
+    if by.decode and section.own_coder:
         shapes = [opened.entries[i].shape for i in section.members]
         return by.decode(stored, [(rows, columns) for rows, columns in shapes])
     return exactly(by.decompress, opened.compressor, stored, section.raw_bytes)
 
 
 def _store(section: Section, tensors: list[QTensor], by: Compressor, level: int) -> bytes:
-    if by.encode and section.part == "codes":
+    if by.encode and section.own_coder:
         return by.encode([codes for i in section.members if (codes := tensors[i].codes) is not None])
     return by.compress(join_section(section, tensors), level)
 

@@ -75,7 +75,7 @@ def method_of(eval: EvalConfig, mode: str) -> str:
         return "sliding" if eval.sliding.on else "standard"
     if mode != "ttt":
         return mode
-    trained = [name for name in ("score_first", "adapt_first") if getattr(eval, name).on]
+    trained = [name for name in ("score_first", "adapt_first", "documents") if getattr(eval, name).on]
     if not trained:
         raise GolfError("--mode ttt: the recipe of this model has no test-time training; use --mode sliding")
     return trained[0]

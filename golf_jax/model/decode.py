@@ -1,7 +1,7 @@
 """One token after another: the row's keys and values are kept, so that a token costs one position of the forward pass."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -10,34 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import FakeQuantConfig, GolfError, ModelConfig
-from golf_jax.config.base import check
 from golf_jax.model.cache import Cache, Store, empty
 from golf_jax.model.fake_quant import fake_quantize
 from golf_jax.model.gpt import logits
 from golf_jax.model.inputs import check_tokens
 from golf_jax.model.model import Model
 from golf_jax.model.params import Params
+from golf_jax.options import Sampling
 
 CHUNK = 64  # positions of a prompt that are computed at once
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn."""
-
-    temperature: float = 0.8
-    """Logits are divided by it; 0: always the likeliest token."""
-    top_k: int = 0
-    """Only among the K likeliest tokens; 0: all."""
-    top_p: float = 0.95
-    """Only among the likeliest tokens that together reach this probability; 1: all."""
-    seed: int = 0
-    """Of the random numbers: the same seed gives the same text."""
-
-    def __post_init__(self) -> None:
-        check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
-        check(self.top_k >= 0, f"top-k must not be negative, got {self.top_k}")
-        check(0 < self.top_p <= 1, f"top-p must lie above 0 and be at most 1, got {self.top_p}")
 
 
 def sample(key: jax.Array, logits_BV: jax.Array, temperature: Any, top_k: Any, top_p: Any) -> jax.Array:

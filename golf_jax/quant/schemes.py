@@ -88,6 +88,12 @@ def _row_max_floor(w_RC, step, _):
     return to_codes(w_RC, scale_R, -32, 31), scale_R
 
 
+def _row_max_half(w_RC, step, _):
+    """PR 2135, int8 for gates (off in its run): scale = float16(rowmax / 127) before coding."""
+    scale_R = (np.abs(w_RC).max(axis=1) / F32(127) * F32(step)).astype(np.float16)
+    return to_codes(w_RC, scale_R, -127, 127), scale_R
+
+
 def _percentile(w_RC, step, _):
     """PRs 372, 638, 1182, int8: clip at the 0.9999984 quantile of the row, step at least 1/127, codes with the float32 scale."""
     clip_R = torch_quantile(sorted_rows(w_RC), INT8_QUANTILE)
@@ -165,6 +171,7 @@ SCHEMES: dict[str, Scheme] = {
     "int5_row": Scheme("int5", _row_max(-16, 15)),
     "int6_row": Scheme("int6", _row_max(-31, 31)),
     "int6_row_floor": Scheme("int6", _row_max_floor),
+    "int8_row": Scheme("int8", _row_max_half),
     "int8_percentile": Scheme("int8", _percentile),
     "int5_row_search": Scheme("int5", _row_search(15)),
     "int6_row_search": Scheme("int6", _row_search(31)),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +21,7 @@ import jax
 from golf_jax.config import GolfError, parse_json
 from golf_jax.files import json_rows, sealed, write_atomic
 from golf_jax.processes import from_main
+from golf_jax.training.trackers import Tracker, open_tracker, scalars
 
 PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 
@@ -65,6 +67,8 @@ class RunDir:
         self._terminal: TextIO | None = sys.stdout if self.main else None
         self._warned = False
         self.record: dict[str, Any] = {}
+        self._tracker: Tracker | None = None
+        self._step = 0
         # Every process ends with the same message when process 0 cannot go on.
         if problem := from_main(self._open(resume) if self.main else ""):
             raise GolfError(problem)
@@ -141,6 +145,23 @@ class RunDir:
         if self.main:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             self._append(self._metrics, json.dumps({"event": event, **clean}, allow_nan=False))
+            self._step = values.get("step", self._step)
+            self._tracked(lambda tracker: tracker.row(self._step, scalars(event, values)))
+
+    def track(self, name: str, config: dict[str, Any]) -> None:
+        """Send every further row to this tracker, too ("": to none)."""
+        if self.main and name:
+            self._tracker = open_tracker(name, self.path, config)
+
+    def _tracked(self, call: Callable[[Tracker], None]) -> None:
+        """A tracker out of order is said once and left alone."""
+        if self._tracker is None:
+            return
+        try:
+            call(self._tracker)
+        except Exception as error:  # anybody's code and network
+            self._tracker = None
+            self.log(f"warning: tracking ends here: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}; the run goes on")
 
     def rows(self) -> list[dict[str, Any]]:
         """The sound rows of metrics.jsonl."""
@@ -179,6 +200,7 @@ class RunDir:
 
     def close(self) -> None:
         if self.main:
+            self._tracked(lambda tracker: tracker.close())
             for file in (self._log, self._metrics, self._lock):
                 with contextlib.suppress(OSError):  # a full disk has been reported by then
                     file.close()

@@ -17,7 +17,7 @@ from golf_jax.interop.checks.reference import Arrays, Case
 from golf_jax.interop.packed import read_packed_codes
 from golf_jax.quant import QTensor
 from golf_jax.quant.lowrank import low_rank, pack
-from golf_jax.quant.schemes import coded_values
+from golf_jax.quant.schemes import SCHEMES, coded_values
 
 Outputs = dict[str, Any]
 
@@ -69,6 +69,11 @@ def _lqer(case: Case, given: Arrays) -> Outputs:
     return ours
 
 
+def _gate_int8_row(case: Case, given: Arrays) -> Outputs:
+    codes, scale = SCHEMES["int8_row"].make(given["w"], 1.0, None)
+    return {"codes": codes, "scale": scale}
+
+
 def _row_order(case: Case, given: Arrays) -> Outputs:
     return {"order": pgrp.row_order(given["codes"])}
 
@@ -107,4 +112,5 @@ KINDS: dict[str, Callable[[Case, Arrays], Outputs]] = {
     "quant_extra": _quant_extra, "standard_batches": _standard_batches, "ttt_queue": documents.queue_of_run,
     "doc_queue": documents.doc_queue, "chunk_window": documents.chunk_windows_of, "segments": documents.segment_bounds,
     "ttt_lora": documents.adapters_seen, "ttt_global": documents.global_phase,
+    "gate_int8_row": _gate_int8_row,
 }  # fmt: skip

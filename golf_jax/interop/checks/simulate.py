@@ -78,7 +78,7 @@ def simulate(
     state = init_state(recipe, mesh, 0, {k: jnp.asarray(v) for k, v in params.items()})
     on_mesh = rows(mesh)
     history, steps = History(), len(batches.x)
-    matrices = next(g for g in recipe.optim.groups if g.kind == "muon")
+    matrices = next((g for g in recipe.optim.groups if g.kind == "muon"), None)
 
     def batch(i: int, source: Batches = batches) -> Batch:
         return jax.device_put(source.rows(i), on_mesh)
@@ -110,7 +110,7 @@ def simulate(
         history.grad_norm.append(float(metric.grad_norm))
         history.rank_norm.append(metric.micro_norm)
         history.lr_factor.append(schedules.lr_factor(recipe.schedule, recipe.budget, Clock(i, 0.0)))
-        history.momentum.append(schedules.muon_momentum(matrices, i))
+        history.momentum += [schedules.muon_momentum(matrices, i)] if matrices else []
         history.looping.append(phase.looping)
         if state.stale and "trigram_table" in state.stale:
             clipped = np.sqrt(np.square(np.asarray(state.stale["trigram_table"], np.float64)).sum((1, 2)))

@@ -1,0 +1,79 @@
+"""The rows of metrics.jsonl sent to a tracker as well: TensorBoard files in the run directory, or Weights & Biases. Off unless asked for.
+
+A tracker is two functions. What it raises ends the tracking, never the run.
+"""
+
+import importlib
+import json
+import math
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from golf_jax.config import GolfError
+
+LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+class Tracker(Protocol):
+    def row(self, step: int, scalars: dict[str, float]) -> None:
+        """Numbers of one event at a step of training, by tag (`train/loss`)."""
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    def __init__(self, library: Any, path: Path, config: dict[str, Any]) -> None:
+        self._writer = library.SummaryWriter(str(path / "tensorboard"))
+        self._writer.add_text("config", textwrap.indent(json.dumps(config, indent=1), "    "))
+
+    def row(self, step: int, scalars: dict[str, float]) -> None:
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    def __init__(self, library: Any, path: Path, config: dict[str, Any]) -> None:
+        # One run there for one directory here: a resumed run goes on in it, on our count of steps.
+        self._run = library.init(project="golf_jax", id=path.name, name=path.name, dir=str(path), config=config, resume="allow")
+        self._run.define_metric("*", step_metric="step")
+
+    def row(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log({"step": step, **scalars})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+KINDS: dict[str, Callable[[Any, Path, dict[str, Any]], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def check_tracker(name: str) -> None:
+    """Raises GolfError unless the tracker is known and its library is installed; "" is none."""
+    if name and name not in KINDS:
+        raise GolfError(f"--tracker {name}: not one of {', '.join(KINDS)}")
+    if name:
+        _library(name)
+
+
+def open_tracker(name: str, path: Path, config: dict[str, Any]) -> Tracker:
+    """The tracker of a run in `path`. config: its recipe, as JSON data."""
+    return KINDS[name](_library(name), path, config)
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(LIBRARIES[name])
+    except ImportError:
+        raise GolfError(f"--tracker {name}: needs {LIBRARIES[name]}; install the extra: pip install 'golf-jax[{name}]'") from None
+
+
+def scalars(event: str, values: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers of a row, by tag: `train/loss`, `score/packed/sliding/val_bpb`."""
+    tag = "/".join([event, *(values[k] for k in ("stage", "mode") if isinstance(values.get(k), str))])
+    found = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "step"}
+    return {f"{tag}/{k}": float(v) for k, v in found.items() if math.isfinite(v)}
