@@ -86,7 +86,7 @@ def measure(recipe: Recipe, mesh: Mesh, batch: int, seq_len: int) -> Iterator[di
 
 def table(results: list[dict[str, Any]]) -> str:
     """GB by program, one column per (rows, tokens)."""
-    columns = sorted({(r["seq_len"], r["rows"]) for r in results}, key=lambda c: (-c[0] if c[1] > 1 else c[0], c[1]))
+    columns = sorted({(r["seq_len"], r["rows"]) for r in results})
     found = {(r["recipe"], r["program"], r["seq_len"], r["rows"]): r["bytes"] for r in results}
     lines = ["| recipe | program | " + " | ".join(f"{n} x {t:,}" for t, n in columns) + " |", "|---" * (2 + len(columns)) + "|"]
     for recipe, program in dict.fromkeys((r["recipe"], r["program"]) for r in results):
