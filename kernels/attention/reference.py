@@ -19,7 +19,7 @@ def causal_attention(
     rounded to q's dtype before they meet v, as FlashAttention does.
     Where a head has LARGE scores, one kv head after the other is computed, and again in the backward pass: its scores stay in the cache
     and those of the other heads need no memory. On 2 CPU cores (B 1, T 2048, 8/4 heads, K 64, fp32; CPU time, in turn with all heads
-    at once): forward 0.72, forward and backward 0.92, 45 MB and 71 MB of temporaries instead of 115 and 173. At T 256 it is a third slower.
+    at once): forward 0.72, forward and backward 0.86, 45 MB and 75 MB of temporaries instead of 115 and 173. At T 256 it is a third slower.
     Measured on 2 CPU cores, forward + backward: the H//G query heads of a group as extra rows of one matmul are 3x
     faster than a 5-dimensional einsum (B 8, T 256, 4/2 heads, K 32: 7.2 against 21 ms) and 1.5x faster than repeating
     k and v; chunks of queries that skip the keys of the future are 2.1x faster again at T 2048 (B 1, 4/2 heads, K 64:
