@@ -187,7 +187,7 @@ def tensors_of(opened: "Opened") -> dict[str, QTensor]:
             with np.errstate(over="ignore"):
                 finite = np.isfinite(parts["values"].astype(FLOATS[e.dtype])).all()
             _require(finite, f"{e.name}: a value is NaN or infinite")
-        result[e.name] = QTensor(e.kind, e.dtype, **parts)
+        result[e.name] = QTensor(e.kind, e.dtype, parts.get("codes"), parts.get("scale"), parts.get("values"))
     return _fold(result)
 
 

@@ -6,7 +6,7 @@ without S. Axis letters as in the model; B are documents.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,25 +23,25 @@ Params = dict[str, jax.Array]
 class Adapters(NamedTuple):
     """What a step changes; donated to every call and never leaves the devices."""
 
-    leaves: Leaves
-    second: Leaves
+    leaves: Any
+    second: Any
     """AdamW's second moments."""
-    step: jax.Array
+    step: Any
     """Steps since the last reset, int32."""
 
 
 class Chunk(NamedTuple):
     """One chunk of every document of a batch."""
 
-    tokens: jax.Array
+    tokens: Any
     """Window inputs, uint16 [B, W]; 0 behind the end."""
-    targets: jax.Array
+    targets: Any
     """Scored targets, uint16 [B, C]."""
-    first: jax.Array
+    first: Any
     """Window position of the first scored target, int32 [B]."""
-    hint: jax.Array
+    hint: Any
     """Hinted token, int32 [B, C]; -1: none."""
-    goes_on: jax.Array
+    goes_on: Any
     """1 for documents with a later chunk, float32 [B]: these are trained on."""
 
 

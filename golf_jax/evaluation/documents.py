@@ -153,7 +153,7 @@ class GlobalPhase:
             if self.observe:
                 self.observe(state.params, batch)
             inputs = [put(self.mesh, x) for x in batch]
-            state, loss, norm = self.program(state, *inputs, put(self.mesh, np.float32(lr), REPLICATED))
+            state, loss, norm = self.program(state, *inputs, put(self.mesh, np.array(lr, np.float32), REPLICATED))
             self.loss.append(loss)
             self.norm.append(norm)
             self.lr.append(lr)
@@ -186,7 +186,7 @@ class DocumentScorer:
         """Another set, deterministic in its number."""
         number, self.sets = self.sets, self.sets + 1
         whole = NamedSharding(self.mesh, ROWS)
-        out = Adapters(whole, whole, replicated(self.mesh))  # pyright: ignore[reportArgumentType]
+        out = Adapters(whole, whole, replicated(self.mesh))
         make = functools.partial(fresh, self.model.config, self.model.looping, self.rows(size), self.ttt.rank)
         made = jax.jit(make, out_shardings=out)(jax.random.key(number))
         if self.start is None:
@@ -209,7 +209,7 @@ class DocumentScorer:
             windows, chunk = self.chunk(start, targets, c)
             self.book.issue(windows, np.arange(self.ttt.chunk))
             goes_on = c < chunks.max() - 1
-            lr = put(self.mesh, np.float32(self.ttt.lr if goes_on else 0.0), REPLICATED)
+            lr = put(self.mesh, np.array(self.ttt.lr if goes_on else 0.0, np.float32), REPLICATED)
             inputs = Chunk(*(put(self.mesh, x) for x in chunk))
             if observe:
                 observe("chunk", c, (params, adapters, inputs))
@@ -242,7 +242,7 @@ class DocumentScorer:
         first[: len(start)] = offset
         goes_on[: len(start)] = (c + 1) * ttt.chunk < targets
         windows = Windows(np.where(count > 0, start + c * ttt.chunk, 0), count, np.zeros_like(count))
-        return windows, Chunk(x, y, first, hint, goes_on)  # pyright: ignore[reportArgumentType]
+        return windows, Chunk(x, y, first, hint, goes_on)
 
     def _collect(self, number: int, windows: Windows, scores: jax.Array) -> None:
         index, values = own_rows(scores)
@@ -303,7 +303,7 @@ def evaluate_documents(
         if phase and number + 1 == pause:
             kept = queue.kept(pause, config.prefix)
             with watch("train"):
-                spans = [slice(documents.start[i], documents.start[i] + documents.length[i]) for i in kept]
+                spans = [slice(int(a), int(a + n)) for a, n in zip(documents.start[kept], documents.length[kept], strict=True)]
                 params = phase.train(params, np.concatenate([tokens[s] for s in spans]))
             steps = len(phase.lr)
             if steps:

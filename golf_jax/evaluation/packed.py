@@ -79,7 +79,7 @@ def evaluate_packed(model: Model, stream: Stream, mesh: Mesh, config: PackedConf
             index, scores = own_rows(program(params, put(mesh, tokens), put(mesh, segment)))
             for row, values in zip(index, scores, strict=True):
                 if row < len(batch):
-                    book.collect(a + row, windows[[row]], offsets, values[None])
+                    book.collect(a + row, windows[np.array([row])], offsets, values[None])
             progress.at(a + len(batch))
     score, chunks = book.totals()
     trace = Trace(chunks, order=tuple(book.order))

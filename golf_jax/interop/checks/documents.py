@@ -87,10 +87,10 @@ def _chunks(documents: Documents, queue: Queue, chunk: int, window: int) -> np.n
     return np.array(rows)
 
 
-def _run(case: Case) -> tuple[Result, Outputs]:
+def _run(case: Case) -> tuple[Result, dict[Any, Any]]:
     """The evaluation of a case from the set's own adapters, and what the set looks at on the way."""
 
-    def make() -> tuple[Result, Outputs]:
+    def make() -> tuple[Result, dict[Any, Any]]:
         ttt = case.recipe.eval.documents
         if case.name == "notilt":
             ttt = replace(ttt, tilt=replace(ttt.tilt, order=0))
@@ -100,7 +100,7 @@ def _run(case: Case) -> tuple[Result, Outputs]:
         if lora is None:
             raise NotComputed("adapters start at random: the set needs units ttt_lora")
         given = case.refs.items[lora]
-        seen: Outputs = {}
+        seen: dict[Any, Any] = {}
 
         def start(number: int) -> Arrays:
             prefix = f"in/init/{number}/lora."
@@ -131,11 +131,11 @@ def _gradients(case: Case, ttt: Any, params: Any, adapters: Adapters, chunk: Any
 
 def adapters_seen(case: Case, _: Arrays) -> Outputs:
     """States and gradients of adapters, under the set's names."""
-    _, seen = _run(case.refs.case(case.settings["run"]))
+    seen = _run(case.refs.case(case.settings["run"]))[1]
     ours: Outputs = {}
     for item in {i.partition("@")[0] for i in case.own if i.startswith("out/")}:
-        _, what, which, name = item.split("/")
-        _, step, *rest = name.split(".")
+        what, which, name = item.split("/")[1:]
+        step, *rest = name.split(".")[1:]
         leaf = ".".join(rest if step != "head" else [step, *rest])
         parts = which.split("_")
         number = int(parts[0][1:])
