@@ -32,7 +32,8 @@ def _ngram(case: Case, given: Arrays) -> Outputs:
     ours |= {"best_prob": found.prob, "best_token": np.where(found.prob > 0, found.token, 0)}
     if "nll" in given:
         logp = np.log(np.maximum(given["hint_prob"], np.finfo(np.float32).tiny))
-        ours["nll"] = nll = np.asarray(tilted(*map(jnp.asarray, (given["nll"], logp, hint, targets)), s["boost"]))
+        before, logp_hint, hint_, target = map(jnp.asarray, (given["nll"], logp, hint, targets))
+        ours["nll"] = nll = np.asarray(tilted(before, logp_hint, hint_, target, s["boost"]))
         sums = [x.sum(dtype=np.float64) for x in (given["nll"], nll)]
         ours["totals"] = [*sums, gated.sum(), (hint == targets).sum()]
     return ours
