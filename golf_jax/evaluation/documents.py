@@ -324,5 +324,8 @@ def _measured(facts: Facts, tokens: np.ndarray, order: np.ndarray, tilt: TiltCon
     """`facts` with what can be measured of the tilt: C1 by flipped tokens, C2 over all of a vocabulary."""
     if not tilt.order:
         return facts
+    # Flips find only what this text has repeated. A state that counts in another order than the predictor's depends on what comes later
+    # whether or not these documents happen to share a context, so that is a violation by itself.
+    ordered = tilt.state == "queue" or bool(np.all(order[1:] > order[:-1]))
     broken = tilt_breaks_order(functools.partial(hints_of, tilt=tilt), tokens, order)
-    return replace(facts, causal=not broken, normalization_error=tilt_normalization(tilt.boost))
+    return replace(facts, causal=ordered and not broken, normalization_error=tilt_normalization(tilt.boost))
