@@ -71,6 +71,13 @@ def test_the_record_order_breaks_c1_and_says_so_and_the_queue_order_does_not(leg
     assert as_run.score.nll_nats != legal.score.nll_nats
 
 
+def test_a_text_without_repeats_does_not_make_the_record_legal(tiny):
+    tokens = tiny.tokens.copy()
+    tokens[tokens != BOS] = 2 + np.arange(np.count_nonzero(tokens != BOS)) % 38  # contexts of 15 tokens hardly repeat across documents
+    result = run(tiny, replace(RECORD, tilt=replace(RECORD.tilt, order=16)), tokens=tokens)
+    assert result.facts.causal is False and not result.facts.legal
+
+
 def flips(tiny):
     """A token of the short early document that the long late one quotes, and one in the middle of the long one."""
     return [4, sum(LENGTHS[:6]) + 12]
