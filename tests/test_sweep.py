@@ -9,6 +9,7 @@ from tiny_recipes import build_text, environment, on_text, tiny
 
 from golf_jax import sweep
 from golf_jax.config import GolfError, load_recipe, to_dict
+from golf_jax.files import sealed
 from golf_jax.sweeping import grid, miniature, parse_vary, run_grid
 
 
@@ -60,7 +61,7 @@ def made_up(point, directory, devices, environment):
     loss = 3.0 + 0.1 * point.recipe.seed - 0.01 * point.recipe.optim.clip_norm * (1 + 0.01 * point.recipe.seed)
     e = {"val_loss": loss, "val_bpb": loss / 2, "legal": True}
     stages = {"train": {"steps": 2, "seconds": 1.5}, "pack": {"total_bytes": 9, "code_bytes": 1}, "evaluations": {"standard": e}}
-    for name, content in (("config", to_dict(point.recipe)), ("stages", stages), ("result", {})):
+    for name, content in (("config", to_dict(point.recipe)), ("stages", sealed(stages)), ("result", {})):
         (directory / f"{name}.json").write_text(json.dumps(content))
     return ""
 

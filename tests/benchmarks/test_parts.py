@@ -36,6 +36,7 @@ def flops(part) -> float:
     return compiled.cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_compiled_parts(parts, recipe):
     made = {p.name: p for p in parts.model_parts(recipe.model, 2, 256, 1, looping=False)}
     assert [p.times for p in made.values()] == [1, 1, 2, 2, 1]

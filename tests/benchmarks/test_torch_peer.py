@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_recipes import some
 
 from golf_jax.config import DataConfig, GolfError, Recipe, SlidingConfig, load_recipe
 from golf_jax.data.loader import Batch
@@ -57,9 +56,8 @@ def live_params(recipe: Recipe):
     return {n: p + 0.05 * jax.random.normal(k, p.shape) for k, (n, p) in zip(keys, fresh.items(), strict=True)}
 
 
-@pytest.mark.parametrize(
-    ("name", "looping"), some([("quickstart", False), ("baseline", False), ("pr638", False), ("pr2005", True)], ("baseline", False))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "looping"), [("quickstart", False), ("baseline", False), ("pr638", False), ("pr2005", True)])
 def test_three_steps_have_the_same_losses(peer, name, looping):
     recipe = tiny(name)
     params = live_params(recipe)

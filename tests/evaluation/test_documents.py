@@ -88,6 +88,7 @@ def test_flipped_tokens_change_no_earlier_score_of_the_legal_engine(tiny):
     assert changed_before_flip(scores, tiny.tokens, flips(tiny), 40, predicted(tiny)) == 0
 
 
+@pytest.mark.slow
 def test_flipped_tokens_find_the_record_in_both_orders(tiny):
     scores = lambda tokens: run(tiny, RECORD, tokens=tokens).scores  # noqa: E731
     assert changed_before_flip(scores, tiny.tokens, flips(tiny)[:1], 40, predicted(tiny)) > 0  # by the tilt
@@ -102,12 +103,14 @@ def test_the_measurement_of_a_tilts_order_has_power():
     assert tilt_breaks_order(peeks, tokens, np.arange(300)) > 0 and tilt_breaks_order(peeks, tokens, backwards) == 0
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_gives_the_same_scores(tiny, legal):
     other = run(tiny, TTT, devices=2)
     np.testing.assert_allclose(other.scores, legal.scores, atol=2e-4)
     assert run(tiny, TTT).score == legal.score
 
 
+@pytest.mark.slow
 def test_adapters_and_the_global_phase_change_scores(tiny, legal):
     still = run(tiny, replace(TTT, lr=0.0, global_lr=0.0))
     one = run(tiny, replace(TTT, global_lr=0.0))
@@ -135,7 +138,7 @@ def test_packed_streams_leave_out_rows_that_fill_none(tiny):
 
 QUICK_UNITS = (
     "chunk_window doc_queue segments0 segments1 segments2 segments3 segments4 lora_adamw tilt_order16 tilt_order4 tilt_order2 "
-    "tilt_distribution ttt_hints ttt_queue ttt_global "
+    "tilt_distribution ttt_hints ttt_queue "
     "lqer_wide lqer_tall lqer_group16 lqer_symmetric row_order row_order_ties asym_softcap gate_int8_row"
 ).split()
 

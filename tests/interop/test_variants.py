@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from interop import numpy_forward
+from tiny_recipes import some
 
 from golf_jax import reproduce
 from golf_jax.interop.conformity import problems
@@ -70,7 +71,7 @@ def bar(measure, value):
     return {"measure": measure, "value": value}
 
 
-@pytest.fixture(scope="module", params=["hashed", "looped"])
+@pytest.fixture(scope="module", params=some(["hashed", "looped"], "looped"))
 def made(request, tmp_path_factory):
     """A portable set: forward pass, gradients at points, sums of a standard evaluation."""
     about, shapes = (HASHED if request.param == "hashed" else LOOPED), dict(SHAPES[request.param])

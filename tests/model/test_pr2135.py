@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_recipes import some
 
 from golf_jax.config import ModelConfig
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
@@ -89,7 +90,7 @@ SLOW = [("portable", ("rows_eval",)), *(("full", cases) for _, cases in FORWARD)
 NOT_COMPARED = re.compile("tokens|segments|cu_seqlens|acts/.*/sdpa")  # inputs; attention before XSA, which is one operation here
 
 
-@pytest.mark.parametrize(("which", "cases"), [*FORWARD, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.parametrize(("which", "cases"), some([*FORWARD, *SLOW], FORWARD[0]))
 def test_forward(which, cases):
     ref = load(which)
     settings = ref.settings("model", cases[0])
@@ -118,11 +119,8 @@ def test_forward(which, cases):
                 ref.compare("model", item.split("/")[0], picked(np.asarray(ours[item]), spec), theirs, f"{case} {entry}")
 
 
-GRADIENTS = [("portable", "loop"), *(pytest.param(*case, marks=pytest.mark.slow) for case in
-             [("portable", "noloop"), ("full", "loop"), ("full", "noloop")])]  # fmt: skip
-
-
-@pytest.mark.parametrize(("which", "case"), GRADIENTS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "case"), [("portable", "loop"), ("portable", "noloop"), ("full", "loop"), ("full", "noloop")])
 def test_gradients(which, case):
     ref = load(which)
     settings, items, config = ref.settings("grads", case), ref.items(f"grads/{case}"), ref.config

@@ -141,6 +141,7 @@ def test_a_run_that_died_goes_on_bit_for_bit(run_training, tmp_path, saved):
     assert [r["loss"] for r in metrics(tmp_path / "dies")] == [r["loss"] for r in metrics(tmp_path / "whole")]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_devices(run_training, tmp_path, saved):
     """Eight devices fill Muon's batches up with zeros, one does not; and back."""
     whole = run_training(saved, tmp_path / "whole")

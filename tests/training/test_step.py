@@ -185,6 +185,7 @@ def test_gradient_accumulation_is_the_same_step(tokens):
     np.testing.assert_allclose(one_by_one[2].params["up"], whole[2].params["up"], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_records_numerics_stay_close(leaky, tokens):
     """bfloat16 where the records have it (activations, tables, momentum, Newton-Schulz) against float32."""
     low = replace(leaky, numerics="as_run", model=replace(leaky.model, dtype="bfloat16"))
