@@ -19,6 +19,8 @@ from golf_jax.interop.checks.evaluation import check_eval
 from golf_jax.interop.checks.units import check_units
 from golf_jax.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TTT = DocumentsConfig(
     rank=2, alpha=4.0, lr=0.02, chunk=4, seq_len=8, batch=3, prefix=4, global_lr=0.1, global_chunk=24, ranks=2, tilt=TiltConfig(order=3)
 )

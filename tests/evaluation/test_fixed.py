@@ -17,6 +17,8 @@ from golf_jax.evaluation import METHODS, Facts, Result, Score, Stream
 from golf_jax.evaluation.windows import sliding_windows, standard_windows
 from golf_jax.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RULES = {372: "pr372", 562: "tail_min", 638: "tail", 1182: "tail", 2005: "exact"}
 TINY = SlidingConfig(stride=4, windows="tail")
 

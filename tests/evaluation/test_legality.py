@@ -10,6 +10,8 @@ from golf_jax.evaluation import Facts, legality
 from golf_jax.evaluation.legality import changed_before_flip
 from golf_jax.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FACTS = Facts(targets=10, covered=10, duplicates=0, order_violations=0, updates=0, causal=True, normalization_error=1e-7)
 
 

@@ -17,6 +17,8 @@ from golf_jax.interop.checks.evaluation import check_ttt
 from golf_jax.mesh import make_mesh
 from golf_jax.model import leaves
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SCORE_FIRST = ScoreFirstConfig(stride=4, lr=0.05, epochs=2, chunk_tokens=96, ranks=2, batch_rows=2)
 ADAPT_FIRST = AdaptFirstConfig(stride=4, lr=0.01, epochs=2, ranks=3, batch_rows=3, proj_lr_scale=3.0)
 

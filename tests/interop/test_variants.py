@@ -10,6 +10,8 @@ from tiny_recipes import some
 from golf_jax import reproduce
 from golf_jax.interop.conformity import problems
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WIDTH, VOCAB, ROWS, LENGTH = 24, 40, 2, 9
 # Many narrow heads, hash tables, a shared value embedding on two layers, XSA on the last two, a value residual that acts on layer 0.
 HASHED = {

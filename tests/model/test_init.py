@@ -12,6 +12,8 @@ from golf_jax.config import GolfError, ModelConfig
 from golf_jax.model import init_params, leaves, logits
 from golf_jax.model.params import from_tensors, storage_dtypes, to_tensors
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = ModelConfig(vocab_size=40, num_layers=2, width=64, num_heads=2, num_kv_heads=1, bigram_buckets=32, bigram_dim=64 + 2)
 
 

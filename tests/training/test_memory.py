@@ -14,6 +14,8 @@ from golf_jax.training.phases import phases
 from golf_jax.training.state import graph
 from golf_jax.training.step import compile_step, micro_rows
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def auto():

@@ -17,6 +17,8 @@ from golf_jax.training.phases import phase_at, phases
 from golf_jax.training.state import graph, init_state
 from golf_jax.training.step import compile_step, step_inputs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RAMP = ((0.0, 4), (0.5, 16))
 
 

@@ -176,6 +176,7 @@ def test_same_curve_on_1_2_and_8_devices(name, tokens):
     assert_same_curve(tiny(name), (8, 2, 1), tokens)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_is_the_same_step(tokens):
     """16 sequences at once on 1 device, and one by one, two on each of 8 devices."""
     recipe = tiny("baseline", rows_per_rank=2)
