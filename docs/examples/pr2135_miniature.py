@@ -1,6 +1,6 @@
 """PR 2135's legal variant at a size for minutes on a CPU, on the text that every Python carries: every part of it runs.
 
-    python -m golf_jax.train docs/examples/pr2135_miniature.py --devices 1
+python -m golf_jax.train docs/examples/pr2135_miniature.py --devices 1
 """
 
 from dataclasses import replace
