@@ -94,7 +94,8 @@ def reproduce(path: Path, only: str = "", devices: int = 1) -> Report:
         print(f"{name:58} not checked: {why}")
     missed, (compared, held) = sum(not r.ok for r in results), refs.counts(names)
     whole = f"{compared:,} of {held:,} arrays and facts of the set compared"
-    print(f"{len(results)} checks, {whole} in {time.perf_counter() - begin:.0f} s, {missed or 'none'} missed")
+    outcome = f"{missed or 'none'} missed" if results else "nothing could be checked"
+    print(f"{len(results)} checks, {whole} in {time.perf_counter() - begin:.0f} s, {outcome}")
     return Report(refs.json["recipe"], results, refs.not_checked, compared, held)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from golf_jax.artifact.compressors import COMPRESSORS
 from golf_jax.artifact.container import _PREFIX, inspect
 from golf_jax.artifact.model import load_model, pack_model
-from golf_jax.config import DataConfig, GolfError, ModelConfig, QuantConfig, QuantRule, Recipe
+from golf_jax.config import DataConfig, GolfError, LowRankConfig, ModelConfig, QuantConfig, QuantRule, Recipe
 from golf_jax.model.params import leaves
 
 HOSTILE: list[Any] = [None, True, False, -1, 0, 1, 7, 10**6, 2**31 - 1, 2**31, 10**30, 10**300, 1.5, -0.0, 1e308, "", "x", "7", "float16",
@@ -43,7 +43,8 @@ def forge(table: Any, streams: list[bytes], compressor: str = "zstd") -> bytes:
 def genuine(compressor: str = "zstd") -> bytes:
     """A tiny model, packed as a run does."""
     model = ModelConfig(vocab_size=64, num_layers=2, width=16, num_heads=2, num_kv_heads=1, bigram_buckets=8, bigram_dim=8)
-    quant = QuantConfig(rules=(QuantRule("", "float16", max_numel=64), QuantRule("", "int6_row")), compressor=compressor, level=3)
+    quant = QuantConfig(rules=(QuantRule("", "float16", max_numel=64), QuantRule("", "int6_row")), compressor=compressor, level=3,
+                        lowrank=LowRankConfig(rank=2, top=2, group=16))  # fmt: skip
     rng = np.random.default_rng(0)
     params = {name: rng.standard_normal(leaf.shape).astype(np.float32) for name, leaf in leaves(model).items()}
     return pack_model(Recipe("tiny", model=model, quant=quant, data=DataConfig(seq_len=64)), params, "0" * 64, code_bytes=0).data
@@ -51,7 +52,7 @@ def genuine(compressor: str = "zstd") -> bytes:
 
 def parts_of(data: bytes) -> tuple[dict[str, Any], list[bytes], str]:
     opened = inspect(data)
-    rows = [[e.name, e.kind, e.dtype, list(e.shape)] for e in opened.entries]
+    rows = [e.line() for e in opened.entries]
     return {"header": opened.header, "tensors": rows, "sections": [len(s) for s in opened.stored]}, opened.stored, opened.compressor
 
 
