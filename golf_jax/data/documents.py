@@ -86,8 +86,9 @@ def _read_json_lines(path: Path, field: str) -> Iterator[str]:
                     text = parse_json(line)[field]
                     text.encode()
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    cause = f"{error}; " if isinstance(error, GolfError) else "a lone surrogate; " if isinstance(error, ValueError) else ""
                     raise GolfError(
-                        f"{path}:{number}: needs a JSON object with a string field `{field}` (--field names another)"
+                        f"{path}:{number}: {cause}needs a JSON object with a string field `{field}` (--field names another)"
                     ) from error
                 yield text
     except OSError as error:

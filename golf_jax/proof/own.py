@@ -180,7 +180,9 @@ def _data(path: Path, result: dict[str, Any], config: dict[str, Any]) -> list[Fi
         return [*found, Finding("not checkable", "data", f"the shards cannot be read again: {error}")]
     if report.problems:
         return [*found, *(Finding("fail", "data", problem) for problem in report.problems)]
-    return [*found, Finding("pass", "data", "; ".join(fact for fact in report.facts if fact.startswith(("train:", "val:", "overlap"))))]
+    sound = "; ".join(fact for fact in report.facts if fact.startswith(("train:", "val:", "overlap")))
+    doubts = [fact.removeprefix("WARNING: ") for fact in report.facts if fact.startswith("WARNING: ")]
+    return [*found, Finding("pass", "data", sound), *(Finding("warning", "data", doubt) for doubt in doubts)]
 
 
 def _text(config: dict[str, Any]) -> tuple[str, str, str]:
