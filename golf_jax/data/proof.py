@@ -180,7 +180,7 @@ def vocabulary_use(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     """How much of the vocabulary occurs in `tokens`; WARNING when most of its pieces (bytes aside) never do in a text long enough."""
     counts, one = np.bincount(tokens, minlength=tokenizer.vocab_size), tokenizer.processor
     pieces = [t for t in range(tokenizer.vocab_size) if not (one.is_byte(t) or one.is_control(t) or one.is_unknown(t) or one.is_unused(t))]
-    doubt = np.count_nonzero(counts[pieces]) < len(pieces) / 2 and len(tokens) > 32 * tokenizer.vocab_size
+    doubt = bool(np.count_nonzero(counts[pieces]) < len(pieces) / 2) and len(tokens) > 32 * tokenizer.vocab_size
     note = ": most pieces never occur, is this the tokenizer of these shards?" if doubt else ""
     used = f"{np.count_nonzero(counts):,} of {tokenizer.vocab_size:,} pieces occur in validation"
     return f"{'WARNING: ' * doubt}vocabulary: {used}{note}"
