@@ -78,6 +78,10 @@ def run(main: Callable[[list[str]], int]) -> None:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # what XLA calls it
             raise
         status = _fail("error: out of memory; --micro-rows 1 and --eval.batch-rows 1 need the least, --micro-rows auto takes what fits", 2)
+    except ImportError as error:  # also of a library that finds no memory while it starts
+        status = _fail(
+            f"error: {error.name or 'a library'} cannot be loaded: {escape(str(error))} (not installed, or too little memory)", 2
+        )
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except BrokenPipeError:

@@ -82,6 +82,13 @@ def prove_text(
         num_bytes = check_tables(tokenizer, counted, bos_id=bos)
         part = "every document" if len(counted) == len(val_tokens) else f"the first {len(counted):,} tokens"
         facts.append(f"val bytes: {num_bytes:,}, equal to the decoded text of {part}")
+    if not num_bytes:
+        raise GolfError("validation text: has no bytes, only document starts; give shards with text")
+    control = [t for t in range(tokenizer.vocab_size) if tokenizer.processor.is_control(t) and t != bos]
+    if others := int(np.count_nonzero(np.isin(val_tokens, control))):
+        facts.append(
+            f"WARNING: {others:,} control tokens besides BOS in validation (EOS of another writer?): each is scored and counts 0 bytes"
+        )
     facts.append(vocabulary_use(tokenizer, val_tokens))
     found = refuse_overlap(train, val_tokens, tokenizer, bos, seconds) if train and overlap else None
     return Proof(facts + ([found.fact()] if found else []), num_bytes, found)
