@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from golf_jax.config import GolfError, Recipe, escape, load_recipe, recipe_names
+from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
 from golf_jax.interrupt import Interrupted
 
 WANTED = """The flags most runs want; the full list follows.
@@ -79,15 +79,15 @@ def run(main: Callable[[list[str]], int]) -> None:
             raise
         status = _fail("error: out of memory; --micro-rows 1 and --eval.batch-rows 1 need the least, --micro-rows auto takes what fits", 2)
     except ImportError as error:  # also of a library that finds no memory while it starts
-        status = _fail(
-            f"error: {error.name or 'a library'} cannot be loaded: {escape(str(error))} (not installed, or too little memory)", 2
-        )
+        found = GolfError(f"{error.name or 'a library'} cannot be loaded: {error} (not installed, or too little memory)")
+        status = _fail(f"error: {found}", 2)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except BrokenPipeError:
         status = _silent(141)
     except OSError as error:  # a disk that is full, also behind stdout; a file that cannot be written
-        status = _silent(_fail(f"error: {escape(str(error.filename or 'output'))}: {error.strerror or error}", 2))
+        found = GolfError(f"{error.filename or 'output'}: {error.strerror or error}")
+        status = _silent(_fail(f"error: {found}", 2))
     sys.exit(status)
 
 

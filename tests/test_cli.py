@@ -129,6 +129,8 @@ BROKEN = [
     ("def recipe(:\n    pass\n", r"mine.py, line 1: invalid syntax"),
     (RECIPE.format("Recipe(name='mine', model=ModelConfig(xsa_lost=4))"), r"mine.py, line 5: ModelConfig has no field 'xsa_lost'; did you"),
     (RECIPE.format("1 / 0"), r"mine.py, line 5: ZeroDivisionError: division by zero"),
+    ("raise SystemExit(3)\n", r"mine.py, line 1: SystemExit: 3"),
+    (RECIPE.format("Recipe(name='mine', seed='7')"), r"mine.py: Recipe.seed: expected int, found '7'"),
     ("import no_such_module\n", r"mine.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
 ]
 
