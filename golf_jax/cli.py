@@ -63,6 +63,11 @@ def run(main: Callable[[list[str]], int]) -> None:
     A GolfError becomes one line on stderr and status 2, Ctrl-C status 130, a reader that went away (`| head`) 141, as of a shell's own
     tools. What the terminal cannot show is written with backslash escapes. What the system refuses is one line, too.
     """
+    for descriptor in range(3):  # closed ones: the next file would get the number, and what libraries print there would land in it
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -79,6 +79,15 @@ def test_marker_pieces_are_refused_and_line_end_pieces_are_not(split):
     prove_text(ends, [], np.concatenate(ends.encode_documents(TEXTS[:3])))
 
 
+def test_markers_that_are_ordinary_pieces_or_bytes_are_found_in_the_text(tokenizer):
+    marked = [text[:600].replace("a", "\ue001a") for text in TEXTS[:20]]
+    for one in (tokenizer, Tokenizer(train_bpe(marked, 400))):
+        with pytest.raises(GolfError, match=r"private-use characters, \d+\.\d % of its bytes"):
+            prove_text(one, [], np.concatenate(one.encode_documents(marked)))
+    proof = prove_text(tokenizer, [], np.concatenate(tokenizer.encode_documents([*TEXTS[:20], "an icon \uf0e0"])))
+    assert any(fact.startswith("WARNING: 1 private-use characters") for fact in proof.facts)
+
+
 def test_lossy_normalisation_is_named():
     folding = trained(normalization_rule_name="nmt_nfkc_cf")
     assert len(folding.changes()) == 4 and "case is folded" in folding.changes()
