@@ -33,6 +33,7 @@ _CODE = re.compile(rf"^(?:Code size(?: \((\w+)\))?|CODE_BYTES)\s*:\s*({NUMBER})(
 _TOTALS = (
     re.compile(rf"^Total submission size(?: (\S[^:]*))?:\s*({NUMBER})\s*bytes\b", re.I),
     re.compile(rf"\bTotal submission(?: size)?()\s*[:=]\s*({NUMBER})\s*bytes\b", re.I),
+    re.compile(rf"^artifact ()\S+:\s*{NUMBER} bytes \+ {NUMBER} code = ({NUMBER}) total\b"),
     re.compile(rf"^budget()\s*:\s*({NUMBER})\s*/\s*16,?000,?000\b", re.I),
     re.compile(rf"^(?:bytes[ _]total|total[ _]bytes|submission[ _](?:size|bytes))()\s*[:=]\s*({NUMBER})(?: bytes)?\b(?! *MB)", re.I),
 )
@@ -167,7 +168,8 @@ def _bare(text: str) -> list[str]:
 
 
 def _set_source_aside(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], list[str]]:
-    """(lines of output, programs): a block between rulers that imports and defines is source, up to its last definition's end."""
+    """(lines of output, programs): a block between rulers that imports and defines is source, up to its last definition's end; so are
+    many definitions without an import, the rest of a program whose beginning is lost."""
     blocks: list[list[tuple[int, str]]] = [[]]
     for number, line in lines:
         if _RULE.match(line):
@@ -178,10 +180,13 @@ def _set_source_aside(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str
     sources = []
     for block in blocks:
         code = [i for i, (_, line) in enumerate(block) if _PYTHON.match(line)]
-        if len(code) < 5 or not any(block[i][1].startswith("import ") for i in code):
+        whole = any(block[i][1].startswith("import ") for i in code)
+        if len(code) < (5 if whole else 20):
             output += block
             continue
         first = next(i for i, (_, line) in enumerate(block) if i == code[0] or line.startswith(('"""', "#", "from ", "'''")))
+        while not whole and first and re.match(r"\s|#|$", block[first - 1][1]):
+            first -= 1
         events = (i for i, (_, line) in enumerate(block) if i > code[-1] and (_TRAINING.match(line) or _SCORE.match(line[:LONGEST])))
         stop = next(events, len(block))
         output += block[:first] + block[stop:]
