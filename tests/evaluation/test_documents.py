@@ -28,14 +28,18 @@ RECORD = replace(TTT, tilt=replace(TTT.tilt, state="corpus"))
 LENGTHS = (9, 14, 6, 21, 12, 17, 30)  # tokens, BOS included
 
 
-@pytest.fixture(scope="module")
-def tiny():
+def documents_case() -> Tiny:
     """Seven documents; a passage of a short early one is quoted in the last and longest, which is scored first."""
     case, rng = Tiny(), np.random.default_rng(3)
     documents = [np.append(BOS, rng.integers(2, 40, n - 1)) for n in LENGTHS]
     documents[6][20:26] = documents[0][2:8]
     case.tokens = np.concatenate([*documents, [BOS, 5]]).astype(np.uint16)[: sum(LENGTHS)]
     return case
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return documents_case()
 
 
 def run(tiny, ttt, devices=1, tokens=None):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_recipes import tiny
+from tiny_recipes import SHIPPED, some, tiny
 
 from golf_jax.config import GolfError, PackedConfig
 from golf_jax.data import make_loader
@@ -128,6 +128,33 @@ def test_the_step_sees_segments(small, tokens):
     _, metrics = make_step(recipe, mesh, phases(recipe)[-1])(state, jax.device_put(batch, rows(mesh)), inputs)
     np.testing.assert_allclose(metrics.loss, losses[0], rtol=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-4
+
+
+@pytest.mark.parametrize("name", some((*SHIPPED, "pr2135"), "pr2135"))
+def test_with_the_fix_no_recipe_looks_over_the_border_and_without_it_the_log_says_which_do(name):
+    """Another middle document changes no score of the other two, in training and in evaluation."""
+    model, key = resolve(tiny(name).model, "cpu", documents=True), jax.random.key(3)
+    params = {n: p + 0.3 * jax.random.normal(key, p.shape) for n, p in init_params(model, key).items()}  # no gate or map is shut
+    rng, segments = np.random.default_rng(0), jnp.asarray([[0] * 7 + [1] * 8 + [2] * 9] * 2)
+    x = rng.integers(2, 64, 25)
+    x[[0, 7, 15]] = BOS
+    other = x.copy()
+    other[8:15] = (x[8:15] + 17) % 62 + 2
+    rows = np.stack([x, other])
+
+    def touched(model, training):
+        """Which of the 24 scores the other document changes."""
+        run = lambda p, x: nll(model, p, x[:, :-1], x[:, 1:], segments_BT=segments, training=training)  # noqa: E731
+        a, b = np.asarray(jax.jit(run)(params, rows))
+        return a != b
+
+    inside = np.arange(24) // 7 == 1  # positions 7 to 13 predict its tokens; 14 the BOS of the next
+    inside[14] = True
+    fixed, as_run = replace(model, boundary_token=BOS), replace(model, boundary_token=-1)
+    for training in (True, False):
+        assert touched(fixed, training)[inside].all() and not touched(fixed, training)[~inside].any()
+        leaks = touched(as_run, training)[~inside]
+        assert not leaks[:7].any() and leaks.any() == ("mixes" in border(as_run, BOS))
 
 
 def test_the_border_between_documents_is_told(recipe):
