@@ -1,6 +1,6 @@
 """What each part of PR 2135 does in a miniature: trained from documents by `golf_jax.sweep`, in bits per byte before quantization.
 
-    python benchmarks/record_parts.py fineweb.jsonl --folder sweeps/record [--steps 120] [--seeds 42,0,314] [--only all,plain,...]
+    python benchmarks/record_parts.py fineweb.jsonl --folder sweeps/record [--steps 80] [--seeds 42,0,314] [--only all,plain,...]
 
 Builds the texts (the same documents with `--transform caseops` and without, each with a tokenizer of its own of 8,192 pieces trained on
 them, and, with --sp8192 FILE, with the challenge's), trains every arm with every seed for the same number of steps of as many tokens, and
@@ -38,7 +38,10 @@ def build(documents: str, folder: Path, sp8192: str) -> None:
     ways = {"caseops": ["--vocab-size", "8192", "--transform", "caseops"], "plain": ["--vocab-size", "8192"]}
     for name, flags in (ways | ({"sp8192": ["--tokenizer", sp8192]} if sp8192 else {})).items():
         if not (folder / name).exists():
-            subprocess.run([sys.executable, "-m", "golf_jax.data", "build", documents, "--out", str(folder / name), *flags], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "golf_jax.data", "build", documents, "--out", str(folder / name), "--val-every", "20", *flags],
+                check=True,
+            )
 
 
 def sweep(folder: Path, arm: str, steps: int, seeds: str) -> None:
@@ -66,7 +69,7 @@ def main() -> None:
     parser.add_argument("documents", help="jsonl or text files, as `golf_jax.data build` takes them")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--sp8192", default="", help="the challenge's SentencePiece model of 8,192 pieces")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", default="42,0,314")
     parser.add_argument("--only", default="", help="arms, the first is the reference")
     options = parser.parse_args()
