@@ -19,7 +19,7 @@ from golf_jax.data.manifest import NAME, file_entry, read_manifest, write_manife
 from golf_jax.data.proof import refuse_markers
 from golf_jax.data.shards import load_val_tokens, open_shard, write_shard
 from golf_jax.data.sidecar import Sidecar, beside, encode_counted, prove_sidecar
-from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
+from golf_jax.data.tokenizer import SPACE, ByteTables, Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
 from golf_jax.files import write_atomic
 
 TOKENIZER_SAMPLE = 100_000_000  # characters of training text the tokenizer learns from; more changes little and takes long
@@ -164,8 +164,8 @@ def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenize
                     f"tokenizer {tokenizer.name}: characters of document {text_facts['documents'] - 1} are unknown to it and would be lost "
                     f"(it has no byte fallback): {text[:40]!a}"
                 )
-            if exact and counts.sum() != size:
-                raise GolfError(f"tokenizer {tokenizer.name}: counts {counts.sum()} bytes for a text of {size}: {text[:40]!a}")
+            if exact and counts.sum() != (kept := len(text.replace(SPACE, " ").encode())):
+                raise GolfError(f"tokenizer {tokenizer.name}: counts {counts.sum()} bytes for a text of {kept}: {text[:40]!a}")
             seen.add(digest)
             writers["val" if is_validation(text, val_every) else "train"].add(tokens, counts)
     splits = {split: writer.finish() for split, writer in writers.items()}
