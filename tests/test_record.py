@@ -10,6 +10,7 @@ from training.test_processes import two_processes_agree_with_one
 
 from golf_jax import pipeline
 from golf_jax.config import QuantRule, Recipe
+from golf_jax.data.sidecar import load_sidecar
 from golf_jax.data.text import open_text
 from golf_jax.evaluation import score
 from golf_jax.mesh import make_mesh
@@ -32,14 +33,17 @@ def recipe_of(name: str, text: Path) -> Recipe:
 
 @pytest.mark.parametrize("name", ["pr2135", "pr2135_legal"])
 def test_from_caseops_text_to_artifact_to_score(name, text, tmp_path):
-    result = pipeline.run(recipe_of(name, text), pipeline.Options(run_dir=str(tmp_path / "run"), devices=2))
+    recipe = recipe_of(name, text)
+    result = pipeline.run(recipe, pipeline.Options(run_dir=str(tmp_path / "run"), devices=2))
     log, scored = (tmp_path / "run/log.txt").read_text(), result["evaluations"]
     legal = name == "pr2135_legal"
     documents = scored["documents"]
     assert documents["legal"] is legal and documents["facts"]["exactly_once"] and documents["facts"]["order_violations"] == 0
     assert ("final_ILLEGAL_" in log) is (not legal) and ("packed" in scored) is (not legal)
     assert ("smear mixes the first token" in log) is (not legal)
-    assert documents["bytes"] == scored["standard"]["bytes"] > 0  # of the original text, by the sidecar
+    targets, counts = documents["tokens"], load_sidecar(text / "val_*.bin")
+    assert counts is not None and documents["bytes"] == counts.counts[1 : targets + 1].sum() > 0  # of the original text
+    assert recipe.eval.documents.seq_len > recipe.data.seq_len  # as 2560 after 2048
     assert documents["early_projection"]["share"] >= 0.01 and documents["seconds"]["hints"] > 0
     assert load(tmp_path / "run/artifact.golf").config.two_lanes_from == 3
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"train"' in line]
