@@ -20,7 +20,7 @@ from golf_jax.proof.statistics import LEVEL, paired_test
 SMALL = (
     "--model.vocab-size 8192 --model.num-layers 4 --model.width 64 --model.num-heads 4 --model.num-kv-heads 2 --model.rope-dims 8 "
     "--model.loop-start 1 --model.loop-end 2 --model.loop-repeats 1 --model.two-lanes-from 3 --data.seq-len 128 --data.ranks 1 "
-    "--data.rows-per-rank 8 --schedule.ema-decay 0.95 --optim.groups.0.momentum-warmup-steps 60 --quant.gptq-batches 1 "
+    "--data.rows-per-rank 4 --schedule.ema-decay 0.95 --optim.groups.0.momentum-warmup-steps 40 --quant.gptq-batches 1 "
     "--eval.packed.rows 0 --eval.documents.rank 0 --eval.documents.tilt.order 0 --eval.every 0 --eval.batch-rows 32"
 ).split()
 ARMS = {  # name -> (text, flags, what it is)
@@ -39,7 +39,7 @@ def build(documents: str, folder: Path, sp8192: str) -> None:
     for name, flags in (ways | ({"sp8192": ["--tokenizer", sp8192]} if sp8192 else {})).items():
         if not (folder / name).exists():
             subprocess.run(
-                [sys.executable, "-m", "golf_jax.data", "build", documents, "--out", str(folder / name), "--val-every", "20", *flags],
+                [sys.executable, "-m", "golf_jax.data", "build", documents, "--out", str(folder / name), "--val-every", "40", *flags],
                 check=True,
             )
 
