@@ -40,7 +40,7 @@ from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
 from golf_jax.plan import border, check_data, check_devices, check_plan, check_text
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
-from golf_jax.progress import Log, Progress
+from golf_jax.progress import Log, Progress, clock_seconds
 from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.keep import Keeper
@@ -296,7 +296,7 @@ def score(plan: Plan, run: RunDir, artifact: bytes) -> dict[str, Any]:
     results = evaluation.score(model, plan.text, plan.mesh, recipe.eval, run.log, seq_len=recipe.data.seq_len, methods=left)
     for result in results if left else ():
         mark = "" if result.facts.legal else "ILLEGAL_"
-        seconds = result.seconds["score"] + result.seconds["train"]
+        seconds = clock_seconds(result.seconds)
         run.log(f"final_{mark}{label}_{result.mode}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
         run.metrics("score", stage="packed", **result.to_dict())
         done = done | {result.mode: result.to_dict()}

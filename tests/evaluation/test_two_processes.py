@@ -12,7 +12,7 @@ import pytest
 from evaluation.reference_models import Tiny
 
 import golf_jax
-from golf_jax.config import SlidingConfig
+from golf_jax.config import PackedConfig, SlidingConfig
 from golf_jax.evaluation import METHODS
 from golf_jax.mesh import make_mesh
 
@@ -27,11 +27,17 @@ print(json.dumps(scores(0)))
 
 
 def scores(devices):
+    from evaluation.test_documents import TTT, documents_case
     from evaluation.test_ttt import SCORE_FIRST
 
-    case = Tiny()
-    settings = {"sliding": SlidingConfig(stride=4, windows="tail"), "score_first": replace(SCORE_FIRST, windows="tail_min")}
-    results = [METHODS[name](case.model, case.stream(), make_mesh(devices), config) for name, config in settings.items()]
+    case, documents = Tiny(), documents_case()
+    settings = {
+        "sliding": (case, SlidingConfig(stride=4, windows="tail")),
+        "score_first": (case, replace(SCORE_FIRST, windows="tail_min")),
+        "packed": (documents, PackedConfig(rows=2, seq_len=8, ranks=3)),
+        "documents": (documents, TTT),  # batches of 3 documents over 4 devices: the queue does not depend on them
+    }
+    results = [METHODS[name](of.model, of.stream(), make_mesh(devices), config) for name, (of, config) in settings.items()]
     return [[r.score.nll_nats, r.score.tokens, r.score.bytes, r.facts.duplicates, r.facts.order_violations] for r in results]
 
 
