@@ -10,11 +10,14 @@ import tyro
 
 from golf_jax import cli
 from golf_jax.config import GolfError
+<<<<<<< HEAD
 from golf_jax.proof.compare import check_significance, select
 from golf_jax.proof.finding import Finding, table
 from golf_jax.proof.folder import check_shared_logs, check_submission, is_submission, read_submission, submissions
 from golf_jax.proof.logs import Run
 from golf_jax.proof.own import check_own, check_together, is_run, read_run
+=======
+>>>>>>> speed
 
 DESCRIPTION = """Check runs against the rules of the challenge.
 
@@ -39,6 +42,7 @@ class Options:
     """Print the findings as JSON."""
 
 
+<<<<<<< HEAD
 def expand(path: Path) -> list[Path]:
     """The path itself, or the runs and submissions in a folder that is none. Raises GolfError if there are none."""
     if not path.exists():
@@ -81,10 +85,15 @@ def check(paths: Sequence[Path], baseline: Sequence[Path], rerun: bool = True) -
     return report
 
 
+=======
+>>>>>>> speed
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.check", description=DESCRIPTION, args=argv)
     if not options.paths:
         raise GolfError("nothing to check: give a log, a records folder or a run directory")
+    from golf_jax.proof.checking import check, expand  # with jax: --help must not wait for it
+    from golf_jax.proof.finding import table
+
     paths = list(dict.fromkeys(p for given in options.paths for p in expand(Path(given))))
     baseline = expand(Path(options.baseline)) if options.baseline else []
     report = check(paths, baseline, not options.no_rerun)
