@@ -77,6 +77,18 @@ def from_main(text: str) -> str:
     return client.blocking_key_value_get(key, MESSAGE_MILLISECONDS)
 
 
+def from_all(text: str) -> list[str]:
+    """The `text` of every process, on every process; waits for all of them, so each must call it equally often."""
+    if jax.process_count() == 1:
+        return [text]
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    key = f"golf_jax/{next(_messages)}"
+    client.key_value_set(f"{key}/{jax.process_index()}", text)
+    return [client.blocking_key_value_get(f"{key}/{index}", MESSAGE_MILLISECONDS) for index in range(jax.process_count())]
+
+
 def agreed(number: int, due: bool, trouble: str = "") -> tuple[int, bool, str]:
     """(signal that any process has seen or 0, what process 0 holds to be due, what troubles any of them), the same on every process.
 
