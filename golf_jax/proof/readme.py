@@ -178,6 +178,7 @@ def _matches(said: Said, logged: Sequence[tuple[str, float, float]]) -> list[str
 def _check_table(table: Sequence[Said], runs: Sequence[Run], claims: Claims) -> list[Finding]:
     """Columns of which one value at least is in the log of its seed are about these runs: the others must be, too."""
     found, borne, open_ = [], [], []
+    all_there = max(claims.seed_count, 1) <= sum(bool(r.finals) for r in runs)
     for name in dict.fromkeys(s.name for s in table):
         column = [s for s in table if s.name == name]
         rows = [s for s in column if not s.mean]
@@ -186,9 +187,7 @@ def _check_table(table: Sequence[Said], runs: Sequence[Run], claims: Claims) -> 
         hits = {s: _matches(s, logged[s]) for s in cells}
         if any(s.seed is None for s in cells):  # a name beside a value: whose it is, nothing says
             ours = [s for s in cells if hits[s] or _of_all(s, select(runs, claims), claims.seed_count)]
-            better = [
-                s for s in cells if s not in ours and claims.seed_count <= sum(bool(r.finals) for r in runs) and _flatters(s, logged[s])
-            ]
+            better = [s for s in cells if s not in ours and all_there and _flatters(s, logged[s])]
             found += [_contradiction(s, logged[s], False) for s in better]
             borne, open_ = borne + ours, open_ + [s for s in cells if s not in ours + better]
             continue
@@ -277,7 +276,7 @@ def _check_text(lines: Sequence[str], runs: Sequence[Run], claims: Claims) -> li
             logged = [v for r in ours for v in _logged(r, said.kind)]
             if _of_all(said, ours, claims.seed_count) or any(_matches(said, _logged(r, said.kind)) for r in runs):
                 borne.append(said)
-            elif said.own and logged and claims.seed_count <= sum(bool(r.finals) for r in ours):
+            elif said.own and logged and max(claims.seed_count, 1) <= sum(bool(r.finals) for r in ours):
                 found.append(_contradiction(said, logged, _flatters(said, logged)))
             elif logged:
                 open_.append(said)
