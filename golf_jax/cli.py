@@ -1,5 +1,6 @@
 """What the command lines share: recipe overrides, and errors told in one line instead of a traceback."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
+from golf_jax.config import GolfError, Recipe, escape, load_recipe, recipe_names
 from golf_jax.interrupt import Interrupted
 
 WANTED = """The flags most runs want; the full list follows.
@@ -60,7 +61,7 @@ def run(main: Callable[[list[str]], int]) -> None:
     """Run a command's main and exit with its status. The one door of all commands.
 
     A GolfError becomes one line on stderr and status 2, Ctrl-C status 130, a reader that went away (`| head`) 141, as of a shell's own
-    tools. What the terminal cannot show is written with backslash escapes.
+    tools. What the terminal cannot show is written with backslash escapes. What the system refuses is one line, too.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -80,11 +81,19 @@ def run(main: Callable[[list[str]], int]) -> None:
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more when it ends
-        status = 141
+        status = _silent(141)
+    except OSError as error:  # a disk that is full, also behind stdout; a file that cannot be written
+        status = _silent(_fail(f"error: {escape(str(error.filename or 'output'))}: {error.strerror or error}", 2))
     sys.exit(status)
 
 
 def _fail(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads there
+        print(message, file=sys.stderr)
+    return status
+
+
+def _silent(status: int) -> int:
+    """`status`; what is still to be written to stdout is dropped, which the interpreter would try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status

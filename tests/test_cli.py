@@ -91,6 +91,30 @@ def test_memory_that_runs_out_is_one_line_with_the_remedy(capsys, monkeypatch):
     assert stopped.value.code == 2 and "out of memory; --micro-rows 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device"), "output: No space left on device"),
+        (OSError(2, "No such file", "a\n"), "a\\n: No such file"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_and_status_2(error, line, capsys, monkeypatch):
+    def fails(argv):
+        raise error
+
+    monkeypatch.setattr(cli, "_silent", lambda status: status)  # it closes the stdout of this very process
+    with pytest.raises(SystemExit) as caught:
+        cli.run(fails)
+    assert caught.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "golf_jax"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: output: No space left on device\n")
+
+
 def test_other_errors_keep_their_traceback(monkeypatch):
     def main(argv):
         raise ZeroDivisionError

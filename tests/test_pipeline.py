@@ -9,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from tiny_recipes import SHIPPED, build_text, command, environment, on_text, recipe_file, tiny
 
 from golf_jax import pipeline
 from golf_jax.config import GolfError, QuantRule, Recipe, SlidingConfig, from_dict, load_recipe, to_dict
+from golf_jax.data.shards import write_shard
 from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.interrupt import Interrupted
 from golf_jax.pipeline import Options
@@ -141,12 +143,19 @@ def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monke
         ends()
 
     path, scores = tmp_path / "run", pipeline.evaluation.score
+    shard = text / "val_000000.bin"
+    kept = shard.read_bytes()
     for stage, substitute in (("pack_model", ends), ("open_artifact", ends), ("evaluation", SimpleNamespace(score=half))):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(pipeline, stage, substitute)
             pipeline.run(recipe, Options(run_dir=str(path)) if stage == "pack_model" else Options(resume=str(path)))
         log = (path / "log.txt").read_text()
         assert log.count("step:1/") == 1 and "interrupted by SIGTERM" in log
+        first = np.frombuffer(kept[1024:], np.uint16)  # at no stage on other data: here without their last document
+        write_shard(shard, first[: np.flatnonzero(first == 1)[-1]])
+        with pytest.raises(GolfError, match="the data are not those of this run: val shard val_000000.bin: another bytes and content"):
+            pipeline.run(recipe, Options(resume=str(path)))
+        shard.write_bytes(kept)
     result = pipeline.run(recipe, Options(resume=str(path)))
     log = (path / "log.txt").read_text()
     assert [log.count(line) for line in ("training complete, packing", "quantized and packed", "standard_exact", "sliding_exact")] == [

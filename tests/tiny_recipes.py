@@ -127,10 +127,10 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def environment(programs: Path, devices: int = 8, **more: str) -> dict[str, str]:
-    """Environment of a started process: fake devices, quick compilation, programs shared with this process."""
+    """Environment of a started process: fake devices, compilation as in this process, programs shared with it."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",  # the last one counts
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",

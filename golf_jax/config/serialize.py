@@ -65,7 +65,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         named = [name for a in args if typing.get_origin(a) is Literal for name in typing.get_args(a)]
         return value if value is None or (isinstance(value, str) and value in named) else _value(args[0], value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf  # the finite check below names the field
     check(
         isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
         f"{where}: expected {hint.__name__}, found {value!r}",

@@ -129,7 +129,7 @@ def build_documents(
         )
     )
     kept, counted = text["bytes"] - text["left_out_bytes"], sum(manifest[split]["bytes"] for split in ("train", "val"))
-    log(f"counted: {counted:,} of {kept:,} bytes; the tokenizer changes: {'; '.join(text['changes']) or 'nothing'}")
+    log(f"counted: {counted:,} of {kept:,} bytes; changed: {'; '.join(text['changes']) or 'nothing'}")
     for split in ("train", "val"):
         log("{}: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(split, **manifest[split]))
     return read_manifest(directory / NAME)
@@ -153,7 +153,7 @@ def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenize
     while batch := list(itertools.islice(texts, ENCODE_BATCH)):
         for text, (tokens, counts) in zip(batch, _encode(tokenizer, tables, batch), strict=True):
             size = len(text.encode())
-            text_facts.update(documents=1, bytes=size)
+            text_facts.update(documents=1, bytes=size, blocks=text.count(SPACE))
             words = " ".join(text.split())
             digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
             if not words or len(tokens) < 2 or digest in seen:
@@ -180,7 +180,8 @@ def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenize
         check_tables(tokenizer, val_tokens, tables)
     identity = {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
     counts = {name: text_facts[name] for name in ("documents", "bytes", "repeated", "blank", "left_out_bytes")}
-    return {"tokenizer": identity, "text": {**counts, "changes": tokenizer.changes()}, **splits}
+    blocks = [f"{text_facts['blocks']:,} characters U+2581 become spaces"] if text_facts["blocks"] else []
+    return {"tokenizer": identity, "text": {**counts, "changes": tokenizer.changes() + blocks}, **splits}
 
 
 def _encode(tokenizer: Tokenizer, tables: ByteTables, texts: Sequence[str]) -> Iterable[tuple[np.ndarray, np.ndarray]]:

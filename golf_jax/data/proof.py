@@ -1,6 +1,5 @@
 """Proofs about tokenized text: the tokens are the tokenizer's own, the byte count is the text's, validation is not trained on."""
 
-import hashlib
 import math
 import time
 import unicodedata
@@ -11,6 +10,7 @@ import numpy as np
 
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
+from golf_jax.data.overlap import Overlap, find_overlap, without_ends
 from golf_jax.data.shards import Shard
 from golf_jax.data.sidecar import Sidecar, prove_sidecar
 from golf_jax.data.tokenizer import Tokenizer, check_tables, split_documents
@@ -20,7 +20,7 @@ PROVED_TOKENS = 1 << 22  # whose byte count is compared with the decoded text wh
 SAMPLED_TOKENS = 1 << 16  # per block of the training shards
 OVERHANG = 1 << 14  # so that a document that goes on in the next block is whole
 SIDECAR_DOCUMENTS = 500  # whose byte counts are compared with the original text where time is limited
-PREFIX = 64  # tokens after BOS; documents that agree in them begin alike
+SHORT = 8  # tokens; documents under that may well occur twice
 TOLERATED = 0.01  # of documents: a right model may fail on odd Unicode, another of the same size fails on 96 to 100 %
 
 
@@ -31,6 +31,8 @@ class Proof:
     facts: list[str]
     val_bytes: int
     """Bytes of validation text, proved document by document against the decoded text."""
+    overlap: Overlap | None = None
+    """Validation text met in training, where that was looked for."""
 
 
 def prove_text(
@@ -81,9 +83,8 @@ def prove_text(
         part = "every document" if len(counted) == len(val_tokens) else f"the first {len(counted):,} tokens"
         facts.append(f"val bytes: {num_bytes:,}, equal to the decoded text of {part}")
     facts.append(vocabulary_use(tokenizer, val_tokens))
-    if train and overlap:
-        facts.append(refuse_overlap(train, val_tokens, tokenizer, bos, seconds))
-    return Proof(facts, num_bytes)
+    found = refuse_overlap(train, val_tokens, tokenizer, bos, seconds) if train and overlap else None
+    return Proof(facts + ([found.fact()] if found else []), num_bytes, found)
 
 
 def refuse_markers(tokenizer: Tokenizer, sidecar: bool = False) -> None:
@@ -110,14 +111,6 @@ def refuse_markers(tokenizer: Tokenizer, sidecar: bool = False) -> None:
             "would count as text; such shards need byte counts of the original text beside them (val_bytes_*.bin beside val_*.bin, as "
             "`python -m golf_jax.data build --transform caseops` writes them)"
         )
-
-
-def without_ends(tokenizer: Tokenizer, document: np.ndarray) -> np.ndarray:
-    """`document` without the control tokens it ends with (EOS of other writers), and without case operators whose word was cut off."""
-    stop, ends = len(document), set(map(tokenizer.processor.piece_to_id, caseops.OPERATORS)) if tokenizer.caseops else set()
-    while stop > 1 and (tokenizer.processor.is_control(last := int(document[stop - 1])) or last in ends):
-        stop -= 1
-    return document[:stop]
 
 
 def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seconds: float, where: str) -> tuple[int, int]:
@@ -184,48 +177,24 @@ def sampled_documents(shards: Sequence[np.ndarray | Shard], bos_id: int) -> Iter
 
 
 def vocabulary_use(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    """How much of the vocabulary occurs in `tokens`; says so when most of it never does in a text long enough."""
-    used = len(np.unique(tokens))
-    doubt = used < tokenizer.vocab_size / 2 and len(tokens) > 32 * tokenizer.vocab_size
+    """How much of the vocabulary occurs in `tokens`; WARNING when most of its pieces (bytes aside) never do in a text long enough."""
+    counts, one = np.bincount(tokens, minlength=tokenizer.vocab_size), tokenizer.processor
+    pieces = [t for t in range(tokenizer.vocab_size) if not (one.is_byte(t) or one.is_control(t) or one.is_unknown(t) or one.is_unused(t))]
+    doubt = bool(np.count_nonzero(counts[pieces]) < len(pieces) / 2) and len(tokens) > 32 * tokenizer.vocab_size
     note = ": most pieces never occur, is this the tokenizer of these shards?" if doubt else ""
-    return f"vocabulary: {used:,} of {tokenizer.vocab_size:,} pieces occur in validation{note}"
-
-
-def prefixes(tokens: np.ndarray, starts: np.ndarray, bos_id: int) -> np.ndarray:
-    """Hash of the first `PREFIX` tokens after each BOS at `starts`, uint64 [documents]; 0 for a document that is shorter."""
-    multipliers = np.random.Generator(np.random.PCG64(0)).integers(1, 2**63, PREFIX, dtype=np.uint64) | np.uint64(1)
-    whole = starts[starts + PREFIX < len(tokens)]
-    hashes = np.zeros(len(starts), np.uint64)
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, PREFIX)[whole + 1] if len(whole) else np.empty((0, PREFIX), np.uint16)
-    inside = ~(windows == bos_id).any(axis=1)
-    hashes[: len(whole)] = np.where(inside, windows.astype(np.uint64) @ multipliers, np.uint64(0))
-    return hashes
+    used = f"{np.count_nonzero(counts):,} of {tokenizer.vocab_size:,} pieces occur in validation"
+    return f"{'WARNING: ' * doubt}vocabulary: {used}{note}"
 
 
 def refuse_overlap(
     train: Sequence[np.ndarray | Shard], val_tokens: np.ndarray, tokenizer: Tokenizer, bos_id: int, seconds: float = 2.0
-) -> str:
-    """The quick form: validation documents met, by their first 64 tokens, where training was read; GolfError from 1 % on."""
-    starts = np.flatnonzero(val_tokens == bos_id)
-    held_out = set(prefixes(val_tokens, starts, bos_id).tolist()) - {0}
-    short = {document_digest(tokenizer, d) for d in split_documents(val_tokens, bos_id) if 8 < len(d) <= PREFIX}
-    end, met, read = time.monotonic() + seconds, set(), 0
-    for document in sampled_documents(train, bos_id):
-        read += 1
-        if len(document) > PREFIX:
-            met.update(held_out.intersection(prefixes(np.append(document, bos_id), np.zeros(1, int), bos_id).tolist()))
-        elif (digest := document_digest(tokenizer, document)) in short:
-            met.add(digest)
-        if time.monotonic() > end:
-            break
-    if len(met) > TOLERATED * len(starts):
+) -> Overlap:
+    """The quick form, over what of training is read in time; GolfError when more than 1 % of validation is in it."""
+    train_documents, held_out = sampled_documents(train, bos_id), split_documents(val_tokens, bos_id)
+    found = find_overlap(train_documents, held_out, tokenizer, seconds, SHORT)
+    if found.leaked > TOLERATED * found.documents:
         raise GolfError(
-            f"{len(met)} of {len(starts)} validation documents begin as training documents do (of {read:,} read): the score would be "
-            "of text that was trained on; see `python -m golf_jax.data verify`"
+            f"{found.leaked} of {found.documents} validation documents are training documents, whole or in part (of {found.read:,} read): "
+            "the score would be of text that was trained on; see `python -m golf_jax.data verify`"
         )
-    return f"overlap: {len(met)} of {len(starts):,} validation documents begin as one of {read:,} training documents read"
-
-
-def document_digest(tokenizer: Tokenizer, document: np.ndarray) -> bytes:
-    """Identity of a document's tokens, without BOS and the control tokens behind."""
-    return hashlib.blake2b(without_ends(tokenizer, document)[1:].tobytes(), digest_size=8).digest()
+    return found

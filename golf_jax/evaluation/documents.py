@@ -116,14 +116,14 @@ def sgd_rule(momentum: float, clip_norm: float) -> Rule:
 class GlobalPhase:
     """Stochastic gradient descent of all weights on a stream of scored tokens, once through."""
 
-    def __init__(self, model: Model, mesh: Mesh, ttt: DocumentsConfig, shapes: Shapes) -> None:
+    def __init__(self, model: Model, mesh: Mesh, ttt: DocumentsConfig, shapes: Shapes, log: Log | None = None) -> None:
         self.mesh, self.ttt = mesh, ttt
         per = ttt.global_chunk // ttt.seq_len
         bounds = [per * r // ttt.ranks for r in range(ttt.ranks + 1)]
         self.shares = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
         self.length = max(b - a for a, b in self.shares) * ttt.seq_len
         self.rows = -(-len(self.shares) // mesh.size) * mesh.size
-        self.rule, config = sgd_rule(ttt.global_momentum, ttt.clip_norm), inside_documents(model.config, mesh)
+        self.rule, config = sgd_rule(ttt.global_momentum, ttt.clip_norm), inside_documents(model.config, mesh, log)
         self.program = global_program(config, model.looping, self.rule, mesh, shapes, self.rows, self.length, min(ttt.seq_len, self.length))
         self.loss: list[jax.Array] = []
         self.norm: list[jax.Array] = []
@@ -321,7 +321,7 @@ def evaluate_documents(
         scorer = DocumentScorer(model, mesh, config, book, hint, shapes_of(params), start)
         for size in {len(batch) for batch in queue.batches}:
             scorer.compile(size)
-        phase = GlobalPhase(model, mesh, config, shapes_of(params)) if 0 < pause <= len(queue.batches) else None
+        phase = GlobalPhase(model, mesh, config, shapes_of(params), log) if 0 < pause <= len(queue.batches) else None
         scorer.kept = scorer.new(config.batch)
     phase_work = scorer.work.phase(documents, queue, pause) if phase else 0.0
     total = phase_work + sum(scorer.work.chunks(documents.targets[batch]).sum() for batch in queue.batches)

@@ -33,7 +33,7 @@ def select(runs: Sequence[Run], claims: Claims) -> list[Run]:
     for run in runs:
         same = [r for r in runs if r.seed is not None and r.seed == run.seed]
         claim = claims.of_seed(run.seed, *BPB) if run.seed is not None else None
-        exact = [r for r in same if claim and any(_equal(claim, s.bpb.value, s.bpb.half) for s in r.finals)]
+        exact = [r for r in same if claim and any(equal(claim, s.bpb.value, s.bpb.half) for s in r.finals)]
         if claims.seeds and all_there and run.seed not in claims.seeds:
             continue
         if len(same) < 2 or not exact or run in exact:
@@ -41,7 +41,16 @@ def select(runs: Sequence[Run], claims: Claims) -> list[Run]:
     return chosen or list(runs)
 
 
-def _equal(claim: Claim, value: float, half: float = 0.0) -> bool:
+def is_variant(run: Run, runs: Sequence[Run], claims: Claims) -> bool:
+    """Whether the claimed score is another run's with the same seed: where one run is claimed, the others are ablations, exports, tries."""
+    given = [c for names in (BPB, LOSS) if (c := claims.number(*names))]
+    if len(runs) < 2 or claims.seed_count > 1 or not given:
+        return False
+    meant = [r for r in runs if any(equal(c, n.value, n.half) for c in given for s in r.finals for n in (s.bpb, s.loss))]
+    return not any(run is r for r in meant) and run.seed in [r.seed for r in meant]
+
+
+def equal(claim: Claim, value: float, half: float = 0.0) -> bool:
     """Equal as far as both are printed; a claim may be cut off instead of rounded, a mean be taken of rounded numbers."""
     return abs(claim.value - value) < max(claim.unit + half, IMMATERIAL)
 
@@ -80,10 +89,10 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
     by_name = dict(sorted(by_name.items(), key=lambda item: max(half for _, half, _ in item[1])))  # the most precise print first
     for name, entries in by_name.items():
         mean, half = statistics.fmean(v for v, _, _ in entries), max(h for _, h, _ in entries)
-        if len(entries) == len(runs) and _equal(claim, mean, half):
+        if len(entries) == len(runs) and equal(claim, mean, half):
             over = f"the mean of {len(entries)} runs' {name}" if len(entries) > 1 else name
             return Finding("pass", "claims", f"{said} is {over}", claims.file if len(entries) > 1 else entries[0][2])
-    ones = [(name, e) for name, entries in by_name.items() for e in entries if _equal(claim, e[0], e[1])]
+    ones = [(name, e) for name, entries in by_name.items() for e in entries if equal(claim, e[0], e[1])]
     if ones:
         name, (_, _, where) = ones[0]
         best = len(runs) > 1 and claims.seed_count > 1
@@ -96,7 +105,7 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
     for run in runs:
         for s in run.scores:
             number = s.bpb if what == "bpb" else s.loss
-            if s.kind != "final" and claim.unit < 0.005 and _equal(claim, number.value, number.half):
+            if s.kind != "final" and claim.unit < 0.005 and equal(claim, number.value, number.half):
                 status = "fail" if run.finals else "warning"
                 return Finding(
                     status, "claims", f"{said} is the {s.kind} score {s.name!r}, not a score of the packed model", run.at(s.line)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from golf_jax.config import GolfError
+from golf_jax.files import read_bytes
 
 LONGEST = 2_000  # characters of a line that are looked at; programs print no longer lines of results
 NUMBER = r"[-+]?\d[\d,_]{0,20}(?:\.\d{0,20})?(?:[eE][-+]?\d{1,2})?"
@@ -33,6 +33,7 @@ _CODE = re.compile(rf"^(?:Code size(?: \((\w+)\))?|CODE_BYTES)\s*:\s*({NUMBER})(
 _TOTALS = (
     re.compile(rf"^Total submission size(?: (\S[^:]*))?:\s*({NUMBER})\s*bytes\b", re.I),
     re.compile(rf"\bTotal submission(?: size)?()\s*[:=]\s*({NUMBER})\s*bytes\b", re.I),
+    re.compile(rf"^artifact ()\S+:\s*{NUMBER} bytes \+ {NUMBER} code = ({NUMBER}) total\b"),
     re.compile(rf"^budget()\s*:\s*({NUMBER})\s*/\s*16,?000,?000\b", re.I),
     re.compile(rf"^(?:bytes[ _]total|total[ _]bytes|submission[ _](?:size|bytes))()\s*[:=]\s*({NUMBER})(?: bytes)?\b(?! *MB)", re.I),
 )
@@ -123,10 +124,7 @@ class Run:
 
 def read_text(path: Path) -> str:
     """A file's text, whatever encoding it was saved in. Never fails on content; raises GolfError if it cannot be read."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be read ({error.strerror})") from None
+    data = read_bytes(path)
     for bom, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
         if data.startswith(bom):
             return data[len(bom) :].decode(encoding, "replace")
@@ -170,7 +168,8 @@ def _bare(text: str) -> list[str]:
 
 
 def _set_source_aside(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], list[str]]:
-    """(lines of output, programs): a block between rulers that imports and defines is source, up to its last definition's end."""
+    """(lines of output, programs): a block between rulers that imports and defines is source, up to its last definition's end; so are
+    many definitions without an import, the rest of a program whose beginning is lost."""
     blocks: list[list[tuple[int, str]]] = [[]]
     for number, line in lines:
         if _RULE.match(line):
@@ -181,10 +180,13 @@ def _set_source_aside(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str
     sources = []
     for block in blocks:
         code = [i for i, (_, line) in enumerate(block) if _PYTHON.match(line)]
-        if len(code) < 5 or not any(block[i][1].startswith("import ") for i in code):
+        whole = any(block[i][1].startswith("import ") for i in code)
+        if len(code) < (5 if whole else 20):
             output += block
             continue
         first = next(i for i, (_, line) in enumerate(block) if i == code[0] or line.startswith(('"""', "#", "from ", "'''")))
+        while not whole and first and re.match(r"\s|#|$", block[first - 1][1]):
+            first -= 1
         events = (i for i, (_, line) in enumerate(block) if i > code[-1] and (_TRAINING.match(line) or _SCORE.match(line[:LONGEST])))
         stop = next(events, len(block))
         output += block[:first] + block[stop:]

@@ -15,6 +15,7 @@ from golf_jax.data.corpus import build_embedded
 from golf_jax.data.manifest import sha256_file
 from golf_jax.data.shards import find_shards
 from golf_jax.data.verify import OFFICIAL_BYTES, verify
+from golf_jax.files import read_bytes
 from golf_jax.processes import cache_directory
 from golf_jax.progress import clock_seconds
 from golf_jax.proof.finding import Finding, fold
@@ -74,11 +75,9 @@ def check_together(paths: list[Path]) -> list[Finding]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = parse_json(path.read_bytes())
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise GolfError(f"{path}: {error}") from None
+        value = parse_json(read_bytes(path))
+    except GolfError as error:
+        raise error if str(path) in str(error) else GolfError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise GolfError(f"{path}: holds {type(value).__name__}, not an object")
     return value
@@ -181,7 +180,9 @@ def _data(path: Path, result: dict[str, Any], config: dict[str, Any]) -> list[Fi
         return [*found, Finding("not checkable", "data", f"the shards cannot be read again: {error}")]
     if report.problems:
         return [*found, *(Finding("fail", "data", problem) for problem in report.problems)]
-    return [*found, Finding("pass", "data", "; ".join(fact for fact in report.facts if fact.startswith(("train:", "val:", "overlap"))))]
+    sound = "; ".join(fact for fact in report.facts if fact.startswith(("train:", "val:", "overlap")))
+    doubts = [fact.removeprefix("WARNING: ") for fact in report.facts if fact.startswith("WARNING: ")]
+    return [*found, Finding("pass", "data", sound), *(Finding("warning", "data", doubt) for doubt in doubts)]
 
 
 def _text(config: dict[str, Any]) -> tuple[str, str, str]:

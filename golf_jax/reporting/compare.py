@@ -1,5 +1,7 @@
 """Runs grouped by their settings, and whether the groups differ by more than the noise between seeds."""
 
+import csv
+import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -162,3 +164,33 @@ def cells(row: Row) -> list[str]:
     std, gain = f"{row.std:.5f}" if row.std is not None else "", f"{row.gain:+.5f}" if row.gain is not None else ""
     p = f"{row.p:.2g}" if row.p is not None else ""
     return [row.label, ", ".join(map(str, row.seeds)), f"{row.mean:.5f}", std, f"{row.bpb:.5f}", gain, p, row.verdict]
+
+
+COLUMNS = ("run", "settings", "seed", "steps", "train_seconds", "method", "val_loss", "val_bpb", "legal", "total_bytes")
+
+
+def runs_csv(groups: Sequence[Group]) -> str:
+    """A row per run and method of evaluation."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for group in groups:
+        for r in group.runs:
+            trained, packed = r.stages["train"], r.stages["pack"]
+            for method, e in r.evaluations.items():
+                first = (r.name, group.label, r.recipe.seed, trained["steps"], trained["seconds"])
+                writer.writerow([*first, method, e["val_loss"], e["val_bpb"], e["legal"], packed["total_bytes"]])
+    return file.getvalue()
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table of Markdown."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, rows)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as columns of text."""
+    lines = [list(HEADINGS), *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
