@@ -273,12 +273,9 @@ class Work:
         known = np.array(widths(ttt.chunk, ttt.seq_len))
         return len(targets) * (known[np.searchsorted(known, length)] + self.head * ttt.chunk)
 
-    def phase(self, documents: Documents, queue: Queue) -> float:
-        """Of the global phase."""
-        if not self.ttt.prefix:
-            return 0.0
-        kept = queue.kept(queue.pause(self.ttt.prefix), self.ttt.prefix)
-        return float(documents.length[kept].sum() * (1 + self.head))
+    def phase(self, documents: Documents, queue: Queue, pause: int) -> float:
+        """Of the global phase, after so many batches."""
+        return float(documents.length[queue.kept(pause, self.ttt.prefix)].sum() * (1 + self.head))
 
 
 def target_order(documents: Documents, queue: Queue) -> np.ndarray:
@@ -318,15 +315,15 @@ def evaluate_documents(
         queue = Queue.of(documents, config.batch)
         order = target_order(documents, queue)
         hint = hints_of(tokens, order, config.tilt)
-    book = ScoreBook(stream, len(queue.batches))
+    book, pause = ScoreBook(stream, len(queue.batches)), queue.pause(config.prefix) if config.prefix else 0
     with watch("compile"):
         params = replicate(mesh, model.params)
         scorer = DocumentScorer(model, mesh, config, book, hint, shapes_of(params), start)
         for size in {len(batch) for batch in queue.batches}:
             scorer.compile(size)
-        phase = GlobalPhase(model, mesh, config, shapes_of(params), log) if config.prefix else None
+        phase = GlobalPhase(model, mesh, config, shapes_of(params), log) if 0 < pause <= len(queue.batches) else None
         scorer.kept = scorer.new(config.batch)
-    pause, phase_work = queue.pause(config.prefix), scorer.work.phase(documents, queue)
+    phase_work = scorer.work.phase(documents, queue, pause) if phase else 0.0
     total = phase_work + sum(scorer.work.chunks(documents.targets[batch]).sum() for batch in queue.batches)
     progress = Progress(log, "documents: window tokens", round(total), watch.seconds["hints"])
     for number, batch in enumerate(queue.batches):
