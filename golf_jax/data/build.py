@@ -164,8 +164,8 @@ def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenize
                     f"tokenizer {tokenizer.name}: characters of document {text_facts['documents'] - 1} are unknown to it and would be lost "
                     f"(it has no byte fallback): {text[:40]!a}"
                 )
-            if exact and counts.sum() != size:
-                raise GolfError(f"tokenizer {tokenizer.name}: counts {counts.sum()} bytes for a text of {size}: {text[:40]!a}")
+            if exact and counts.sum() != (kept := len(text.replace(SPACE, " ").encode())):
+                raise GolfError(f"tokenizer {tokenizer.name}: counts {counts.sum()} bytes for a text of {kept}: {text[:40]!a}")
             seen.add(digest)
             writers["val" if is_validation(text, val_every) else "train"].add(tokens, counts)
     splits = {split: writer.finish() for split, writer in writers.items()}
