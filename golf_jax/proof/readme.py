@@ -15,7 +15,7 @@ from golf_jax.config import CAP_BYTES
 from golf_jax.proof.claims import Claim, Claims
 from golf_jax.proof.compare import equal, select
 from golf_jax.proof.finding import Finding
-from golf_jax.proof.logs import Run
+from golf_jax.proof.logs import LONGEST, Run
 
 Kind = Literal["bpb", "loss", "bytes", "steps"]
 README = "README.md"
@@ -87,7 +87,7 @@ def _plain(text: str) -> list[str]:
     for line in text.splitlines():
         fence = line.lstrip().startswith(("```", "~~~"))
         fenced ^= fence
-        lines.append("" if fenced or fence else re.sub(r"\*\*|__|`|\\(?=_)|<[^<>]*>|~~", "", line))
+        lines.append("" if fenced or fence else re.sub(r"\*\*|__|`|\\(?=_)|<[^<>]*>|~~", "", line[:LONGEST]))
     return lines
 
 
