@@ -42,3 +42,15 @@ class Sampling:
         check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
         check(self.top_k >= 0, f"top-k must not be negative, got {self.top_k}")
         check(0 < self.top_p <= 1, f"top-p must lie above 0 and be at most 1, got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Author:
+    """What no run can say of a submission."""
+
+    author: str
+    github_id: str
+    name: str = ""
+    """Of the submission; default: that of the recipe."""
+    blurb: str = ""
+    """What is new, in a sentence or two."""

@@ -10,7 +10,7 @@ import lzma
 import platform as host
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import zstandard
 from jax.sharding import Mesh
 
 from golf_jax import evaluation
+from golf_jax.ahead import ahead, compiling_ahead
 from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.artifact.code import bundle, raw_code_bytes
 from golf_jax.artifact.ledger import estimate_bytes
@@ -40,15 +41,17 @@ from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
 from golf_jax.plan import border, check_data, check_devices, check_plan, check_text
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
-from golf_jax.progress import Log, Progress
+from golf_jax.progress import Log, Progress, clock_seconds
 from golf_jax.quant import quantize, rules_for, without_hessians
-from golf_jax.training.checkpoints import Checkpoints
+from golf_jax.training.checkpoints import Checkpoints, digest_ahead
 from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
+from golf_jax.training.phases import phases
 from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, new_path, read_json
-from golf_jax.training.state import state_shapes
+from golf_jax.training.state import graph, state_shapes
+from golf_jax.training.step import compile_step
 from golf_jax.training.trackers import check_tracker
 
 
@@ -80,7 +83,9 @@ def check(recipe: Recipe, options: Options) -> Plan:
     before = devices_of(options.resume) if options.resume else 0
     split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.batch_shape[0])
     mesh = make_mesh(options.devices or (min(before, jax.device_count()) if jax.process_count() == 1 else 0))
-    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=d.packed))
+    # A backend that was asked for by name is used everywhere or refused here; `auto` may be another one where scoring needs the mask.
+    masked = d.packed or (recipe.model.attention != "auto" and not {"packed", "documents"}.isdisjoint(methods_of(recipe.eval)))
+    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked))
     check_devices(resolved, mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
     check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)
@@ -97,7 +102,7 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
     path = from_main(options.resume or options.run_dir or str(new_path("runs", recipe.name)))
     with catching() as signals, contextlib.closing(RunDir(path, resume=bool(options.resume))) as directory:
         try:
-            with others_alive():
+            with others_alive(), compiling_ahead():
                 return _stages(plan, options, changes, directory, signals)
         except Interrupted as stop:
             kept = any(p.name.isdigit() for p in (directory.path / "checkpoints").glob("*"))
@@ -108,6 +113,8 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
 
 def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: RunDir, signals: Signals) -> dict[str, Any]:
     record, recipe = run.record, plan.recipe
+    if options.resume and "text" in record and (what := difference(record["text"], plan.text.identity)):
+        raise GolfError(f"--resume {run.path}: the data are not those of this run: {what}")
     for stage in stages_to_repeat(changes):
         record.pop(stage, None)
         run.remove("result.json")
@@ -118,6 +125,7 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.log(f"finished: see {result}")
         return read_json(result)
     artifact = _packed_before(run)
+    run.note("text", plan.text.identity)
     run.write("config.json", to_dict(plan.asked))
     run.track(options.tracker, to_dict(plan.asked))
     run.write(
@@ -134,7 +142,7 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
     run.log(f"model_params:{count(recipe.model)} batch_tokens:{recipe.data.batch_tokens} val_tokens:{len(plan.text.val_tokens)} "
             f"val_bytes_checked:{plan.text.val_bytes}")  # fmt: skip
     for fact in plan.text.facts:
-        run.log(f"text: {fact}")
+        run.log(fact if fact.startswith("WARNING") else f"text: {fact}")
     if recipe.data.packed:
         run.log(border(recipe.model, plan.text.tokenizer.bos_id))
     if not artifact:
@@ -191,6 +199,15 @@ def _estimate(recipe: Recipe, params: dict[str, Any], run: RunDir, code_bytes: i
     run.log(f"estimated artifact {total:,} bytes with code, headroom {CAP_BYTES - total:,}{over}")
 
 
+def _compile_ahead(plan: Plan, recipe: Recipe) -> None:
+    """Begin to compile the rest of the run while this thread makes the initial weights, trains and packs."""
+    mesh, shapes = plan.mesh, state_shapes(recipe, plan.mesh)
+    for phase in phases(recipe):
+        ahead(compile_step, graph(recipe), mesh, phase)
+    digest_ahead(shapes)
+    evaluation.score_ahead(Network(recipe.model, shapes.params), plan.text, mesh, recipe.eval, seq_len=recipe.data.seq_len)
+
+
 def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, checkpoints: Checkpoints, code_bytes: int) -> Trained:
     """Train from the newest sound checkpoint on, or from the start; the final state is always saved."""
     recipe, mesh, d = plan.recipe, plan.mesh, plan.recipe.data
@@ -210,6 +227,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
             return Trained(exported(recipe, found.state), **done)
         run.log(f"checkpoint {found.step:,} of {f'{recipe.budget.steps:,}' if recipe.budget.steps else f'{recipe.budget.seconds:.0f} s'}")
     recipe = fitted(recipe, mesh, run.log)
+    _compile_ahead(plan, recipe)
     validate = _validator(plan)
 
     def validate_and_estimate(params: dict[str, Any], looping: bool, rehearse: bool) -> Result:
@@ -291,7 +309,7 @@ def score(plan: Plan, run: RunDir, artifact: bytes) -> dict[str, Any]:
     results = evaluation.score(model, plan.text, plan.mesh, recipe.eval, run.log, seq_len=recipe.data.seq_len, methods=left)
     for result in results if left else ():
         mark = "" if result.facts.legal else "ILLEGAL_"
-        seconds = result.seconds["score"] + result.seconds["train"]
+        seconds = clock_seconds(result.seconds)
         run.log(f"final_{mark}{label}_{result.mode}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
         run.metrics("score", stage="packed", **result.to_dict())
         done = done | {result.mode: result.to_dict()}
@@ -336,6 +354,8 @@ def finish(plan: Plan, run: RunDir) -> dict[str, Any]:
         "compressors_bits_per_byte": reference_compressors(plan.text),
         "tokenizer_sha256": plan.text.tokenizer.sha256,
         "text": plan.text.identity,
+        "text_facts": list(plan.text.facts),
+        "overlap": asdict(plan.text.overlap) if plan.text.overlap else None,
         "changes": record.get("changes", []),
     }
     run.log(summary(result))
@@ -355,5 +375,6 @@ def summary(result: dict[str, Any]) -> str:
     rows += [(f"{name} on the same text", f"{bpb:.5f} bits per byte") for name, bpb in result["compressors_bits_per_byte"].items()]
     rows.append(("artifact", "{artifact_bytes:,} model + {code_bytes:,} code = {total_bytes:,} bytes".format(**result)))
     rows.append(("headroom to the cap", f"{result['headroom_bytes']:,} of {CAP_BYTES:,} bytes"))
+    rows += [("text", fact) for fact in result["text_facts"] if fact.startswith("WARNING")]
     rows += [("changed on --resume", "{field}: {before} -> {after}".format(**c)) for c in result["changes"]]
     return "\n".join(f"{name:<26}{value}" for name, value in rows)

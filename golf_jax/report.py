@@ -11,6 +11,7 @@ import tyro
 
 from golf_jax import cli
 from golf_jax.config import GolfError
+from golf_jax.files import check_target
 
 DESCRIPTION = """Show runs in one self-contained HTML file: training, schedule, bytes, quantization, a text sample, what differs.
 
@@ -45,13 +46,14 @@ def main(argv: Sequence[str]) -> int:
 
     if not options.runs:
         raise GolfError("nothing to show: give a run directory, or a folder of them")
+    out = Path(options.out or Path(options.runs[0]) / "report.html")
+    check_target(out)
     records = record.read_records(record.find_runs([Path(run) for run in options.runs]))
     measure.start()
     again = measure.everything(records, options.score_again, options.sample)
     drawn = contents.draw(records, again)
     title = f"{records[0].recipe.name}: {records[0].name}" if len(records) == 1 else f"{len(records)} runs"
     html = page.page(title, contents.sections(records, drawn, again))
-    out = Path(options.out or Path(options.runs[0]) / "report.html")
     try:
         out.write_text(html, encoding="utf8")
         if options.figures:

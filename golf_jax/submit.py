@@ -11,10 +11,7 @@ import tyro
 
 from golf_jax import cli
 from golf_jax.config import GolfError
-from golf_jax.proof.finding import table
-from golf_jax.proof.folder import check_submission, read_submission
-from golf_jax.proof.own import check_own, check_together
-from golf_jax.proof.submission import Author, Finished, obstacles, write_submission
+from golf_jax.options import Author
 
 DESCRIPTION = """Make the submission folder of finished runs: README.md, submission.json, a log and an artifact per seed, requirements.txt,
 tokenizer, recipe, and train_gpt.py, which is the code that ran.
@@ -42,6 +39,11 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.submit", description=DESCRIPTION, args=argv)
     if not options.runs:
         raise GolfError("nothing to submit: give the run directories, one per seed")
+    from golf_jax.proof.finding import table  # and what follows brings jax in: --help must not wait for it
+    from golf_jax.proof.folder import check_submission, read_submission
+    from golf_jax.proof.own import check_own, check_together
+    from golf_jax.proof.submission import Finished, obstacles, write_submission
+
     runs, record = [Finished.read(Path(path)) for path in dict.fromkeys(options.runs)], not options.non_record
     if len({run.recipe.seed for run in runs}) < len(runs):
         raise GolfError(f"runs with the same seed: {', '.join(str(run.recipe.seed) for run in runs)}; a submission has one run per seed")

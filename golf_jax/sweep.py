@@ -1,17 +1,11 @@
 """python -m golf_jax.sweep: a recipe over seeds and settings, and whether the differences are more than noise."""
 
-import csv
-import io
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from golf_jax import cli
 from golf_jax.config import GolfError
-from golf_jax.reporting import compare
-from golf_jax.reporting.record import Record, read_record
-from golf_jax.sweeping import grid, miniature, parse_vary, run_grid
 
 DESCRIPTION = """Run a recipe over seeds and settings, and say which differences are more than noise.
 
@@ -38,36 +32,12 @@ class Options:
     """Runs at a time, each with its share of the cores, or of the GPUs that CUDA_VISIBLE_DEVICES names."""
 
 
-COLUMNS = ("run", "settings", "seed", "steps", "train_seconds", "method", "val_loss", "val_bpb", "legal", "total_bytes")
-
-
-def runs_csv(groups: Sequence[compare.Group]) -> str:
-    """A row per run and method of evaluation."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for group in groups:
-        for r in group.runs:
-            trained, packed = r.stages["train"], r.stages["pack"]
-            for method, e in r.evaluations.items():
-                first = (r.name, group.label, r.recipe.seed, trained["steps"], trained["seconds"])
-                writer.writerow([*first, method, e["val_loss"], e["val_bpb"], e["legal"], packed["total_bytes"]])
-    return file.getvalue()
-
-
-def markdown(rows: Sequence[compare.Row]) -> str:
-    lines = [compare.HEADINGS, ["---"] * len(compare.HEADINGS), *map(compare.cells, rows)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
-
-
-def table(rows: Sequence[compare.Row]) -> str:
-    lines = [list(compare.HEADINGS), *map(compare.cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
 def main(argv: list[str]) -> int:
     recipe, options = cli.parse(argv, Options(), DESCRIPTION)
+    from golf_jax.reporting import compare  # with jax: --help must not wait for it
+    from golf_jax.reporting.record import read_record
+    from golf_jax.sweeping import grid, miniature, parse_vary, run_grid
+
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
@@ -80,16 +50,16 @@ def main(argv: list[str]) -> int:
     folder = Path(options.sweep_dir or f"sweeps/{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder.mkdir(parents=True, exist_ok=True)
     problems = run_grid(points, folder, options.jobs, lambda line: print(line, flush=True))
-    records: list[Record] = [r for p in points if p.name not in problems and (r := read_record(folder / p.name)).evaluations]
+    records = [r for p in points if p.name not in problems and (r := read_record(folder / p.name)).evaluations]
     if not records:
         raise GolfError(f"{folder}: no run has finished; the first said: {next(iter(problems.values()), 'nothing')}")
     groups, method = compare.groups(records), compare.common_method(records)
     rows = compare.compare(groups, method)
-    (folder / "runs.csv").write_text(runs_csv(groups), encoding="utf8")
+    (folder / "runs.csv").write_text(compare.runs_csv(groups), encoding="utf8")
     closing = compare.conclusion(rows)
-    text = f"`{recipe.name}`, scored by the {method} evaluation.\n\n{markdown(rows)}\n\n{closing}\n"
+    text = f"`{recipe.name}`, scored by the {method} evaluation.\n\n{compare.markdown(rows)}\n\n{closing}\n"
     (folder / "sweep.md").write_text(text, encoding="utf8")
-    print(f"\nscored by the {method} evaluation; gains against the first line, p of a paired t-test\n{table(rows)}\n\n{closing}")
+    print(f"\nscored by the {method} evaluation; gains against the first line, p of a paired t-test\n{compare.table(rows)}\n\n{closing}")
     print(f"runs.csv and sweep.md are in {folder}; figures: python -m golf_jax.report {folder}")
     return int(bool(problems))
 

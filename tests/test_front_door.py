@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import golf_jax
+from golf_jax.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +24,8 @@ def test_import_is_light():
 
 
 def test_help_does_not_wait_for_jax():
-    code = "import golf_jax.train, golf_jax.evaluate, golf_jax.generate, golf_jax.report, sys; assert 'jax' not in sys.modules"
+    modules = [f"golf_jax.{name}" + ".__main__" * (name in ("data", "artifact")) for name in COMMANDS]
+    code = f"import {', '.join(modules)}, sys; assert not {{'jax', 'scipy'}} & set(sys.modules)"
     assert python("-c", code).returncode == 0
 
 

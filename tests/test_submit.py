@@ -13,10 +13,10 @@ from tiny_recipes import build_text, environment, on_text, tiny
 
 from golf_jax.artifact import pack
 from golf_jax.artifact.code import bundle, raw_code_bytes, unbundle
-from golf_jax.check import check
 from golf_jax.config import GolfError, load_recipe, to_dict
 from golf_jax.data.manifest import sha256_file
 from golf_jax.pipeline import Options, run
+from golf_jax.proof.checking import check
 from golf_jax.quant import QTensor
 from golf_jax.submit import main
 

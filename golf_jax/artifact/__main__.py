@@ -10,12 +10,8 @@ from pathlib import Path
 import tyro
 
 from golf_jax import cli
-from golf_jax.artifact.code import raw_code_bytes
-from golf_jax.artifact.container import MAX_FILE_BYTES, inspect, tensors_of
-from golf_jax.artifact.ledger import ledger
 from golf_jax.config import GolfError, escape
 from golf_jax.files import read_bytes
-from golf_jax.interop import export_artifact
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,11 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=argv, prog="python -m golf_jax.artifact", description=__doc__)
+    from golf_jax.artifact.code import raw_code_bytes  # and what follows brings jax in: --help must not wait for it
+    from golf_jax.artifact.container import MAX_FILE_BYTES, inspect, tensors_of
+    from golf_jax.artifact.ledger import ledger
+    from golf_jax.interop import export_artifact
+
     path = options.path / "artifact.golf" if options.path.is_dir() else options.path
     beside = path.with_name("code.pyz")
     code_path = options.code or (beside if beside.is_file() else None)

@@ -1,6 +1,5 @@
 """Standard evaluation on packed streams (PR 2135's "diagnostic" one; docs/recipes/pr2135_quant_eval.md, section 4)."""
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from golf_jax.ahead import kept
 from golf_jax.config import GolfError, ModelConfig, PackedConfig
 from golf_jax.evaluation.queue import segments
 from golf_jax.evaluation.score import Result, Stopwatch, Trace
@@ -20,15 +20,18 @@ from golf_jax.model import Model, nll, resolve
 from golf_jax.progress import Log, Progress
 
 
-def inside_documents(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """`config` with an attention backend that stays inside documents, where the model's own cannot."""
+def inside_documents(config: ModelConfig, mesh: Mesh, log: Log | None = None) -> ModelConfig:
+    """`config` with an attention backend that stays inside documents; the log says so where the model's own cannot."""
     try:
         return resolve(config, platform(mesh), documents=True)
     except GolfError:
-        return resolve(replace(config, attention="auto"), platform(mesh), documents=True)
+        other = resolve(replace(config, attention="auto"), platform(mesh), documents=True)
+        if log:
+            log(f"attention: {config.attention} cannot stay inside documents on this machine; scored with {other.attention}")
+        return other
 
 
-@functools.lru_cache(maxsize=8)
+@kept(8)
 def packed_program(config: ModelConfig, mesh: Mesh, shapes: Shapes, length: int, longest: int, looping: bool) -> jax.stages.Compiled:
     """Compiled (params, tokens uint16 [devices, L + 1], segments int32 [devices, L]) -> nll float32 [devices, L]."""
 
@@ -65,7 +68,7 @@ def evaluate_packed(model: Model, stream: Stream, mesh: Mesh, config: PackedConf
     with watch("compile"):
         params = replicate(mesh, model.params)
         program = packed_program(
-            inside_documents(model.config, mesh), mesh, shapes_of(params), length, min(config.seq_len, length), model.looping
+            inside_documents(model.config, mesh, log), mesh, shapes_of(params), length, min(config.seq_len, length), model.looping
         )
     with watch("score"):
         for a in range(0, len(first), devices):

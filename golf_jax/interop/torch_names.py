@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from golf_jax.config import GolfError, ModelConfig, load_recipe, recipe_names
+from golf_jax.files import read_bytes
 from golf_jax.interop.hparams import model_config
 from golf_jax.interop.packed import BANKS, canonical_state, read_checkpoint, read_packed
 from golf_jax.interop.safetensors import read_safetensors, write_safetensors
@@ -63,7 +64,7 @@ def open_torch(path: str | Path, recipe: str = "", log: Log = print) -> tuple[Mo
         if not path.is_file():
             raise GolfError(f"{path}: no such packed file")
         try:
-            tensors = canonical_state(read_packed(path.read_bytes()), str(path))
+            tensors = canonical_state(read_packed(read_bytes(path)), str(path))
         except GolfError as e:
             raise GolfError(f"{path}: {e}") from None
     else:

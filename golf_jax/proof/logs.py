@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from golf_jax.config import GolfError
+from golf_jax.files import read_bytes
 
 LONGEST = 2_000  # characters of a line that are looked at; programs print no longer lines of results
 NUMBER = r"[-+]?\d[\d,_]{0,20}(?:\.\d{0,20})?(?:[eE][-+]?\d{1,2})?"
@@ -127,10 +127,7 @@ class Run:
 
 def read_text(path: Path) -> str:
     """A file's text, whatever encoding it was saved in. Never fails on content; raises GolfError if it cannot be read."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be read ({error.strerror})") from None
+    data = read_bytes(path)
     for bom, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
         if data.startswith(bom):
             return data[len(bom) :].decode(encoding, "replace")

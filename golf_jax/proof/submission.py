@@ -11,24 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from golf_jax.config import CAP_BYTES, GolfError, Recipe, to_dict
+from golf_jax.options import Author
+from golf_jax.progress import clock_seconds
 from golf_jax.proof.finding import Finding, table
 from golf_jax.training.resume import stored_recipe
 from golf_jax.training.rundir import read_json
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 RECORD_NEEDS = ("implied bytes", "hardware")  # a warning of these says: another text, another machine
-
-
-@dataclass(frozen=True)
-class Author:
-    """What no run can say."""
-
-    author: str
-    github_id: str
-    name: str = ""
-    """Of the submission; default: that of the recipe."""
-    blurb: str = ""
-    """What is new, in a sentence or two."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class Finished:
             "steps": r["steps"],
             "step_avg_ms": 1000 * r["train_seconds"] / max(r["steps"], 1),
             "train_time_s": r["train_seconds"],
-            "eval_time_s": e["seconds"]["score"] + e["seconds"]["train"],
+            "eval_time_s": clock_seconds(e["seconds"]),
         }
 
 

@@ -1,5 +1,7 @@
 """Runs grouped by their settings, and whether the groups differ by more than the noise between seeds."""
 
+import csv
+import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from golf_jax.reporting.record import Record
 
 MOST_SEEDS = 1000
 MOST_FIELDS = 3  # in the label of a group
+SAME_TEXT = 0.005  # difference in bytes per token that whole rows of another length make, and no other tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,10 @@ class Group:
     def scores(self, method: str) -> dict[int, float]:
         """seed -> nats per token by `method`, of the runs that have it."""
         return {r.recipe.seed: r.evaluations[method]["val_loss"] for r in self.runs if method in r.evaluations}
+
+    def rate(self, method: str) -> float:
+        """Bytes of text per token that `method` scored, mean of the runs: where it is another, nats per token are not comparable."""
+        return statistics.fmean(e["bytes"] / e["tokens"] for r in self.runs if (e := r.evaluations.get(method)))
 
     def steps(self) -> set[int]:
         return {r.stages["train"]["steps"] for r in self.runs if "train" in r.stages}
@@ -104,13 +111,16 @@ def _row(group: Group, base: Group, method: str, level: float) -> Row:
     values = list(mine.values())
     spread = statistics.stdev(values) if len(values) > 1 else None
     bpb = statistics.fmean(r.evaluations[method]["val_bpb"] for r in group.runs if method in r.evaluations)
-    gains = [theirs[seed] - mine[seed] for seed in mine if seed in theirs] if group is not base else []
+    same_text = abs(group.rate(method) / base.rate(method) - 1) < SAME_TEXT
+    gains = [theirs[seed] - mine[seed] for seed in mine if seed in theirs] if group is not base and same_text else []
     gain = statistics.fmean(gains) if gains else None
     test = paired_test(mine, theirs, margin=0.0) if gains else None
     p = 2 * min(test.p, 1 - test.p) if test else None
     needed = None
     if group is base:
         verdict = "reference"
+    elif not same_text:
+        verdict = "not comparable in nats: other tokens or text"
     elif gain is None:
         verdict = "no seed in common with the reference"
     elif len(group.steps() | base.steps()) > 1:
@@ -154,3 +164,33 @@ def cells(row: Row) -> list[str]:
     std, gain = f"{row.std:.5f}" if row.std is not None else "", f"{row.gain:+.5f}" if row.gain is not None else ""
     p = f"{row.p:.2g}" if row.p is not None else ""
     return [row.label, ", ".join(map(str, row.seeds)), f"{row.mean:.5f}", std, f"{row.bpb:.5f}", gain, p, row.verdict]
+
+
+COLUMNS = ("run", "settings", "seed", "steps", "train_seconds", "method", "val_loss", "val_bpb", "legal", "total_bytes")
+
+
+def runs_csv(groups: Sequence[Group]) -> str:
+    """A row per run and method of evaluation."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for group in groups:
+        for r in group.runs:
+            trained, packed = r.stages["train"], r.stages["pack"]
+            for method, e in r.evaluations.items():
+                first = (r.name, group.label, r.recipe.seed, trained["steps"], trained["seconds"])
+                writer.writerow([*first, method, e["val_loss"], e["val_bpb"], e["legal"], packed["total_bytes"]])
+    return file.getvalue()
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table of Markdown."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, rows)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as columns of text."""
+    lines = [list(HEADINGS), *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
