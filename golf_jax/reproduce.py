@@ -47,7 +47,7 @@ class Arguments:
     val: str = ""
     """Glob of the validation shards that the log's scores are of (default: those of the run that the artifact lies in)."""
     tokenizer: str = ""
-    """SentencePiece model of the shards (default: the one beside the artifact)."""
+    """SentencePiece model: of the shards (default: the one beside the artifact), or of a set whose units are texts."""
     max_docs: int = 0
     """With a log: only the first N documents. The scores are printed and compared with nothing (0: all)."""
 
@@ -71,13 +71,13 @@ class Report:
         return facts | {"checks": [dataclasses.asdict(r) for r in self.results]}
 
 
-def reproduce(path: Path, only: str = "", devices: int = 1) -> Report:
+def reproduce(path: Path, only: str = "", devices: int = 1, tokenizer: str = "") -> Report:
     """Every section of the set (or those in `only`) computed and compared; prints each row as it is there. Raises GolfError."""
     from golf_jax.interop.checks import CHECKS, Set, run
 
     if unknown := set(filter(None, only.split(","))) - set(CHECKS):
         raise GolfError(f"--only {', '.join(sorted(unknown))}: no such section; known: {', '.join(CHECKS)}")
-    refs = Set(path, devices)
+    refs = Set(path, devices, tokenizer)
     names = [name for name in CHECKS if name in refs.json["sections"] and (not only or name in only.split(","))]
     if not names:
         raise GolfError(f"{path}: no section to check; it has {', '.join(refs.json['sections'])}")
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> int:
         document = rescore(args)
         ok = all(row["ok"] for row in document["values"])
     else:
-        report = reproduce(args.path, args.only, args.devices)
+        report = reproduce(args.path, args.only, args.devices, args.tokenizer)
         document, ok = report.to_dict(), bool(report.results) and all(r.ok for r in report.results)
     if args.json:
         args.json.write_text(json_text(document))

@@ -64,7 +64,8 @@ def submissions(path: Path) -> set[Path]:
     """The submissions below a folder: those with claims, and what else has logs, by the README or program that they belong to."""
     found = {p.parent for p in path.rglob(CLAIMS)}
     for log in path.rglob("*"):
-        if log.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.match(log.name) and not found & set(log.parents):
+        named = log.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.match(log.name) and log.is_file()
+        if named and not found & set(log.parents) and parse_log(read_text(log), log.name):
             above = [p for p in log.parents if p.is_relative_to(path)]
             found.add(next((p for p in above if (p / README).is_file() or _only(p, PROGRAM)), log.parent))
     return found

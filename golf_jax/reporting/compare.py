@@ -34,6 +34,11 @@ class Group:
         """Bytes of text per token that `method` scored, mean of the runs: where it is another, nats per token are not comparable."""
         return statistics.fmean(e["bytes"] / e["tokens"] for r in self.runs if (e := r.evaluations.get(method)))
 
+    def texts(self) -> set[str]:
+        """Tokenizers and validation texts, by digest: two where the data changed between the runs though no setting did."""
+        found = [r.stages["text"] for r in self.runs if "text" in r.stages]
+        return {" ".join([text["tokenizer"], *(shard["content"] for shard in text["val"])]) for text in found}
+
     def steps(self) -> set[int]:
         return {r.stages["train"]["steps"] for r in self.runs if "train" in r.stages}
 
@@ -111,7 +116,7 @@ def _row(group: Group, base: Group, method: str, level: float) -> Row:
     values = list(mine.values())
     spread = statistics.stdev(values) if len(values) > 1 else None
     bpb = statistics.fmean(r.evaluations[method]["val_bpb"] for r in group.runs if method in r.evaluations)
-    same_text = abs(group.rate(method) / base.rate(method) - 1) < SAME_TEXT
+    same_text = abs(group.rate(method) / base.rate(method) - 1) < SAME_TEXT and len(group.texts() | base.texts()) < 2
     gains = [theirs[seed] - mine[seed] for seed in mine if seed in theirs] if group is not base and same_text else []
     gain = statistics.fmean(gains) if gains else None
     test = paired_test(mine, theirs, margin=0.0) if gains else None

@@ -230,6 +230,8 @@ def test_folders_without_the_usual_names(tmp_path):
     (tmp_path / "all/b/logs").mkdir(parents=True)
     (tmp_path / "all/b/logs/train.log").write_text(unnamed)
     (tmp_path / "all/b/README.md").write_text("no table\n")
+    (tmp_path / "all/notes").mkdir()
+    (tmp_path / "all/notes/ideas.txt").write_text("no run\n")
     s = read_submission(path)
     assert (s.claims.file, s.runs[0].seed, bool(s.script)) == ("submission_ternary.json", 42, True)
     assert submissions(tmp_path / "all") == {path, tmp_path / "all/b"}

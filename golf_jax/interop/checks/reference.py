@@ -54,6 +54,8 @@ class Set:
 
     path: Path
     devices: int = 1
+    tokenizer: str = ""
+    """SentencePiece model of the script, where texts are to be cut into tokens."""
     json: dict[str, Any] = field(default_factory=dict)
     items: dict[str, Arrays] = field(default_factory=dict)
     """By `section/case`, then by item."""

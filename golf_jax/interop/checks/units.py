@@ -11,9 +11,11 @@ import numpy as np
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
 from golf_jax.data.loader import document_segments
+from golf_jax.data.sidecar import encode_counted
+from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.interop.checks import scoring_units
 from golf_jax.interop.checks.forward import activations, hash_ids
-from golf_jax.interop.checks.reference import Arrays, Case, NotComputed
+from golf_jax.interop.checks.reference import BOS, Arrays, Case, NotComputed
 from golf_jax.interop.checks.schedule import padded_starts, row_starts
 from golf_jax.interop.packed import unshuffle_bytes
 from golf_jax.kernels.attention.xsa import exclude_self_value
@@ -152,12 +154,21 @@ def _text(raw: np.ndarray) -> str:
 
 
 def _caseops(case: Case, given: Arrays) -> Outputs:
-    """Text to text and back. Tokens and their bytes need the record's tokenizer, which no set holds."""
+    """Text to text and back, then to tokens."""
     text, coded = _text(given["text"]), _text(case.own["out/text"])
     case.add("out/text", np.frombuffer(caseops.encode(text).encode(), np.uint8), case.own["out/text"])
     if caseops.decode(coded) != text:
         raise GolfError(f"{case.refs.path}: {case.where}: {coded[:40]!a} does not decode to {text[:40]!a}")
-    return {}
+    return _caseops_bytes(case, given)
+
+
+def _caseops_bytes(case: Case, given: Arrays) -> Outputs:
+    """Tokens of a text, and how many bytes of the original each stands for. No set holds the tokenizer."""
+    if not case.refs.tokenizer:
+        raise NotComputed("tokens need the script's tokenizer: --tokenizer MODEL")
+    tokens, counts = next(encode_counted(Tokenizer(case.refs.tokenizer), [_text(given["text"])]))
+    start = int(case.own["out/tokens"][0] != BOS)  # kept with or without the document's start
+    return {"tokens": tokens[start:], "bytes": counts[start:]}
 
 
 def _caseops_decode(case: Case, given: Arrays) -> Outputs:
@@ -177,5 +188,5 @@ KINDS: dict[str, Callable[[Case, Arrays], Outputs]] = {
     "rope_tables": _rope_tables, "rope": _rope, "attention": _attention, "xsa": _xsa, "hash_ids": _hash, "fake_quant": _fake_quant,
     "quantile": _quantile, "byte_shuffle": _byte_shuffle, "attention_2135": _packed_attention, "softcap_ce": _softcap_ce,
     "asym_softcap": _asym_softcap, "mlp": _leaky_mlp, "cu_seqlens": _cu_seqlens, "rope_tables_bf16": _rope_bf16, "caseops": _caseops,
-    "caseops_decode": _caseops_decode, "caseops_bad": _caseops_bad, **scoring_units.KINDS,
+    "caseops_bytes": _caseops_bytes, "caseops_decode": _caseops_decode, "caseops_bad": _caseops_bad, **scoring_units.KINDS,
 }  # fmt: skip
