@@ -198,13 +198,17 @@ class DocumentScorer:
         given = {n: np.pad(x, [(0, self.rows(size) - size)] + [(0, 0)] * (x.ndim - 1)) for n, x in self.start(number).items()}
         return made._replace(leaves=made.leaves | {n: put(self.mesh, x.astype(np.float32)) for n, x in given.items()})
 
+    def reset(self, adapters: Adapters) -> Adapters:
+        """The set for the next documents; it is donated."""
+        return jax.jit(reset, donate_argnums=0, out_shardings=self.sharding())(adapters)
+
     def run(self, params: dict[str, jax.Array], batch: np.ndarray, number: int, observe: Observer | None, progress: Progress) -> None:
         """Score a batch of documents. A full one uses the kept adapters, any other a set of its own."""
         full = len(batch) == self.ttt.batch
         if not full:
             adapters = self.new(len(batch))
         else:
-            adapters = jax.jit(reset, donate_argnums=0, out_shardings=self.sharding())(self.kept or self.new(len(batch)))
+            adapters = self.reset(self.kept or self.new(len(batch)))
         if observe:
             observe("before", number, adapters)
         start, targets = self.documents.start[batch], self.documents.targets[batch]
@@ -322,7 +326,7 @@ def evaluate_documents(
         for size in {len(batch) for batch in queue.batches}:
             scorer.compile(size)
         phase = GlobalPhase(model, mesh, config, shapes_of(params), log) if 0 < pause <= len(queue.batches) else None
-        scorer.kept = scorer.new(config.batch)
+        scorer.kept = scorer.reset(scorer.new(config.batch))  # which compiles, and changes nothing
     phase_work = scorer.work.phase(documents, queue, pause) if phase else 0.0
     total = phase_work + sum(scorer.work.chunks(documents.targets[batch]).sum() for batch in queue.batches)
     progress = Progress(log, "documents: window tokens", round(total), watch.seconds["hints"])
