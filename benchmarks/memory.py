@@ -45,7 +45,7 @@ def programs(recipe: Recipe, mesh: Mesh, batch: int, seq_len: int) -> Iterator[t
     step = replace(recipe, data=data, micro_rows=batch, eval=quiet)
     shapes: Shapes = tuple((name, leaf.shape, "float32") for name, leaf in leaves(config).items())
     if not recipe.optim.clip_per_rank:  # which fixes the rows
-        yield "training", lambda: compile_step(graph(step), mesh, phases(step)[-1])
+        yield "training", lambda: compile_step(graph(step), mesh, phases(step)[-1]).run
     yield "validation", lambda: scoring_program(config, mesh, shapes, batch, seq_len, None, True)
     yield "sliding", lambda: scoring_program(config, mesh, shapes, batch, seq_len, min(64, seq_len), True)
     if recipe.quant.gptq_batches:

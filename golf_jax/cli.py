@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from golf_jax.config import GolfError, Recipe, escape, load_recipe, recipe_names
+from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
 from golf_jax.interrupt import Interrupted
 
 WANTED = """The flags most runs want; the full list follows.
@@ -63,6 +63,11 @@ def run(main: Callable[[list[str]], int]) -> None:
     A GolfError becomes one line on stderr and status 2, Ctrl-C status 130, a reader that went away (`| head`) 141, as of a shell's own
     tools. What the terminal cannot show is written with backslash escapes. What the system refuses is one line, too.
     """
+    for descriptor in range(3):  # closed ones: the next file would get the number, and what libraries print there would land in it
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -78,12 +83,16 @@ def run(main: Callable[[list[str]], int]) -> None:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # what XLA calls it
             raise
         status = _fail("error: out of memory; --micro-rows 1 and --eval.batch-rows 1 need the least, --micro-rows auto takes what fits", 2)
+    except ImportError as error:  # also of a library that finds no memory while it starts
+        found = GolfError(f"{error.name or 'a library'} cannot be loaded: {error} (not installed, or too little memory)")
+        status = _fail(f"error: {found}", 2)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except BrokenPipeError:
         status = _silent(141)
     except OSError as error:  # a disk that is full, also behind stdout; a file that cannot be written
-        status = _silent(_fail(f"error: {escape(str(error.filename or 'output'))}: {error.strerror or error}", 2))
+        found = GolfError(f"{error.filename or 'output'}: {error.strerror or error}")
+        status = _silent(_fail(f"error: {found}", 2))
     sys.exit(status)
 
 

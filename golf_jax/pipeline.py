@@ -20,6 +20,7 @@ import zstandard
 from jax.sharding import Mesh
 
 from golf_jax import evaluation
+from golf_jax.ahead import ahead, compiling_ahead
 from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.artifact.code import bundle, raw_code_bytes
 from golf_jax.artifact.ledger import estimate_bytes
@@ -42,13 +43,15 @@ from golf_jax.plan import border, check_data, check_devices, check_plan, check_t
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log, Progress, clock_seconds
 from golf_jax.quant import quantize, rules_for, without_hessians
-from golf_jax.training.checkpoints import Checkpoints
+from golf_jax.training.checkpoints import Checkpoints, digest_ahead
 from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
+from golf_jax.training.phases import phases
 from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, new_path, read_json
-from golf_jax.training.state import state_shapes
+from golf_jax.training.state import graph, state_shapes
+from golf_jax.training.step import compile_step
 from golf_jax.training.trackers import check_tracker
 
 
@@ -99,7 +102,7 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
     path = from_main(options.resume or options.run_dir or str(new_path("runs", recipe.name)))
     with catching() as signals, contextlib.closing(RunDir(path, resume=bool(options.resume))) as directory:
         try:
-            with others_alive():
+            with others_alive(), compiling_ahead():
                 return _stages(plan, options, changes, directory, signals)
         except Interrupted as stop:
             kept = any(p.name.isdigit() for p in (directory.path / "checkpoints").glob("*"))
@@ -196,6 +199,15 @@ def _estimate(recipe: Recipe, params: dict[str, Any], run: RunDir, code_bytes: i
     run.log(f"estimated artifact {total:,} bytes with code, headroom {CAP_BYTES - total:,}{over}")
 
 
+def _compile_ahead(plan: Plan, recipe: Recipe) -> None:
+    """Begin to compile the rest of the run while this thread makes the initial weights, trains and packs."""
+    mesh, shapes = plan.mesh, state_shapes(recipe, plan.mesh)
+    for phase in phases(recipe):
+        ahead(compile_step, graph(recipe), mesh, phase)
+    digest_ahead(shapes)
+    evaluation.score_ahead(Network(recipe.model, shapes.params), plan.text, mesh, recipe.eval, seq_len=recipe.data.seq_len)
+
+
 def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, checkpoints: Checkpoints, code_bytes: int) -> Trained:
     """Train from the newest sound checkpoint on, or from the start; the final state is always saved."""
     recipe, mesh, d = plan.recipe, plan.mesh, plan.recipe.data
@@ -215,6 +227,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
             return Trained(exported(recipe, found.state), **done)
         run.log(f"checkpoint {found.step:,} of {f'{recipe.budget.steps:,}' if recipe.budget.steps else f'{recipe.budget.seconds:.0f} s'}")
     recipe = fitted(recipe, mesh, run.log)
+    _compile_ahead(plan, recipe)
     validate = _validator(plan)
 
     def validate_and_estimate(params: dict[str, Any], looping: bool, rehearse: bool) -> Result:

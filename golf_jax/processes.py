@@ -77,6 +77,18 @@ def from_main(text: str) -> str:
     return client.blocking_key_value_get(key, MESSAGE_MILLISECONDS)
 
 
+def from_all(text: str) -> list[str]:
+    """The `text` of every process, on every process; waits for all of them, so each must call it equally often."""
+    if jax.process_count() == 1:
+        return [text]
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    key = f"golf_jax/{next(_messages)}"
+    client.key_value_set(f"{key}/{jax.process_index()}", text)
+    return [client.blocking_key_value_get(f"{key}/{index}", MESSAGE_MILLISECONDS) for index in range(jax.process_count())]
+
+
 def agreed(number: int, due: bool, trouble: str = "") -> tuple[int, bool, str]:
     """(signal that any process has seen or 0, what process 0 holds to be due, what troubles any of them), the same on every process.
 
@@ -130,6 +142,7 @@ def keep_compiled_programs(directory: Path | None = None) -> None:
     """A second start finds its compiled programs in the cache, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable)."""
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(directory or cache_directory() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # many small ones are a second, too
 
 
 def cores() -> int:

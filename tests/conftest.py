@@ -13,7 +13,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """The default tests spend their time in compilation, so XLA optimises less there; `-m slow` compiles as a user's run does."""
     flags = ["--xla_force_host_platform_device_count=8"]
     if "not slow" in config.option.markexpr:
-        flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+        flags += [
+            "--xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        ]
         if importlib.metadata.version("jaxlib").startswith("0.10."):  # the only version that knows this one, and ends where it does not
             flags += ["--xla_cpu_use_fusion_emitters=false"]
     given = os.environ.get("XLA_FLAGS", "").split()

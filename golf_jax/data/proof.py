@@ -1,6 +1,7 @@
 """Proofs about tokenized text: the tokens are the tokenizer's own, the byte count is the text's, validation is not trained on."""
 
 import math
+import re
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from golf_jax.data.shards import Shard
 from golf_jax.data.sidecar import Sidecar, prove_sidecar
 from golf_jax.data.tokenizer import Tokenizer, check_tables, split_documents
 
+PRIVATE = re.compile("[\ue000-\uf8ff]")
 ENCODE_BATCH = 64
 PROVED_TOKENS = 1 << 22  # whose byte count is compared with the decoded text where time is limited
 SAMPLED_TOKENS = 1 << 16  # per block of the training shards
@@ -82,6 +84,15 @@ def prove_text(
         num_bytes = check_tables(tokenizer, counted, bos_id=bos)
         part = "every document" if len(counted) == len(val_tokens) else f"the first {len(counted):,} tokens"
         facts.append(f"val bytes: {num_bytes:,}, equal to the decoded text of {part}")
+    if found := refuse_private_text(tokenizer, counted, bos):
+        facts.append(found)
+    if not num_bytes:
+        raise GolfError("validation text: has no bytes, only document starts; give shards with text")
+    control = [t for t in range(tokenizer.vocab_size) if tokenizer.processor.is_control(t) and t != bos]
+    if others := int(np.count_nonzero(np.isin(val_tokens, control))):
+        facts.append(
+            f"WARNING: {others:,} control tokens besides BOS in validation (EOS of another writer?): each is scored and counts 0 bytes"
+        )
     facts.append(vocabulary_use(tokenizer, val_tokens))
     found = refuse_overlap(train, val_tokens, tokenizer, bos, seconds) if train and overlap else None
     return Proof(facts + ([found.fact()] if found else []), num_bytes, found)
@@ -113,6 +124,21 @@ def refuse_markers(tokenizer: Tokenizer, sidecar: bool = False) -> None:
         )
 
 
+def refuse_private_text(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -> str:
+    """What is to be said of private-use characters, which no text has: markers of a transform, whatever kind of piece they are.
+
+    GolfError when they are more than 1 % of the bytes. CaseOps text goes back to what it was first.
+    """
+    texts = [tokenizer.original(document, strict=False) for document in split_documents(tokens[:SAMPLED_TOKENS], bos_id)]
+    found, size = sum(len(PRIVATE.findall(text)) for text in texts), sum(len(text.encode()) for text in texts)
+    if 3 * found > TOLERATED * size:
+        raise GolfError(
+            f"validation text: {found:,} private-use characters, {300 * found / size:.1f} % of its bytes: markers of a transform would "
+            "count as text; build from the original text (`--transform caseops` marks capitals, and counts the original)"
+        )
+    return f"WARNING: {found:,} private-use characters in {size:,} bytes of validation count as text" if found else ""
+
+
 def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seconds: float, where: str) -> tuple[int, int]:
     """(documents tried, documents whose tokens encode(decode(document)) does not give back); GolfError above 1 %."""
     end = time.monotonic() + seconds
@@ -142,6 +168,7 @@ def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seco
     tried += compare()
     if len(failures) > TOLERATED * tried:
         text, tokens, document = failures[0]
+        at = next((n for n, (a, b) in enumerate(zip(tokens, document, strict=False)) if a != b), min(len(tokens), len(document)))
         broken = sum("\ufffd" in text for text, _, _ in failures)
         reason = (
             f"the tokens are not text ({broken} decode to broken characters): random, damaged, or another tokenizer's"
@@ -150,7 +177,8 @@ def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seco
         )
         raise GolfError(
             f"tokenizer {tokenizer.name}: encode(decode(document)) differs for {len(failures)} of {tried} {where} documents: {reason}. "
-            f"Tokens {document[:6].tolist()} decode to {text[:40]!a}, which encodes to {tokens[:6].tolist()}"
+            f"One decodes to {text[:40]!a}; from its token {at} on it is {document[at : at + 6].tolist()}, and again "
+            f"{tokens[at : at + 6].tolist()}"
         )
     return tried, len(failures)
 

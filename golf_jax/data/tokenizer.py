@@ -20,9 +20,11 @@ from sentencepiece import sentencepiece_model_pb2
 
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
+from golf_jax.files import read_bytes
 
 SPACE = "\u2581"  # SentencePiece writes a space as LOWER ONE EIGHTH BLOCK
 LETTERS = [c for c in map(chr, (*range(0x21, 0x250), *range(0x370, 0x600))) if c.isprintable()]  # tried for what becomes of them
+MAX_BYTES = 1 << 26
 TRAINER_CHARACTERS = 2**14  # per sentence: the trainer drops sentences of more than 2**16 bytes
 
 
@@ -32,11 +34,9 @@ class Tokenizer:
     def __init__(self, model: str | Path | bytes, name: str = "<bytes>") -> None:
         self.name = name if isinstance(model, bytes) else str(model)
         try:
-            if not isinstance(model, bytes) and Path(model).exists() and not Path(model).is_file():
-                raise GolfError(f"tokenizer {self.name}: cannot be read (not a regular file)")
-            self.model = model if isinstance(model, bytes) else Path(model).read_bytes()
-        except OSError as error:
-            raise GolfError(f"tokenizer {self.name}: cannot be read ({error.strerror})") from error
+            self.model = model if isinstance(model, bytes) else read_bytes(model, MAX_BYTES)
+        except GolfError as error:
+            raise GolfError(f"tokenizer {error}") from None
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             self.processor.LoadFromSerializedProto(self.model)

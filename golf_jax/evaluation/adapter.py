@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from golf_jax.ahead import kept
 from golf_jax.config import ModelConfig, TTTConfig
 from golf_jax.evaluation.score import Result, Trace
 from golf_jax.evaluation.scorebook import ScoreBook
@@ -99,7 +100,7 @@ def update(rule: Rule, state: TTTState, grads: Params, lr: Any) -> tuple[TTTStat
     return TTTState({n: move(n, p) for n, p in state.params.items()}, opt_state), norm
 
 
-@functools.lru_cache(maxsize=8)
+@kept(8)
 def training_program(
     config: ModelConfig, rule: Rule, mesh: Mesh, shapes: Shapes, rows: tuple[int, int], seq_len: int, epochs: int, micro: int
 ) -> jax.stages.Compiled:
@@ -159,18 +160,21 @@ def training_program(
     return jax.jit(sharded, donate_argnums=0).lower(on_mesh, tokens, weight, lr).compile()
 
 
+def program_of(model: Model, stream: Stream, mesh: Mesh, rule: Rule, plan: Plan, epochs: int) -> tuple[Any, ...]:
+    """Arguments of `training_program`. Of the parameters only shapes and dtypes count."""
+    return model.config, rule, mesh, shapes_of(model.params), plan.sequence.shape, stream.seq_len, epochs, stream.batch_rows(mesh)
+
+
 class Adapter:
     """Trains a model on sequences of a stream: owns the changed weights, and keeps losses, norms and learning rates of every step."""
 
     def __init__(self, model: Model, stream: Stream, mesh: Mesh, config: TTTConfig, rule: Rule, sequences: int, epochs: int) -> None:
         """sequences: trained on per epoch; epochs: per call of `train`."""
-        micro = stream.batch_rows(mesh)
         self.stream, self.mesh, self.epochs = stream, mesh, epochs
-        self.plan = Plan.of(sequences, config, mesh.shape[AXIS], micro)
+        self.plan = Plan.of(sequences, config, mesh.shape[AXIS], stream.batch_rows(mesh))
         self.weight = put(mesh, self.plan.weight, STEP_ROWS)
         params = replicate(mesh, model.params)
-        shape = self.plan.sequence.shape
-        self.program = training_program(model.config, rule, mesh, shapes_of(params), shape, stream.seq_len, epochs, micro)
+        self.program = training_program(*program_of(model, stream, mesh, rule, self.plan, epochs))
         self.state: TTTState = jax.jit(functools.partial(initial_state, rule), out_shardings=replicated(mesh))(params)
         self.loss: list[np.ndarray] = []
         self.norm: list[np.ndarray] = []

@@ -5,7 +5,7 @@ from jax.sharding import Mesh
 from golf_jax.config import GolfError, SlidingConfig
 from golf_jax.evaluation.score import Result, Stopwatch
 from golf_jax.evaluation.scorebook import ScoreBook
-from golf_jax.evaluation.scorer import WindowScorer, shapes_of
+from golf_jax.evaluation.scorer import WindowScorer, score_ahead, shapes_of
 from golf_jax.evaluation.stream import Stream
 from golf_jax.evaluation.windows import Windows, sliding_windows, standard_windows
 from golf_jax.mesh import replicate
@@ -25,6 +25,16 @@ def evaluate_sliding(model: Model, stream: Stream, mesh: Mesh, config: SlidingCo
         raise GolfError("eval.sliding.stride is 0: this recipe has no sliding evaluation; give --stride")
     windows = sliding_windows(config.windows, stream.targets, stream.seq_len, config.stride)
     return _evaluate("sliding", model, stream, mesh, windows, config.stride, log)
+
+
+def standard_ahead(model: Model, stream: Stream, mesh: Mesh, config: None = None) -> None:
+    """Begin to compile what `evaluate_standard` runs. Of the parameters only shapes and dtypes count."""
+    score_ahead(model, stream, mesh, standard_windows(stream.targets, stream.seq_len), stream.seq_len)
+
+
+def sliding_ahead(model: Model, stream: Stream, mesh: Mesh, config: SlidingConfig) -> None:
+    """The same of `evaluate_sliding`."""
+    score_ahead(model, stream, mesh, sliding_windows(config.windows, stream.targets, stream.seq_len, config.stride), config.stride)
 
 
 def _evaluate(name: str, model: Model, stream: Stream, mesh: Mesh, windows: Windows, stride: int, log: Log | None) -> Result:

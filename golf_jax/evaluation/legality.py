@@ -4,13 +4,17 @@ The tests run them on every engine; `score` runs `check_model` on a small sample
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
+from golf_jax.ahead import ahead, kept
+from golf_jax.config import ModelConfig
 from golf_jax.evaluation.queue import BOS
+from golf_jax.evaluation.scorer import Shapes, shapes_of
 from golf_jax.evaluation.tilt import tilted
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.model import Model, Params, head_softcap, hidden
@@ -45,7 +49,48 @@ def _bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x, np.float32).view(np.uint32)
 
 
-def check_model(model: Model, tokens: np.ndarray, mesh: Mesh, seq_len: int, flips: int = 3, positions: int = 4) -> tuple[bool, float]:
+FLIPS, POSITIONS = 3, 4
+
+
+@kept(8)
+def checking_program(
+    config: ModelConfig, looping: bool, shapes: Shapes, device: jax.Device, flips: int, positions: int, length: int
+) -> Any:
+    """Compiled (params, rows int32 [flips + 1, T], places int32 [positions]) -> (equal bool [flips, T], nll [positions, V]).
+
+    equal: states bit-equal to those of the first row. Row by row: the same operations on every row, so bits can be compared.
+    """
+
+    def every_entry(x_D: jax.Array, params: Params) -> jax.Array:
+        table_VD = params["tok_emb"].astype(x_D.dtype)
+        x_VD = jnp.broadcast_to(x_D, table_VD.shape)
+        return softcap_cross_entropy(x_VD, table_VD, jnp.arange(config.vocab_size), softcap=head_softcap(config, params))
+
+    def measure(params: Params, rows: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+        states = jax.lax.map(lambda x_T: hidden(config, params, x_T[None], looping=looping)[0], rows)
+        equal = jnp.all(states[:1] == states[1:], -1)
+        return equal, jax.lax.map(lambda x_D: every_entry(x_D, params), states[0][places])
+
+    here = SingleDeviceSharding(device)
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=here) for name, shape, dtype in shapes}
+    rows, places = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=here) for shape in ((flips + 1, length), (positions,)))
+    return jax.jit(measure).lower(params, rows, places).compile()
+
+
+def _check_of(model: Model, mesh: Mesh, length: int, flips: int, positions: int) -> tuple[Any, ...]:
+    """Arguments of `checking_program` for a window of `length` tokens."""
+    counts = min(flips, length - 1), min(positions, length)
+    return model.config, model.looping, shapes_of(model.params), mesh.local_devices[0], *counts, length
+
+
+def check_ahead(model: Model, mesh: Mesh, length: int) -> None:
+    """Begin to compile what `check_model` runs. Of the parameters only shapes and dtypes count."""
+    ahead(checking_program, *_check_of(model, mesh, length, FLIPS, POSITIONS))
+
+
+def check_model(
+    model: Model, tokens: np.ndarray, mesh: Mesh, seq_len: int, flips: int = FLIPS, positions: int = POSITIONS
+) -> tuple[bool, float]:
     """C1 and C2 on the first window of `tokens`, on one device, in one program: (causal, largest |logsumexp(log p)|).
 
     C1: states before each of `flips` flipped tokens are bit-equal; the head acts on one state at a time, so distributions are too.
@@ -53,27 +98,15 @@ def check_model(model: Model, tokens: np.ndarray, mesh: Mesh, seq_len: int, flip
     finite comes back as not causal and NaN.
     """
     config, device = model.config, mesh.local_devices[0]
-    params = {name: jax.device_put(np.asarray(value), device) for name, value in model.params.items()}
     window = np.asarray(tokens[: min(seq_len, len(tokens) - 1)], np.int32)
     length, rng = len(window), np.random.default_rng(0)
     at = rng.choice(np.arange(1, length), min(flips, length - 1), replace=False)
     places = rng.choice(length, min(positions, length), replace=False)
     rows = np.tile(window, (len(at) + 1, 1))  # as it is, and with one token flipped
     rows[np.arange(1, len(rows)), at] = (window[at] + 1) % config.vocab_size
-
-    def every_entry(x_D: jax.Array, params: Params) -> jax.Array:
-        table_VD = params["tok_emb"].astype(x_D.dtype)
-        x_VD = jnp.broadcast_to(x_D, table_VD.shape)
-        return softcap_cross_entropy(x_VD, table_VD, jnp.arange(config.vocab_size), softcap=head_softcap(config, params))
-
-    @jax.jit
-    def measure(params: Params, rows: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(equal bool [flips, T], nll [places, V]). Row by row: the same operations on every row, so bits can be compared."""
-        states = jax.lax.map(lambda x_T: hidden(config, params, x_T[None], looping=model.looping)[0], rows)
-        equal = jnp.all(states[:1] == states[1:], -1)
-        return equal, jax.lax.map(lambda x_D: every_entry(x_D, params), states[0][places])
-
-    equal, nll_PV = (np.asarray(x) for x in measure(params, *jax.device_put((rows, places.astype(np.int32)), device)))
+    params = {name: np.asarray(value) for name, value in model.params.items()}
+    measure = checking_program(*_check_of(model, mesh, length, flips, positions))
+    equal, nll_PV = (np.asarray(x) for x in measure(*jax.device_put((params, rows, places.astype(np.int32)), device)))
     causal = all(before[:s].all() and not before[s:].all() for before, s in zip(equal, at, strict=True))
     error = np.abs(np.log(np.exp(-nll_PV.astype(np.float64)).sum(-1)))
     return bool(causal), float(error.max())  # NaN, if there is one

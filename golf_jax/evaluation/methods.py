@@ -10,11 +10,11 @@ from golf_jax.config import EvalConfig, GolfError
 from golf_jax.data.text import Text
 from golf_jax.evaluation.adapt_first import evaluate_adapt_first
 from golf_jax.evaluation.documents import evaluate_documents
-from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard
-from golf_jax.evaluation.legality import check_model
+from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard, sliding_ahead, standard_ahead
+from golf_jax.evaluation.legality import check_ahead, check_model
 from golf_jax.evaluation.packed import evaluate_packed
 from golf_jax.evaluation.score import Result
-from golf_jax.evaluation.score_first import evaluate_score_first
+from golf_jax.evaluation.score_first import evaluate_score_first, score_first_ahead
 from golf_jax.evaluation.stream import Stream
 from golf_jax.model import Model
 from golf_jax.progress import Log
@@ -28,6 +28,10 @@ METHODS: dict[str, Callable[..., Result]] = {
     "documents": evaluate_documents,
 }
 """name -> function of (model, stream, mesh, `eval.<name>`, log)."""
+
+
+AHEAD: dict[str, Callable[..., None]] = {"standard": standard_ahead, "sliding": sliding_ahead, "score_first": score_first_ahead}
+"""What can begin to compile before there are weights, by the same name: function of (model, stream, mesh, `eval.<name>`)."""
 
 
 def methods_of(eval: EvalConfig) -> list[str]:
@@ -67,6 +71,15 @@ def score(
                 normalization_error=float(np.maximum(error, facts.normalization_error or 0.0)),
             ),
         )
+
+
+def score_ahead(model: Model, text: Text, mesh: Mesh, eval: EvalConfig, *, seq_len: int) -> None:
+    """Begin to compile what `score` runs (`golf_jax.ahead`). Of the parameters only shapes and dtypes count."""
+    for name in methods_of(eval):
+        if name in AHEAD:
+            config = getattr(eval, name, None)
+            AHEAD[name](model, Stream.of(text.val_tokens, text.tables, getattr(config, "seq_len", seq_len), eval.batch_rows), mesh, config)
+    check_ahead(model, mesh, seq_len)
 
 
 def method_of(eval: EvalConfig, mode: str) -> str:

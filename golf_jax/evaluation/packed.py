@@ -1,6 +1,5 @@
 """Standard evaluation on packed streams (PR 2135's "diagnostic" one; docs/recipes/pr2135_quant_eval.md, section 4)."""
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from golf_jax.ahead import kept
 from golf_jax.config import GolfError, ModelConfig, PackedConfig
 from golf_jax.evaluation.queue import segments
 from golf_jax.evaluation.score import Result, Stopwatch, Trace
@@ -31,7 +31,7 @@ def inside_documents(config: ModelConfig, mesh: Mesh, log: Log | None = None) ->
         return other
 
 
-@functools.lru_cache(maxsize=8)
+@kept(8)
 def packed_program(config: ModelConfig, mesh: Mesh, shapes: Shapes, length: int, longest: int, looping: bool) -> jax.stages.Compiled:
     """Compiled (params, tokens uint16 [devices, L + 1], segments int32 [devices, L]) -> nll float32 [devices, L]."""
 

@@ -9,13 +9,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from golf_jax.ahead import ahead
 from golf_jax.config import GolfError, ScoreFirstConfig
-from golf_jax.evaluation.adapter import Adapter, Rule, cosine
+from golf_jax.evaluation.adapter import Adapter, Plan, Rule, cosine, program_of, training_program
 from golf_jax.evaluation.score import Result, Stopwatch
 from golf_jax.evaluation.scorebook import ScoreBook
-from golf_jax.evaluation.scorer import WindowScorer, shapes_of
+from golf_jax.evaluation.scorer import WindowScorer, score_ahead, shapes_of
 from golf_jax.evaluation.stream import Stream
 from golf_jax.evaluation.windows import chunk_windows
+from golf_jax.mesh import AXIS
 from golf_jax.model import Model
 from golf_jax.progress import Log
 
@@ -24,6 +26,15 @@ from golf_jax.progress import Log
 def momentum_rule(config: ScoreFirstConfig) -> Rule:
     """SGD with momentum, which starts as the first gradient, undamped; its state has the dtype of the parameters."""
     return Rule(optax.trace(decay=config.momentum), config.clip_norm, config.fake_quant)
+
+
+def score_first_ahead(model: Model, stream: Stream, mesh: Mesh, config: ScoreFirstConfig) -> None:
+    """Begin to compile what `evaluate_score_first` runs. Of the parameters only shapes and dtypes count."""
+    windows, chunk_of = chunk_windows(config.windows, stream.targets, stream.seq_len, config.stride, config.chunk_tokens)
+    score_ahead(model, stream, mesh, windows, config.stride, chunk_of)
+    sequences = min(config.chunk_tokens, stream.targets) // stream.seq_len
+    plan = Plan.of(sequences, config, mesh.shape[AXIS], stream.batch_rows(mesh))
+    ahead(training_program, *program_of(model, stream, mesh, momentum_rule(config), plan, config.epochs))
 
 
 def evaluate_score_first(model: Model, stream: Stream, mesh: Mesh, config: ScoreFirstConfig, log: Log | None = None) -> Result:

@@ -4,16 +4,19 @@ Two programs per evaluation: windows of which only the last `stride` targets cou
 head; the few others (the first window, the cut ones at the end) are scored in full.
 """
 
-import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from golf_jax.ahead import ahead, kept
 from golf_jax.config import ModelConfig
 from golf_jax.evaluation.scorebook import ScoreBook
+from golf_jax.evaluation.stream import Stream
 from golf_jax.evaluation.windows import Windows
 from golf_jax.mesh import AXIS, REPLICATED, ROWS, own_rows, put, replicated
 from golf_jax.model import Model, nll
@@ -22,8 +25,9 @@ from golf_jax.progress import Log, Progress
 Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
 
 
-def shapes_of(params: dict[str, jax.Array]) -> Shapes:
-    return tuple((name, tuple(x.shape), str(x.dtype)) for name, x in params.items())
+def shapes_of(params: dict[str, Any]) -> Shapes:
+    """What programs are compiled for: one value for one set of shapes and dtypes, in whatever order the parameters come."""
+    return tuple(sorted((name, tuple(x.shape), str(x.dtype)) for name, x in params.items()))
 
 
 def avals(mesh: Mesh, shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
@@ -31,7 +35,7 @@ def avals(mesh: Mesh, shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=replicated(mesh)) for name, shape, dtype in shapes}
 
 
-@functools.lru_cache(maxsize=32)
+@kept(32)
 def scoring_program(
     config: ModelConfig, mesh: Mesh, shapes: Shapes, rows: int, seq_len: int, last: int | None, looping: bool
 ) -> jax.stages.Compiled:
@@ -58,6 +62,36 @@ def gather(tokens: np.ndarray, start: np.ndarray, length: np.ndarray, seq_len: i
     return out
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Windows that one program scores: `rows` per device and call, their `last` targets (None: all)."""
+
+    last: int | None
+    rows: int
+    chosen: np.ndarray
+    """Boolean [windows]"""
+
+    def program_of(self, model: Model, shapes: Shapes, mesh: Mesh, seq_len: int) -> tuple[Any, ...]:
+        """Arguments of `scoring_program`."""
+        return model.config, mesh, shapes, self.rows, seq_len, self.last, model.looping
+
+
+def kinds_of(windows: Windows, stride: int, stream: Stream, mesh: Mesh, chunk_of: np.ndarray | None = None) -> list[Kind]:
+    """The kinds of windows that there are. Those scored in full take as many rows as the standard evaluation: its program then serves."""
+    devices, rows = mesh.shape[AXIS], stream.batch_rows(mesh)
+    chunk_of = np.zeros(len(windows), np.int64) if chunk_of is None else chunk_of
+    short = (windows.length == stream.seq_len) & (windows.score_from == stream.seq_len - stride) & (stride < stream.seq_len)
+    most = int(np.bincount(chunk_of[short]).max(initial=0))
+    found = [(stride, short, most), (None, ~short, stream.targets // stream.seq_len)]
+    return [Kind(last, max(1, min(rows, -(-n // devices))), chosen) for last, chosen, n in found if chosen.any()]
+
+
+def score_ahead(model: Model, stream: Stream, mesh: Mesh, windows: Windows, stride: int, chunk_of: np.ndarray | None = None) -> None:
+    """Begin to compile what a `WindowScorer` of these windows runs. Of the parameters only shapes and dtypes count."""
+    for kind in kinds_of(windows, stride, stream, mesh, chunk_of):
+        ahead(scoring_program, *kind.program_of(model, shapes_of(model.params), mesh, stream.seq_len))
+
+
 class WindowScorer:
     """Scores windows of one stream with whatever parameters it is given.
 
@@ -79,22 +113,11 @@ class WindowScorer:
         label: str = "",
     ) -> None:
         self.mesh, self.book, self.seq_len, self.stride = mesh, book, book.stream.seq_len, stride
-        devices, rows = mesh.shape[AXIS], book.stream.batch_rows(mesh)
-        chunk_of = np.zeros(len(windows), np.int64) if chunk_of is None else chunk_of
-        short = self._only_last(windows)
-        self.kinds: list[tuple[bool, int, np.ndarray, jax.stages.Compiled]] = []
-        for kind, last in ((True, stride), (False, None)):
-            most = int(np.bincount(chunk_of[short == kind]).max(initial=0))
-            if most:
-                local = min(rows, -(-most // devices))
-                offsets = np.arange(0 if last is None else self.seq_len - last, self.seq_len)
-                program = scoring_program(model.config, mesh, shapes, local, self.seq_len, last, model.looping)
-                self.kinds.append((kind, local * devices, offsets, program))
+        self.programs = {
+            kind.last: (kind.rows * mesh.shape[AXIS], scoring_program(*kind.program_of(model, shapes, mesh, self.seq_len)))
+            for kind in kinds_of(windows, stride, book.stream, mesh, chunk_of)
+        }
         self.done, self.progress = 0, Progress(log, f"{label}: windows", len(windows))
-
-    def _only_last(self, windows: Windows) -> np.ndarray:
-        """Full windows that score their last `stride` targets."""
-        return (windows.length == self.seq_len) & (windows.score_from == self.seq_len - self.stride) & (self.stride < self.seq_len)
 
     def run(self, params: dict[str, jax.Array], windows: Windows, chunk: int = 0) -> None:
         """Score `windows` and enter them in the book. Each batch is read while the next one computes."""
@@ -110,9 +133,9 @@ class WindowScorer:
             self._collect(chunk, *waiting)
 
     def _batches(self, windows: Windows) -> Iterator[tuple[Windows, np.ndarray, int, jax.stages.Compiled]]:
-        short = self._only_last(windows)
-        for kind, size, offsets, program in self.kinds:
-            chosen = np.flatnonzero(short == kind)
+        for kind in kinds_of(windows, self.stride, self.book.stream, self.mesh):
+            size, program = self.programs[kind.last]
+            offsets, chosen = np.arange(self.seq_len - (kind.last or self.seq_len), self.seq_len), np.flatnonzero(kind.chosen)
             for first in range(0, len(chosen), size):
                 yield windows[chosen[first : first + size]], offsets, size, program
 

@@ -31,9 +31,7 @@ def open_model(path: str, recipe: str = "", log: Log = print) -> Model:
     header = read_metadata(path).get(HEADER) if path.endswith(".safetensors") and Path(path).is_file() else None
     if header and not recipe:
         return _exported(path, header)
-    config, params, name = open_torch(path, recipe)
-    if not recipe:
-        log(f"{path}: the tensors are those of recipe {name}")
+    config, params, name = open_torch(path, recipe, log)
     run = load_recipe(name)
     return opened_here(config, params, name=path, eval=run.eval, seq_len=run.data.seq_len, sha256=_sha256(path))
 

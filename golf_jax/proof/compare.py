@@ -64,14 +64,14 @@ def check_claims(claims: Claims, runs: Sequence[Run], found: Sequence[Finding], 
         if claim := claims.number(*names):
             out.append(_score(claim, what, runs, claims))
     if claim := claims.number(*TOTAL):
-        out += _bytes(claim, runs, claims.file, shipped)
+        out += _bytes(claim, runs, claims, shipped)
     for seed in claims.per_seed:
         ours = [r for r in runs if r.seed == seed]
         for names, what in ((BPB, "bpb"), (LOSS, "loss")):
             if (claim := claims.of_seed(seed, *names)) and ours:
                 out.append(_score(claim, what, ours, claims, f"seed {seed}: "))
         if (claim := claims.of_seed(seed, *TOTAL)) and ours:
-            out += _bytes(claim, ours, claims.file, shipped, f"seed {seed}: ")
+            out += _bytes(claim, ours, claims, shipped, f"seed {seed}: ")
         if (claim := claims.of_seed(seed, "steps")) and ours and (steps := [max(s for s, _ in r.steps) for r in ours if r.steps]):
             if claim.value < min(steps):
                 out.append(Finding("fail", "claims", f"seed {seed}: steps {claim.value:.0f}, the log goes on to {min(steps)}", claims.file))
@@ -86,6 +86,8 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
         for name, score in {s.name: s for s in run.finals}.items():
             number = score.bpb if what == "bpb" else score.loss
             by_name.setdefault(name, []).append((number.value, number.half, run.at(number)))
+        for name, number in dict(run.bare).items() if what == "bpb" else ():
+            by_name.setdefault(f"{name} (without nats)", []).append((number.value, number.half, run.at(number)))
     by_name = dict(sorted(by_name.items(), key=lambda item: max(half for _, half, _ in item[1])))  # the most precise print first
     for name, entries in by_name.items():
         mean, half = statistics.fmean(v for v, _, _ in entries), max(h for _, h, _ in entries)
@@ -113,10 +115,9 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
     heads = [h for h in map(headline, runs) if h]
     if not heads:
         return Finding("not checkable", "claims", f"{said}: the logs have no final score", claims.file)
-    if claims.seed_count > len(runs) and not label:
-        return Finding(
-            "not checkable", "claims", f"{said}: a mean over {claims.seed_count} seeds, of which {len(runs)} have logs", claims.file
-        )
+    if claims.seed_count > len(heads) and not label:
+        text = f"{said}: a mean over {claims.seed_count} seeds, of which {len(heads)} have logs with a final score"
+        return Finding("not checkable", "claims", text, claims.file)
     number = [h.bpb.value if what == "bpb" else h.loss.value for h in heads]
     listed = ", ".join(f"{v:.6f}" for v in number[:5])
     return Finding(
@@ -124,9 +125,9 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
     )
 
 
-def _bytes(claim: Claim, runs: Sequence[Run], file: str, shipped: int | None, label: str = "") -> list[Finding]:
+def _bytes(claim: Claim, runs: Sequence[Run], claims: Claims, shipped: int | None, label: str = "") -> list[Finding]:
     totals = {r.at(r.totals[-1]): r.totals[-1].value for r in runs if r.totals}
-    said = f"{label}{claim.name} {claim.value:,.0f}"
+    said, file = f"{label}{claim.name} {claim.value:,.0f}", claims.file
     if not totals:
         return [Finding("not checkable", "claims", f"{said}: the logs have no total", file)]
     values = list(totals.values())
@@ -143,6 +144,9 @@ def _bytes(claim: Claim, runs: Sequence[Run], file: str, shipped: int | None, la
         return [Finding("pass", "claims", f"{said} is the log's model and the shipped train_gpt.py", file)]
     if claim.value % 1_000 == 0 and min(values) - 1e4 <= claim.value:
         return [Finding("pass", "claims", f"{said} is the rounded total {max(values):,.0f}", file)]
+    if claims.seed_count > len(values) and not label:
+        text = f"{said}: of {claims.seed_count} seeds, {len(values)} have logs with a total"
+        return [Finding("not checkable", "claims", text, file)]
     near = min(values, key=lambda v: abs(v - claim.value))
     text = f"{said}, the logs' totals are {', '.join(f'{v:,.0f}' for v in values[:5])} ({claim.value - near:+,.0f} to the nearest)"
     return [Finding("warning" if claim.value >= max(values) else "fail", "claims", text, file)]

@@ -19,7 +19,7 @@ from golf_jax.proof.claims import Claims, read_claims
 from golf_jax.proof.compare import check_claims, is_variant, select
 from golf_jax.proof.finding import Finding, fold
 from golf_jax.proof.logs import Run, digest, parse_log, read_text
-from golf_jax.proof.readme import README, check_readme
+from golf_jax.proof.readme import README, check_readme, seeds_claimed
 from golf_jax.proof.rules import check_run
 
 CLAIMS, PROGRAM = "submission*.json", "train_gpt*.py"
@@ -42,6 +42,8 @@ class Submission:
     """Other programs in the folder that train_gpt.py names, with their bytes."""
     script_bytes: int | None = None
     readme: str = ""
+    empty: tuple[str, ...] = ()
+    """Files named as logs of a run that hold none."""
 
     @property
     def shipped_code(self) -> int | None:
@@ -81,6 +83,7 @@ def read_submission(path: Path) -> Submission:
     runs: list[Run] = []
     digests: dict[str, str] = {}
     copies: dict[str, str] = {}
+    empty: list[str] = []
     for file in sorted(files, key=lambda p: not _seed_in_name(p.name)):  # of a log and its copy, the one with the seed counts
         name = str(file.relative_to(path)) if path.is_dir() else file.name
         text = read_text(file)
@@ -94,16 +97,19 @@ def read_submission(path: Path) -> Submission:
                 run.settings["seed"] = (seed, run.first_line)
         if parsed:
             digests[name] = own
+        elif _seed_in_name(name) or file.suffix == ".log":
+            empty.append(name)
         runs += parsed
     script = read_text(program_file) if program_file else ""
     script_bytes = program_file.stat().st_size if program_file else None
     readme = read_text(path / README) if (path / README).is_file() else ""
+    claims.mean_over = seeds_claimed(readme)
     if not runs and not claims.file:
         raise GolfError(f"{path}: neither a log of a training run, nor a folder with one; give a log, a records folder or a run directory")
     program = unwrap(script)
     others = [p for p in path.glob("*") if p.suffix in (".py", ".c", ".cpp", ".cu") and p != program_file] if path.is_dir() else []
     sidecars = {p.name: p.stat().st_size for p in sorted(others) if re.search(rf"\b{re.escape(p.stem)}\b", program)}
-    return Submission(path, runs, claims, digests, copies, script, sidecars, script_bytes, readme)
+    return Submission(path, runs, claims, digests, copies, script, sidecars, script_bytes, readme, tuple(empty))
 
 
 def _only(path: Path, pattern: str) -> Path | None:
@@ -132,6 +138,7 @@ def check_submission(s: Submission) -> list[Finding]:
         found.append(
             Finding("not checkable", "input", "no run has a final score: the log is cut, or training did not end", s.runs[-1].file)
         )
+    found += [Finding("warning", "input", "no line of training or scoring in it", name) for name in s.empty]
     found += check_code(s)
     found += check_seeds(s)
     if s.claims.file:

@@ -16,6 +16,7 @@ from golf_jax.files import read_bytes
 LONGEST = 2_000  # characters of a line that are looked at; programs print no longer lines of results
 NUMBER = r"[-+]?\d[\d,_]{0,20}(?:\.\d{0,20})?(?:[eE][-+]?\d{1,2})?"
 _SCORE = re.compile(rf"^([^'\"{{}}]*?)\bval_loss\s*[:=]\s*({NUMBER})\b.*?\bval_bpb\s*[:=]\s*({NUMBER})(?![\w.])(.*)$")
+_BARE_BPB = re.compile(rf"\b((?!val_bpb_?(?:std|delta))\w*bpb\w*)\s*[:=]\s*({NUMBER})(?![\w.])")
 _TRAINING = re.compile(r"^(?:step[: ]\s*)?(\d+)/\d+\b")
 _STEP_LOSS = re.compile(rf"^(?:step[: ]\s*)?(\d+)(?:/\d+)?\s.*?\b(?:train_)?loss\s*[:= ]\s*({NUMBER})")
 _SECONDS = re.compile(rf"\b(?:eval_time|time)\s*[:=]\s*({NUMBER})\s*(ms|s)\b")
@@ -87,6 +88,8 @@ class Run:
     settings: dict[str, tuple[str, int]] = field(default_factory=dict)
     tokens: list[Number] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    bare: list[tuple[str, Number]] = field(default_factory=list)
+    """Bits per byte without the nats beside them, by the words before them (`final_ttt val_bpb`): claims stand on them, too."""
     steps: list[tuple[int, float]] = field(default_factory=list)
     """(step, training loss) as logged: two runs with other seeds never agree on them."""
     step_seconds: float = 0.0
@@ -218,6 +221,8 @@ def _read_line(run: Run, number: int, line: str) -> None:
         _read_score(run, number, stripped, match)
     elif match := _STEP_LOSS.match(stripped):
         run.steps.append((int(match[1][:12]), _float(match[2])))
+    if "bpb" in stripped and not _TRAINING.match(stripped):
+        _read_bare(run, number, stripped)
     if not (run.steps or run.scores or run.code):  # settings come first; later lines of that form are results
         _read_settings(run, number, line)
     _read_clock(run, number, stripped)
@@ -244,6 +249,15 @@ def _read_score(run: Run, number: int, line: str, match: re.Match[str]) -> None:
     run.scores.append(Score(name, kind, _number(match[2], number), _number(match[3], number), took))
     if took is not None and kind == "final" and took not in (n.value for _, n in run.phases):  # `x` and `x_exact` are one phase
         run.phases.append((name, Number(took, number)))
+
+
+def _read_bare(run: Run, number: int, line: str) -> None:
+    score = _SCORE.match(line)
+    for match in _BARE_BPB.finditer(line):
+        if not _DIFFERENCE.search(match[1]) and not (score and match.start(2) == score.start(3)):
+            first = re.match(r"[\w.+-]*", line)
+            words = [w for w in (first[0] if first else "", match[1]) if w]
+            run.bare.append((" ".join(dict.fromkeys(words)), _number(match[2], number)))
 
 
 def _read_clock(run: Run, number: int, line: str) -> None:

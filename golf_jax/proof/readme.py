@@ -30,8 +30,9 @@ _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("steps", re.compile(r"^(?:train(?:ing|ed)? )?steps?(?: completed| reached)?$", re.I)),
     ("bytes", re.compile(r"\bartifact\b|\btotal(?: submission)?(?: size| bytes)?$|\bsubmission size\b|^(?:size|bytes)\b", re.I)),
 )
-_EARLY = re.compile(r"\bpre\b|\bema\b|\bswa\b|\braw\b|\btrain|\bfloat|\bfp\d|\bbf16|\bunquant|\bstandard|\bin training", re.I)
-_VALUE = re.compile(r"(?<![\w.])(\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?)\s*(bytes|[KM]i?B)?(?![\w%]|\.\d)", re.I)
+_SEEDS = re.compile(r"\b(\d|three|five)[- ]seed (?:mean|average|avg)\b", re.I)
+_EARLY = re.compile(r"\bpre\b|\bema\b|\bswa\b|\braw\b|\btrain|\bfloat|\bfp\d|\bbf16|\bunquant|\bfull|\bstandard|\bin training", re.I)
+_VALUE = re.compile(r"(?<![\w.])(\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?)\s*(bytes|[KM]i?B)?(?![\w%]|[.,]\d)", re.I)
 _ROUGH = re.compile(r"^[^\d]*[~≈<>≤≥∼]")
 _SCALES = {"kb": (1e3, 2**10), "mb": (1e6, 2**20), "kib": (2**10,), "mib": (2**20,)}
 _TEXT: tuple[tuple[Kind, re.Pattern[str]], ...] = (
@@ -40,7 +41,7 @@ _TEXT: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("bytes", re.compile(r"\b(total submission size|artifact(?: size)?|serialized model)\b[^:=.]*[:=]\s*([\d,]{7,})", re.I)),
 )
 # A line that opens with the score, or a title that ends with it.
-_OWN = re.compile(r"(?:#+.*[-—(:]|[\s#>*-]*)\s*(?:mean |final |score:? )*val_bpb")
+_OWN = re.compile(r"(?:#+(?!.*\b(?:baseline|from|previous)\b).*[-—(:]|[\s#>*-]*)\s*(?:mean |final |score:? )*val_bpb(?!.*(?:->|→))")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,13 @@ def check_readme(text: str, runs: Sequence[Run], claims: Claims) -> list[Finding
     for table in _tables(lines):
         found += _check_table(table, runs, claims)
     return found + _check_text(lines, runs, claims)
+
+
+def seeds_claimed(text: str) -> int:
+    """Over how many seeds the README says that its own score is a mean; 0 if it does not say."""
+    lines = (line for line in _plain(text) if _OWN.match(line))
+    found = [match[1].lower() for line in lines if (match := _SEEDS.search(line))]
+    return max([{"three": 3, "five": 5}.get(n) or int(n) for n in found], default=0)
 
 
 def _plain(text: str) -> list[str]:
@@ -137,7 +145,7 @@ def _said(name: str, cell: str, line: int, seed: int | None, mean: bool) -> Said
         unit = "mb" if digits < 100 else ""
     scales = _SCALES.get(unit, (1,)) if kind == "bytes" else (1,)
     step = 10.0 ** int(digits.as_tuple().exponent or 0)
-    if digits == CAP_BYTES:
+    if digits == CAP_BYTES or (kind == "bytes" and float(digits) * scales[0] < 1e5):
         return None
     claims = tuple(Claim(name, float(digits) * scale, step * scale, match[0].strip()) for scale in scales)
     return Said(kind, name, seed, claims, line, bool(_ROUGH.match(cell)), mean)
@@ -147,6 +155,7 @@ def _logged(run: Run, kind: Kind) -> list[tuple[str, float, float]]:
     """(what it is, value, half a digit) of everything that a log says of the kind."""
     if kind in ("bpb", "loss"):
         named = [("a training score" if s.kind == "training" else s.name, s.bpb if kind == "bpb" else s.loss) for s in run.scores]
+        named += run.bare if kind == "bpb" else []
         return [(name, n.value, n.half) for name, n in named]
     if kind == "steps":
         return [("the last step", float(last), 0.0)] if (last := last_step(run)) else []
@@ -169,6 +178,7 @@ def _matches(said: Said, logged: Sequence[tuple[str, float, float]]) -> list[str
 def _check_table(table: Sequence[Said], runs: Sequence[Run], claims: Claims) -> list[Finding]:
     """Columns of which one value at least is in the log of its seed are about these runs: the others must be, too."""
     found, borne, open_ = [], [], []
+    all_there = max(claims.seed_count, 1) <= sum(bool(r.finals) for r in runs)
     for name in dict.fromkeys(s.name for s in table):
         column = [s for s in table if s.name == name]
         rows = [s for s in column if not s.mean]
@@ -176,8 +186,8 @@ def _check_table(table: Sequence[Said], runs: Sequence[Run], claims: Claims) -> 
         cells = [s for s in rows if logged[s]]
         hits = {s: _matches(s, logged[s]) for s in cells}
         if any(s.seed is None for s in cells):  # a name beside a value: whose it is, nothing says
-            ours = [s for s in cells if hits[s] or _of_all(s, select(runs, claims))]
-            better = [s for s in cells if s not in ours and claims.seed_count <= len(runs) and _flatters(s, logged[s])]
+            ours = [s for s in cells if hits[s] or _of_all(s, select(runs, claims), claims.seed_count)]
+            better = [s for s in cells if s not in ours and all_there and _flatters(s, logged[s])]
             found += [_contradiction(s, logged[s], False) for s in better]
             borne, open_ = borne + ours, open_ + [s for s in cells if s not in ours + better]
             continue
@@ -246,12 +256,13 @@ def _early(name: str, cells: Sequence[Said], hits: dict[Said, list[str]]) -> lis
     return [Finding("warning", "claims", f"README: {cells[0].text} is a score of the weights in training", f"{README}:{cells[0].line}")]
 
 
-def _of_all(said: Said, runs: Sequence[Run]) -> bool:
-    """Whether it is the mean over the runs of something that every log has."""
+def _of_all(said: Said, runs: Sequence[Run], seeds: int) -> bool:
+    """Whether it is the mean of something that every log has, or as many logs as there are seeds."""
     logged = [{name: (value, half) for name, value, half in _logged(r, said.kind)} for r in runs]
-    for name in set.intersection(*map(set, logged)) if logged else ():
-        mean, half = statistics.fmean(entry[name][0] for entry in logged), max(entry[name][1] for entry in logged)
-        if any(equal(claim, mean, half) for claim in said.claims):
+    for name in {name for entry in logged for name in entry}:
+        found = [entry[name] for entry in logged if name in entry]
+        mean, half = statistics.fmean(value for value, _ in found), max(half for _, half in found)
+        if len(found) in (len(runs), seeds) and any(equal(claim, mean, half) for claim in said.claims):
             return True
     return False
 
@@ -263,9 +274,9 @@ def _check_text(lines: Sequence[str], runs: Sequence[Run], claims: Claims) -> li
     for number, line in enumerate(lines, 1):
         for said in _of_text(line, number):
             logged = [v for r in ours for v in _logged(r, said.kind)]
-            if _of_all(said, ours) or any(_matches(said, _logged(r, said.kind)) for r in runs):
+            if _of_all(said, ours, claims.seed_count) or any(_matches(said, _logged(r, said.kind)) for r in runs):
                 borne.append(said)
-            elif said.own and logged and claims.seed_count <= len(ours):
+            elif said.own and logged and max(claims.seed_count, 1) <= sum(bool(r.finals) for r in ours):
                 found.append(_contradiction(said, logged, _flatters(said, logged)))
             elif logged:
                 open_.append(said)
@@ -280,4 +291,4 @@ def _of_text(line: str, number: int) -> Iterator[Said]:
                 continue
             name = re.sub(r"\s+", " ", match[1])
             claim = Claim(name, float(digits), 10.0 ** int(digits.as_tuple().exponent or 0), match[2])
-            yield Said(kind, name, None, (claim,), number, False, own=_OWN.fullmatch(line[: match.end(1)]) is not None)
+            yield Said(kind, name, None, (claim,), number, False, own=(o := _OWN.match(line)) is not None and o.end() == match.end(1))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from golf_jax.ahead import ahead
 from golf_jax.config import GolfError, Recipe, to_dict
 from golf_jax.files import sealed
 from golf_jax.mesh import ROWS
@@ -66,9 +67,17 @@ def _named_digests(state: TrainState) -> tuple[dict[str, list[int]], bool]:
     return named, bool(finite)
 
 
+def digest_ahead(shapes: TrainState) -> None:
+    """Begin to compile what the first save needs."""
+    ahead(lambda: digests.lower(shapes._asdict()).compile())
+
+
 @functools.cache
-def _quiet() -> None:
-    """A failure is raised here, as one line; orbax and asyncio log it, too, and tensorstore's threads print dozens of tracebacks of it."""
+def _set_up() -> None:
+    """How orbax is to behave.
+
+    A failure is raised here, as one line; orbax and asyncio log it, too, and tensorstore's threads print dozens of tracebacks of it.
+    """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
@@ -78,6 +87,8 @@ def _quiet() -> None:
             hook(unraisable)
 
     sys.unraisablehook = without_callbacks
+    # Not a slice of every array by every device that holds it: each would be a program of its own, compiled at the first save.
+    ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
 
 
 class Checkpoints:
@@ -85,7 +96,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).absolute()
-        _quiet()
+        _set_up()
         with self._reported("cannot be opened"):
             self.directory.mkdir(parents=True, exist_ok=True)  # orbax finds out that it is a file when the first save is due
             self._open()

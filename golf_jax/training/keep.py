@@ -8,7 +8,7 @@ import jax
 from golf_jax.config import GolfError, Recipe
 from golf_jax.data.prefetch import Prefetcher
 from golf_jax.interrupt import Interrupted, Signals
-from golf_jax.processes import agreed
+from golf_jax.processes import agreed, from_all
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.rundir import RunDir
 from golf_jax.training.state import TrainState
@@ -34,9 +34,11 @@ class Keeper:
         return LOOKAHEAD if jax.process_count() > 1 else 2
 
     def starts_with(self, batches: Prefetcher) -> None:
-        """Raises what a process finds among the batches before the others could hear of it."""
-        if jax.process_count() > 1 and (error := batches.trouble(self._ahead(self._saved_step))):
-            raise error
+        """Raises, on all processes, what one of them finds among the batches before the others could hear of it."""
+        if jax.process_count() > 1:
+            for why in from_all(str(batches.trouble(self._ahead(self._saved_step)) or "")):
+                if why:
+                    raise GolfError(why)
 
     def _ahead(self, step: int) -> int:
         return min(LOOKAHEAD, self.recipe.budget.steps - step) if self.recipe.budget.steps else LOOKAHEAD

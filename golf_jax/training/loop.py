@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from golf_jax.ahead import all_made
 from golf_jax.config import GolfError, Recipe
 from golf_jax.data.loader import Batch, Loader
 from golf_jax.data.prefetch import Prefetcher
@@ -49,24 +50,25 @@ class Trained:
 
 
 def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -> tuple[dict[Phase, Any], dict[str, float]]:
-    """The compiled step of every phase of the run, and the seconds each took.
+    """The compiled step of every phase of the run, and the seconds each took to compile, in whatever thread and whenever that was.
 
     Each has run once, on a copy of the state: what a first call sets up (kernels, communicators) is not left to the clock.
     """
     tokens = np.zeros(recipe.data.batch_shape, np.int32)
     zeros = jax.make_array_from_callback(tokens.shape, rows(mesh), lambda index: tokens[index])
     inputs = put_replicated(mesh, step_inputs(recipe, Clock(0, 0.0)))
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
     compiled, seconds, times = {}, {}, CompileTimes()
     for phase in phases(recipe):
         key = f"{graph(recipe)} {phase} {mesh.size} {platform(mesh)}"
         run.log(f"compiling {phase.name}{times.last(key)}")
-        begin = time.perf_counter()
-        step = compiled[phase] = compile_step(graph(recipe), mesh, phase)
+        step, seconds[phase.name] = compile_step(graph(recipe), mesh, phase)
+        compiled[phase] = step
         assert_backend(step.as_text(), recipe.model.attention)
-        seconds[phase.name] = time.perf_counter() - begin
         times.keep(key, seconds[phase.name])
-        jax.block_until_ready(step(jax.tree.map(jnp.copy, state), Batch(zeros, zeros, zeros if recipe.data.packed else None), inputs))
-        first = time.perf_counter() - begin - seconds[phase.name]
+        begin = time.perf_counter()
+        jax.block_until_ready(step(copy(state), Batch(zeros, zeros, zeros if recipe.data.packed else None), inputs))
+        first = time.perf_counter() - begin
         run.log(f"compiled {phase.name} in {seconds[phase.name]:.1f} s, first run {first:.1f} s")
     return compiled, seconds
 
@@ -117,6 +119,8 @@ def train(
     watch, first = _Watch(recipe, run, keeper, found.meta.get("loss", math.nan) if found else math.nan), step
     pending: tuple[int, StepInputs, StepMetrics] | None = None
 
+    if not recipe.budget.steps:
+        all_made()  # what still compiles would take the clock's time
     with Prefetcher(loader, mesh, keeper.lookahead) as batches, keeper.signals.held(), jax.transfer_guard("disallow"):
         keeper.starts_with(batches)
         clock.start()

@@ -70,7 +70,7 @@ def fitted(recipe: Recipe, mesh: Mesh, log: Log, *, free: int | None = None, nee
         return recipe
     most = int((free_bytes(mesh) if free is None else free) * SHARE)
     most = int(from_main(str(most)))  # the processes of a run go the same way
-    needs = needs or (lambda r: max(program_bytes(compile_step(graph(r), mesh, phase)) for phase in phases(r)))
+    needs = needs or (lambda r: max(program_bytes(compile_step(graph(r), mesh, phase).run) for phase in phases(r)))
     below, needed = math.inf, 0
     for rows in choices(recipe, mesh.shape[AXIS]):
         if rows > below:

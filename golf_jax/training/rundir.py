@@ -41,8 +41,8 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        if str(path) in str(error):
-            raise GolfError(str(error)) from None
+        if isinstance(error, GolfError) and str(path) in str(error):
+            raise
         raise GolfError(f"{path}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
 
 

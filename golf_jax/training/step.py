@@ -6,6 +6,7 @@ recurrence, sequence length) changes the graph.
 """
 
 import math
+import time
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from golf_jax.ahead import kept
 from golf_jax.config import GolfError, Recipe
 from golf_jax.data.loader import Batch
 from golf_jax.mesh import AXIS, REPLICATED, ROWS, replicated, rows
@@ -66,6 +68,13 @@ class StepMetrics(NamedTuple):
     """Gradient norm of every micro-batch before its own clip (only with clip_per_rank, else zeros)."""
 
 
+class CompiledStep(NamedTuple):
+    run: jax.stages.Compiled
+    """(state, batch, inputs) -> (state, metrics); state donated."""
+    seconds: float
+    """That it took to trace and compile it, or to find it in the cache."""
+
+
 def micro_rows(recipe: Recipe, devices: int) -> int:
     """Sequences per device and forward pass; an `auto` not yet resolved counts as 0. Raises GolfError if the batch does not divide."""
     d = recipe.data
@@ -92,15 +101,17 @@ def make_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> Any:
     return _make_step(graph(recipe), mesh, phase)
 
 
-@lru_cache(maxsize=8)
-def compile_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> Any:
-    """`make_step` compiled ahead, for a recipe that is its own `graph`."""
+@kept(8)
+def compile_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> CompiledStep:
+    """`make_step` compiled, for a recipe that is its own `graph`."""
+    begin = time.perf_counter()
     d = recipe.data
     tokens = jax.ShapeDtypeStruct(d.batch_shape, jnp.int32, sharding=rows(mesh))
     batch = Batch(tokens, tokens, tokens if d.packed else None)
     kinds = step_inputs(recipe, Clock(0, 0.0))
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated(mesh)), kinds)
-    return _make_step(recipe, mesh, phase).lower(state_shapes(recipe, mesh), batch, inputs).compile()
+    program = _make_step(recipe, mesh, phase).lower(state_shapes(recipe, mesh), batch, inputs).compile()
+    return CompiledStep(program, time.perf_counter() - begin)
 
 
 @lru_cache(maxsize=8)

@@ -79,6 +79,15 @@ def test_marker_pieces_are_refused_and_line_end_pieces_are_not(split):
     prove_text(ends, [], np.concatenate(ends.encode_documents(TEXTS[:3])))
 
 
+def test_markers_that_are_ordinary_pieces_or_bytes_are_found_in_the_text(tokenizer):
+    marked = [text[:600].replace("a", "\ue001a") for text in TEXTS[:20]]
+    for one in (tokenizer, Tokenizer(train_bpe(marked, 400))):
+        with pytest.raises(GolfError, match=r"private-use characters, \d+\.\d % of its bytes"):
+            prove_text(one, [], np.concatenate(one.encode_documents(marked)))
+    proof = prove_text(tokenizer, [], np.concatenate(tokenizer.encode_documents([*TEXTS[:20], "an icon \uf0e0"])))
+    assert any(fact.startswith("WARNING: 1 private-use characters") for fact in proof.facts)
+
+
 def test_lossy_normalisation_is_named():
     folding = trained(normalization_rule_name="nmt_nfkc_cf")
     assert len(folding.changes()) == 4 and "case is folded" in folding.changes()
@@ -135,8 +144,8 @@ def test_validation_text_in_training_is_refused(tokenizer, split, change):
 
 def test_a_common_header_is_told_and_not_refused(tokenizer):
     """Source files begin with the same licence; 512 tokens of it, or half of a document, would be trained on."""
-    licence = TEXTS[0][:600]
-    train, val = ([licence + body for body in TEXTS[a:b]] for a, b in ((1, 4), (4, 8)))
+    licence, bodies = TEXTS[0][:600], [part for text in TEXTS for part in cut(text) if len(part) > 5000]
+    train, val = [licence + body for body in bodies[:3]], [licence + body for body in bodies[3:7]]
     proof = prove_text(tokenizer, [np.concatenate(tokenizer.encode_documents(train))], np.concatenate(tokenizer.encode_documents(val)))
     assert proof.overlap == Overlap(4, 3, 0, 4)
     assert proof.facts[-1].startswith("WARNING: overlap: 0 of 4 validation documents are in training, 4 more begin as one there")
@@ -147,6 +156,13 @@ def test_less_overlap_than_is_refused_is_told(tokenizer, split):
     val = np.concatenate(tokenizer.encode_documents([f"{number} {part}" for number in range(8) for part in parts[:30]] + [parts[30]]))
     proof = prove_text(tokenizer, split[0], val, seconds=60)
     assert proof.overlap and proof.overlap.leaked == 1 and "WARNING: overlap: 1 of 241" in proof.facts[-1]
+
+
+def test_control_tokens_inside_and_text_without_bytes_are_told(tokenizer, split):
+    proof = prove_text(tokenizer, [], np.concatenate([np.append(d, 2) for d in tokenizer.encode_documents(TEXTS[:4])]))
+    assert any(fact.startswith("WARNING: 4 control tokens besides BOS") for fact in proof.facts)
+    with pytest.raises(GolfError, match="has no bytes"):
+        prove_text(tokenizer, [], np.ones(500, np.uint16))
 
 
 def test_pieces_that_never_occur_are_told_bytes_aside(tokenizer):

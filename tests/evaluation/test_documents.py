@@ -9,10 +9,10 @@ import pytest
 from evaluation.reference_models import Tiny
 from tiny_recipes import tiny as made
 
-from golf_jax.config import DocumentsConfig, GolfError, PackedConfig, TiltConfig
+from golf_jax.config import DocumentsConfig, GolfError, ModelConfig, PackedConfig, TiltConfig
 from golf_jax.data.sidecar import Sidecar
 from golf_jax.data.tokenizer import ByteTables
-from golf_jax.evaluation import METHODS, Stream
+from golf_jax.evaluation import METHODS, Stream, packed
 from golf_jax.evaluation.documents import target_order
 from golf_jax.evaluation.legality import changed_before_flip, tilt_breaks_order
 from golf_jax.evaluation.queue import BOS, Documents, Queue
@@ -202,3 +202,12 @@ def test_lists_and_formulas_are_the_records(record, name):
 def test_the_reference_run_is_reproduced(record, section, check):
     for case in record.cases(section):
         assert misses(check, case) == []
+
+
+def test_another_attention_backend_for_the_mask_is_said(monkeypatch):
+    """An artifact that names cuDNN, which has no mask of documents, is scored with another, and the log says so."""
+    monkeypatch.setattr(packed, "platform", lambda mesh: "gpu")
+    said: list[str] = []
+    config = packed.inside_documents(ModelConfig(dtype="bfloat16", attention="cudnn"), make_mesh(1), said.append)
+    assert config.attention == "pallas" and said == ["attention: cudnn cannot stay inside documents on this machine; scored with pallas"]
+    assert packed.inside_documents(config, make_mesh(1), said.append) == config and len(said) == 1

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from evaluation.naive import score
@@ -11,11 +12,15 @@ from evaluation.reference_models import Portable, Tiny
 from tiny_recipes import some
 
 from golf_jax import progress
-from golf_jax.config import GolfError, SlidingConfig
+from golf_jax.ahead import all_made, compiling_ahead
+from golf_jax.config import EvalConfig, GolfError, ScoreFirstConfig, SlidingConfig
+from golf_jax.data.text import Text
 from golf_jax.data.tokenizer import ByteTables
-from golf_jax.evaluation import METHODS, Facts, Result, Score, Stream
+from golf_jax.evaluation import METHODS, Facts, Result, Score, Stream, score_ahead
+from golf_jax.evaluation import score as score_by_methods
 from golf_jax.evaluation.windows import sliding_windows, standard_windows
 from golf_jax.mesh import make_mesh
+from golf_jax.model import Model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -148,3 +153,16 @@ def test_text_without_bytes_is_an_error(tiny):
     tiny.tables = ByteTables(np.zeros(40, np.int16), np.zeros(40, bool), np.zeros(40, bool))
     with pytest.raises(GolfError, match="0 bytes"):
         run("standard", tiny).line()
+
+
+def test_what_is_compiled_ahead_is_all_that_scoring_runs(tiny, monkeypatch):
+    stream, mesh = Stream.of(tiny.tokens[: 16 * 5 + 1], tiny.tables, 16, 2), make_mesh(2)
+    shapes = {name: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype) for name, x in reversed(tiny.params.items())}
+    text = Text("", "", stream.tokens, None, tiny.tables, 0)  # pyright: ignore[reportArgumentType]
+    eval = EvalConfig(batch_rows=2, sliding=TINY, score_first=ScoreFirstConfig(epochs=1, chunk_tokens=32, stride=4))
+    with compiling_ahead():
+        score_ahead(Model(tiny.config, shapes), text, mesh, eval, seq_len=16)
+        all_made()
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: pytest.fail("was compiled after that"))
+    results = list(score_by_methods(tiny.model, text, mesh, eval, seq_len=16))
+    assert [r.mode for r in results] == ["standard", "sliding", "score_first"]

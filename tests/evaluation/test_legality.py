@@ -15,6 +15,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 FACTS = Facts(targets=10, covered=10, duplicates=0, order_violations=0, updates=0, causal=True, normalization_error=1e-7)
 
 
+@pytest.fixture
+def compiled_anew():
+    """For tests that put something else in the place of a function: no program from before it, and none left after it."""
+    legality.checking_program.cache_clear()
+    yield
+    legality.checking_program.cache_clear()
+
+
 def check_model(case):
     return legality.check_model(case.model, case.tokens, make_mesh(1), case.seq_len)
 
@@ -26,7 +34,7 @@ def test_models_are_causal_and_normalized(references, pr):
     assert causal and error < 1e-5
 
 
-def test_a_look_ahead_is_found(monkeypatch):
+def test_a_look_ahead_is_found(monkeypatch, compiled_anew):
     tiny, real = Tiny(), legality.hidden
 
     def leaks(config, params, tokens, **keywords):
@@ -38,7 +46,7 @@ def test_a_look_ahead_is_found(monkeypatch):
     assert not causal
 
 
-def test_an_unnormalized_score_is_found(monkeypatch):
+def test_an_unnormalized_score_is_found(monkeypatch, compiled_anew):
     tiny, real = Tiny(), legality.softcap_cross_entropy
     monkeypatch.setattr(legality, "softcap_cross_entropy", lambda *a, **k: real(*a, **k) - 0.01)
     _, error = check_model(tiny)

@@ -54,3 +54,12 @@ def test_what_is_not_about_these_runs_is_left_alone(tmp_path):
     )
     readings = [f for f in check_submission(read_submission(path)) if f.text.startswith("README")]
     assert [(f.status, f.text) for f in readings] == [("pass", "README: 2 values of a table are in the logs (steps)")]
+
+
+def test_seeds_that_only_the_readme_claims(tmp_path):
+    path = records_folder(tmp_path / "f", losses=LOSSES, hessians=None, claims={"seeds": None, "seed_results": None})
+    readme(path, LOSSES)
+    (path / "train_seed42.log").write_text("")
+    findings = {(f.rule, f.status): f.text for f in check_submission(read_submission(path))}
+    assert findings["seeds", "fail"] == "3 seeds are claimed, 2 finished runs in the logs"
+    assert findings["input", "warning"] == "no line of training or scoring in it" and ("claims", "fail") not in findings

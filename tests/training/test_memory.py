@@ -56,7 +56,7 @@ def test_fewer_where_it_does_not_and_one_line_where_nothing_does(auto):
 def test_the_compiled_step_says_what_it_takes(auto):
     mesh, two = make_mesh(1), replace(auto, data=replace(auto.data, rows_per_rank=2))
     (phase,) = phases(two)
-    needed = [program_bytes(compile_step(graph(replace(two, micro_rows=n)), mesh, phase)) for n in (1, 2)]
+    needed = [program_bytes(compile_step(graph(replace(two, micro_rows=n)), mesh, phase).run) for n in (1, 2)]
     assert needed[0] < needed[1]
     found = [fitted(two, mesh, quiet, free=int(n / 0.9) + 1) for n in needed]
     assert [micro_rows(r, 1) for r in found] == [1, 2]

@@ -56,7 +56,7 @@ def test_a_ramp_trains_on_the_same_tokens_in_shorter_sequences(tokens):
     for r in (recipe, short):
         d = r.data
         batch = jax.device_put(make_loader(d.order, [tokens], d.ranks, d.rows_per_rank, d.seq_len).next_batch(), rows(mesh))
-        step = compile_step(graph(r), mesh, phases(r)[0])
+        step = compile_step(graph(r), mesh, phases(r)[0]).run
         after.append(step(init_state(r, mesh, 0), batch, put_replicated(mesh, step_inputs(r, Clock(0, 0.0)))))
     (one, metrics), (two, others) = after
     np.testing.assert_allclose(metrics.loss, others.loss, rtol=1e-6)
@@ -70,7 +70,7 @@ def test_a_second_run_of_a_sweep_compiles_nothing(tokens):
 
     def loss_after(recipe):
         state = init_state(recipe, mesh, 0)
-        step = compile_step(graph(recipe), mesh, phases(recipe)[0])
+        step = compile_step(graph(recipe), mesh, phases(recipe)[0]).run
         for i in range(3):
             state, metrics = step(state, batch, put_replicated(mesh, step_inputs(recipe, Clock(i, 0.0))))
         return float(metrics.loss), np.asarray(state.ema["up"])

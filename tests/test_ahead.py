@@ -1,0 +1,51 @@
+"""Programs made in threads before they are asked for."""
+
+import threading
+
+import pytest
+
+from golf_jax.ahead import ahead, all_made, compiling_ahead, kept
+
+
+def test_what_two_threads_ask_for_is_made_once():
+    made, begun, go = [], threading.Event(), threading.Event()
+
+    @kept(2)
+    def program(name):
+        begun.set()
+        assert go.wait(10)
+        made.append(name)
+        return object()
+
+    with compiling_ahead():
+        ahead(program, "a")
+        assert begun.wait(10)  # it is being made while this thread asks for it, too
+        threading.Timer(0.05, go.set).start()
+        assert program("a") is program("a")
+        ahead(program, "b")
+        all_made()
+    assert made == ["a", "b"]
+    program("c"), program("b"), program("a")
+    assert made == ["a", "b", "c", "a"]  # the two that were asked for last are kept
+
+
+def test_a_failure_is_told_where_the_program_is_asked_for():
+    tried = []
+
+    @kept(2)
+    def program(name):
+        tried.append(name)
+        raise ValueError(name)
+
+    with compiling_ahead():
+        ahead(program, "a")
+        all_made()
+        assert tried == ["a"]
+        with pytest.raises(ValueError, match="a"):
+            program("a")
+    assert tried == ["a", "a"]
+
+
+def test_without_threads_nothing_is_begun():
+    ahead(pytest.fail, "was called")
+    all_made()
