@@ -2,17 +2,21 @@
 
     python benchmarks/code_packing.py [--kind gaussian|trained] [--only rans,zstd,brotli,lzma,lrzip] [--out FILE]
 
+FILE gets each result as it comes, beside what it has of the same codes; lrzip takes minutes.
+
 gaussian: weights independent and normal, so a row's codes have the spread that its clip in standard deviations leaves.
 trained: rows and columns of lognormal spread (0.35 and 0.25 of a natural logarithm) and heavy tails (Student t, 8 degrees of freedom),
 rounded with the record's scale per row.
 Every compressor gets the layout that suits it: ours the matrices of one role, lrzip (where it is installed) the record's, one file of all
 matrices, rows by similarity (natural order in the token table, for time) and column by column, the others that same file.
-Seconds are of processor time, one core.
+Seconds are of processor time, one core (lrzip in one block, with one thread: with more it packs blocks apart, and worse).
 """
 
 import argparse
 import json
 import lzma
+import platform
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -23,6 +27,7 @@ from pathlib import Path
 import brotli
 import numpy as np
 import zstandard
+from step_time import cpu_name
 
 from golf_jax.artifact.compressors import COMPRESSORS
 from golf_jax.interop.pgrp import row_order
@@ -61,20 +66,21 @@ def record_layout(groups: dict[str, list[np.ndarray]]) -> bytes:
     return b"".join(parts)
 
 
-def lrzip(data: bytes) -> tuple[int, float]:
+def lrzip(data: bytes) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        source, packed = Path(folder, "codes"), Path(folder, "codes.lrz")
+        source, packed, back = (Path(folder, name) for name in ("codes", "codes.lrz", "back"))
         source.write_bytes(data)
-        subprocess.run(["lrzip", "-z", "-L", "9", "-q", "-o", str(packed), str(source)], check=True)
         begin = children()
-        subprocess.run(["lrzip", "-d", "-q", "-o", str(Path(folder, "back")), str(packed)], check=True)
-        return packed.stat().st_size, children() - begin
+        subprocess.run(["lrzip", "-z", "-L", "9", "-p", "1", "-q", "-o", str(packed), str(source)], check=True)
+        middle = children()
+        subprocess.run(["lrzip", "-d", "-p", "1", "-q", "-o", str(back), str(packed)], check=True)
+        assert back.read_bytes() == data
+        return {"bytes": packed.stat().st_size, "encode_seconds": middle - begin, "decode_seconds": children() - middle}
 
 
 def children() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def timed(call: Callable[[], bytes]) -> tuple[bytes, float]:
@@ -113,30 +119,50 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS, help="fewer for a quick look")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
-    groups = make(args.kind, args.layers)
-    count, wanted = sum(m.size for ms in groups.values() for m in ms), args.only.split(",")
-    found: dict[str, dict[str, float]] = {"entropy by role": {"bytes": entropy_bytes(groups)}}
-    if "rans" in wanted:
-        found["rans (ours)"] = ours(groups)
-    if set(wanted) - {"rans"}:
-        data = record_layout(groups)
-        packers: dict[str, Callable[[], bytes]] = {
-            "zstd 22": lambda: zstandard.ZstdCompressor(level=22).compress(data),
-            "brotli 11": lambda: brotli.compress(data, quality=11, lgwin=24),
-            "lzma 9": lambda: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-        }
-        for name, pack in packers.items():
-            if name.split()[0] in wanted:
-                stored, seconds = timed(pack)
-                found[name] = {"bytes": len(stored), "encode_seconds": seconds}
-        if "lrzip" in wanted and shutil.which("lrzip"):
-            size, seconds = lrzip(data)
-            found["lrzip -z -L 9"] = {"bytes": size, "decode_seconds": seconds}
-    for name, row in found.items():
-        times = ", ".join(f"{k.split('_')[0]} {v:.1f} s" for k, v in row.items() if k != "bytes")
-        print(f"{args.kind:9} {name:16} {row['bytes']:13,.0f} bytes  {8 * row['bytes'] / count:.4f} bits per code  {times}")
-    if args.out:
-        Path(args.out).write_text(json.dumps({"kind": args.kind, "codes": count, "results": found}, indent=1) + "\n")
+    groups, wanted = make(args.kind, args.layers), args.only.split(",")
+    count = sum(m.size for ms in groups.values() for m in ms)
+    data = record_layout(groups) if set(wanted) - {"rans"} else b""
+    packers: dict[str, Callable[[], dict[str, float]]] = {
+        "entropy by role": lambda: {"bytes": entropy_bytes(groups)},
+        "rans (ours)": lambda: ours(groups),
+        "zstd 22": lambda: general(lambda: zstandard.ZstdCompressor(level=22).compress(data), zstandard.ZstdDecompressor().decompress),
+        "brotli 11": lambda: general(lambda: brotli.compress(data, quality=11, lgwin=24), brotli.decompress),
+        "lzma 9": lambda: general(lambda: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
+        "lrzip -z -L 9": lambda: lrzip(data),
+    }
+    for name, pack in packers.items():
+        if name.split()[0] not in (*wanted, "entropy"):
+            continue
+        if name.startswith("lrzip") and not shutil.which("lrzip"):
+            print("lrzip: not installed, not compared")
+            continue
+        row = pack() | {"date": time.strftime("%Y-%m-%d")}
+        times = ", ".join(f"{k.split('_')[0]} {v:.1f} s" for k, v in row.items() if k.endswith("seconds"))
+        print(f"{args.kind:9} {name:16} {row['bytes']:13,.0f} bytes  {8 * row['bytes'] / count:.4f} bits per code  {times}", flush=True)
+        if args.out:
+            write(Path(args.out), args.kind, count, name, row)
+
+
+def general(pack: Callable[[], bytes], unpack: Callable[[bytes], bytes]) -> dict[str, float]:
+    stored, encode = timed(pack)
+    _, decode = timed(lambda: unpack(stored))
+    return {"bytes": len(stored), "encode_seconds": encode, "decode_seconds": decode}
+
+
+def write(path: Path, kind: str, count: int, name: str, row: dict[str, float]) -> None:
+    old = json.loads(path.read_text()) if path.exists() else {}
+    results = old["results"] if (old.get("kind"), old.get("codes")) == (kind, count) else {}
+    version = subprocess.run(["lrzip", "--version"], capture_output=True, text=True) if shutil.which("lrzip") else None
+    found = {
+        "command": f"python benchmarks/code_packing.py --kind {kind} --out {path}",
+        "device": cpu_name(),
+        "versions": {
+            "python": platform.python_version(), "numpy": np.__version__, "zstandard": zstandard.__version__,
+            "brotli": brotli.__version__, "lrzip": (version.stdout + version.stderr).split()[-1] if version else "",
+        },
+        "kind": kind, "codes": count, "results": results | {name: row},
+    }  # fmt: skip
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

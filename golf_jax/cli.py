@@ -1,5 +1,6 @@
 """What the command lines share: recipe overrides, and errors told in one line instead of a traceback."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -60,8 +61,13 @@ def run(main: Callable[[list[str]], int]) -> None:
     """Run a command's main and exit with its status. The one door of all commands.
 
     A GolfError becomes one line on stderr and status 2, Ctrl-C status 130, a reader that went away (`| head`) 141, as of a shell's own
-    tools. What the terminal cannot show is written with backslash escapes.
+    tools. What the terminal cannot show is written with backslash escapes. What the system refuses is one line, too.
     """
+    for descriptor in range(3):  # closed ones: the next file would get the number, and what libraries print there would land in it
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -77,14 +83,26 @@ def run(main: Callable[[list[str]], int]) -> None:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # what XLA calls it
             raise
         status = _fail("error: out of memory; --micro-rows 1 and --eval.batch-rows 1 need the least, --micro-rows auto takes what fits", 2)
+    except ImportError as error:  # also of a library that finds no memory while it starts
+        found = GolfError(f"{error.name or 'a library'} cannot be loaded: {error} (not installed, or too little memory)")
+        status = _fail(f"error: {found}", 2)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more when it ends
-        status = 141
+        status = _silent(141)
+    except OSError as error:  # a disk that is full, also behind stdout; a file that cannot be written
+        found = GolfError(f"{error.filename or 'output'}: {error.strerror or error}")
+        status = _silent(_fail(f"error: {found}", 2))
     sys.exit(status)
 
 
 def _fail(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads there
+        print(message, file=sys.stderr)
+    return status
+
+
+def _silent(status: int) -> int:
+    """`status`; what is still to be written to stdout is dropped, which the interpreter would try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status

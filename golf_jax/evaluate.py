@@ -1,6 +1,5 @@
 """python -m golf_jax.evaluate: score a packed artifact (or a PyTorch checkpoint) in a fresh process, in bits per byte."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from golf_jax import cli
+from golf_jax.files import check_target, json_text
 
 WINDOWED = ("sliding", "score_first", "adapt_first")
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
@@ -51,6 +51,8 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.evaluate", description=DESCRIPTION, args=argv)
+    if options.json:
+        check_target(options.json)
     import jax  # here, and what brings it in: --help must not wait for it
 
     from golf_jax.evaluation import score
@@ -73,10 +75,9 @@ def main(argv: Sequence[str]) -> int:
     documents = first_documents(text.val_tokens, text.tokenizer.bos_id, options.max_docs) if options.max_docs else 0
     most = min(filter(None, (options.max_tokens, documents)), default=0)
     result = next(score(model, text, mesh, eval, say, seq_len=model.seq_len, methods=[method_of(eval, options.mode)], max_targets=most))
+    if options.json and jax.process_index() == 0:  # before the screen, which may be gone by now
+        Path(options.json).write_text(json_text({"model": model.name, "sha256": model.sha256, **result.to_dict()}))
     say("\n".join(result.lines()))
-    if options.json and jax.process_index() == 0:
-        facts = {"model": model.name, "sha256": model.sha256, **result.to_dict()}
-        Path(options.json).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import stat
 import tempfile
@@ -50,6 +51,27 @@ def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
     return path
 
 
+def check_target(path: str | Path) -> None:
+    """GolfError unless a file may be written at `path`: told before the work whose result goes there, not after."""
+    path = Path(path)
+    reason = "is a directory" if path.is_dir() else "" if path.parent.is_dir() else f"there is no directory {path.parent}"
+    if reason or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise GolfError(f"{path}: cannot be written ({reason or 'permission denied'})")
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON text; numbers that are not finite, which JSON has not, are null."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def sealed(facts: dict[str, Any]) -> dict[str, Any]:
     """`facts` (JSON data) with the digest of all of them under `sha256`: what differs from `sealed` of itself was altered."""
     body = {name: value for name, value in facts.items() if name != "sha256"}
@@ -59,8 +81,8 @@ def sealed(facts: dict[str, Any]) -> dict[str, Any]:
 def json_rows(path: Path) -> list[dict[str, Any]]:
     """The rows {event, ...} of a metrics.jsonl; lines that a kill or a fault tore are left out, and none of a file that is not there."""
     found = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_bytes().splitlines():
+    if path.exists():
+        for line in read_bytes(path).splitlines():
             with contextlib.suppress(GolfError):
                 row = parse_json(line)
                 if isinstance(row, dict) and isinstance(row.get("event"), str):

@@ -10,7 +10,7 @@ import lzma
 import platform as host
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
 from golf_jax.plan import border, check_data, check_devices, check_plan, check_text
 from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
-from golf_jax.progress import Log, Progress
+from golf_jax.progress import Log, Progress, clock_seconds
 from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints, digest_ahead
 from golf_jax.training.keep import Keeper
@@ -83,7 +83,9 @@ def check(recipe: Recipe, options: Options) -> Plan:
     before = devices_of(options.resume) if options.resume else 0
     split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.batch_shape[0])
     mesh = make_mesh(options.devices or (min(before, jax.device_count()) if jax.process_count() == 1 else 0))
-    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=d.packed))
+    # A backend that was asked for by name is used everywhere or refused here; `auto` may be another one where scoring needs the mask.
+    masked = d.packed or (recipe.model.attention != "auto" and not {"packed", "documents"}.isdisjoint(methods_of(recipe.eval)))
+    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked))
     check_devices(resolved, mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
     check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)
@@ -111,6 +113,8 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
 
 def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: RunDir, signals: Signals) -> dict[str, Any]:
     record, recipe = run.record, plan.recipe
+    if options.resume and "text" in record and (what := difference(record["text"], plan.text.identity)):
+        raise GolfError(f"--resume {run.path}: the data are not those of this run: {what}")
     for stage in stages_to_repeat(changes):
         record.pop(stage, None)
         run.remove("result.json")
@@ -121,6 +125,7 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.log(f"finished: see {result}")
         return read_json(result)
     artifact = _packed_before(run)
+    run.note("text", plan.text.identity)
     run.write("config.json", to_dict(plan.asked))
     run.track(options.tracker, to_dict(plan.asked))
     run.write(
@@ -137,7 +142,7 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
     run.log(f"model_params:{count(recipe.model)} batch_tokens:{recipe.data.batch_tokens} val_tokens:{len(plan.text.val_tokens)} "
             f"val_bytes_checked:{plan.text.val_bytes}")  # fmt: skip
     for fact in plan.text.facts:
-        run.log(f"text: {fact}")
+        run.log(fact if fact.startswith("WARNING") else f"text: {fact}")
     if recipe.data.packed:
         run.log(border(recipe.model, plan.text.tokenizer.bos_id))
     if not artifact:
@@ -304,7 +309,7 @@ def score(plan: Plan, run: RunDir, artifact: bytes) -> dict[str, Any]:
     results = evaluation.score(model, plan.text, plan.mesh, recipe.eval, run.log, seq_len=recipe.data.seq_len, methods=left)
     for result in results if left else ():
         mark = "" if result.facts.legal else "ILLEGAL_"
-        seconds = result.seconds["score"] + result.seconds["train"]
+        seconds = clock_seconds(result.seconds)
         run.log(f"final_{mark}{label}_{result.mode}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
         run.metrics("score", stage="packed", **result.to_dict())
         done = done | {result.mode: result.to_dict()}
@@ -349,6 +354,8 @@ def finish(plan: Plan, run: RunDir) -> dict[str, Any]:
         "compressors_bits_per_byte": reference_compressors(plan.text),
         "tokenizer_sha256": plan.text.tokenizer.sha256,
         "text": plan.text.identity,
+        "text_facts": list(plan.text.facts),
+        "overlap": asdict(plan.text.overlap) if plan.text.overlap else None,
         "changes": record.get("changes", []),
     }
     run.log(summary(result))
@@ -368,5 +375,6 @@ def summary(result: dict[str, Any]) -> str:
     rows += [(f"{name} on the same text", f"{bpb:.5f} bits per byte") for name, bpb in result["compressors_bits_per_byte"].items()]
     rows.append(("artifact", "{artifact_bytes:,} model + {code_bytes:,} code = {total_bytes:,} bytes".format(**result)))
     rows.append(("headroom to the cap", f"{result['headroom_bytes']:,} of {CAP_BYTES:,} bytes"))
+    rows += [("text", fact) for fact in result["text_facts"] if fact.startswith("WARNING")]
     rows += [("changed on --resume", "{field}: {before} -> {after}".format(**c)) for c in result["changes"]]
     return "\n".join(f"{name:<26}{value}" for name, value in rows)

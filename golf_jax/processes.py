@@ -77,20 +77,37 @@ def from_main(text: str) -> str:
     return client.blocking_key_value_get(key, MESSAGE_MILLISECONDS)
 
 
-def agreed(number: int, due: bool) -> tuple[int, bool]:
-    """(the signal that any process has seen or 0, what process 0 holds to be due), the same on every process."""
+def from_all(text: str) -> list[str]:
+    """The `text` of every process, on every process; waits for all of them, so each must call it equally often."""
     if jax.process_count() == 1:
-        return number, due
+        return [text]
     from jax._src import distributed
 
     client: Any = distributed.global_state.client
-    if number and jax.process_index():
-        client.key_value_set("golf_jax/signal", str(number), True)
-    if not number and jax.process_index() == 0:
-        with contextlib.suppress(Exception):  # nobody has set it
-            number = int(client.key_value_try_get("golf_jax/signal"))
-    first, second = from_main(f"{number} {int(due)}").split()
-    return int(first), second == "1"
+    key = f"golf_jax/{next(_messages)}"
+    client.key_value_set(f"{key}/{jax.process_index()}", text)
+    return [client.blocking_key_value_get(f"{key}/{index}", MESSAGE_MILLISECONDS) for index in range(jax.process_count())]
+
+
+def agreed(number: int, due: bool, trouble: str = "") -> tuple[int, bool, str]:
+    """(signal that any process has seen or 0, what process 0 holds to be due, what troubles any of them), the same on every process.
+
+    What another than process 0 says now is heard at the next call at the latest, if no process is a whole call ahead of another.
+    """
+    if jax.process_count() == 1:
+        return number, due, trouble
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    said = {"signal": str(number or ""), "trouble": trouble}
+    for name, mine in said.items():
+        if mine and jax.process_index():
+            client.key_value_set(f"golf_jax/{name}", mine, True)
+        if not mine and jax.process_index() == 0:
+            with contextlib.suppress(Exception):  # nobody has set it
+                said[name] = client.key_value_try_get(f"golf_jax/{name}")
+    first, second, third = from_main(f"{said['signal'] or 0} {int(due)} {said['trouble']}").split(" ", 2)
+    return int(first), second == "1", third
 
 
 def cache_directory() -> Path:

@@ -1,7 +1,7 @@
 """Progress of long work: how much is done, and when it will be."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 Log = Callable[[str], None]
 FIRST_SECONDS, NEXT_SECONDS = 5.0, 10.0
@@ -10,19 +10,28 @@ FIRST_SECONDS, NEXT_SECONDS = 5.0, 10.0
 class Progress:
     """Tells `log` how far work of `total` parts is, with a projection: first after 1 % or 5 s, then at most every 10 s.
 
-    Work that will be done within 5 s is not talked about. log: None says nothing.
+    Work that will be done within 5 s is not talked about. log: None says nothing. before: seconds taken by what came first, once.
     """
 
-    def __init__(self, log: Log | None, label: str, total: int) -> None:
-        self.log, self.label, self.total = log, label, total
+    def __init__(self, log: Log | None, label: str, total: int, before: float = 0.0) -> None:
+        self.log, self.label, self.total, self.before = log, label, total, before
         self.begin = time.perf_counter()
         self.told = -1.0  # seconds at the last line
+        self.early: tuple[float, float] | None = None
+        """(share, seconds of all as projected) when 1 % was done."""
 
     def at(self, done: int) -> None:
         """`done` of the parts are finished."""
         seconds = time.perf_counter() - self.begin
-        projected = seconds * self.total / done if done else 0.0
+        projected = self.before + seconds * self.total / done if done else 0.0
+        if not self.early and self.total <= 100 * done:
+            self.early = done / self.total, projected
         first = self.told < 0 and (seconds >= FIRST_SECONDS or (100 * done >= self.total and projected >= FIRST_SECONDS))
         if self.log and done < self.total and (first or (self.told >= 0 and seconds - self.told >= NEXT_SECONDS)):
             self.told = seconds
             self.log(f"{self.label} {done:,} of {self.total:,} in {seconds:.1f} s, {projected:.0f} s projected")
+
+
+def clock_seconds(seconds: Mapping[str, float]) -> float:
+    """What of an evaluation's phases the challenge's clock counts: all but compilation."""
+    return sum(value for phase, value in seconds.items() if phase != "compile")

@@ -11,8 +11,9 @@ import tyro
 
 from golf_jax import cli
 from golf_jax.config import GolfError
+from golf_jax.files import check_target
 
-DESCRIPTION = """Show runs in one self-contained HTML file: training, schedule, bytes, quantization, and what differs between them.
+DESCRIPTION = """Show runs in one self-contained HTML file: training, schedule, bytes, quantization, a text sample, what differs.
 
   python -m golf_jax.report runs/quickstart                          writes runs/quickstart/report.html
   python -m golf_jax.report runs/a runs/b runs/c --out compared.html  what differs, with mean, deviation and p
@@ -29,6 +30,8 @@ class Options:
     """The file to write (default: report.html in the first folder given)."""
     score_again: int = 0
     """Score about the first N validation targets through the artifact, for bits per byte by position and by document (0: leave it out)."""
+    sample: int = 100
+    """Tokens that each model writes after a document start, the same ones every time (0: none)."""
     figures: str = ""
     """Write every figure as SVG and PNG into this folder, too."""
     open: bool = False
@@ -43,13 +46,14 @@ def main(argv: Sequence[str]) -> int:
 
     if not options.runs:
         raise GolfError("nothing to show: give a run directory, or a folder of them")
+    out = Path(options.out or Path(options.runs[0]) / "report.html")
+    check_target(out)
     records = record.read_records(record.find_runs([Path(run) for run in options.runs]))
     measure.start()
-    errors, measured, missing = measure.everything(records, options.score_again)
-    drawn = contents.draw(records, errors, measured)
+    again = measure.everything(records, options.score_again, options.sample)
+    drawn = contents.draw(records, again)
     title = f"{records[0].recipe.name}: {records[0].name}" if len(records) == 1 else f"{len(records)} runs"
-    html = page.page(title, contents.sections(records, drawn, errors, measured, missing))
-    out = Path(options.out or Path(options.runs[0]) / "report.html")
+    html = page.page(title, contents.sections(records, drawn, again))
     try:
         out.write_text(html, encoding="utf8")
         if options.figures:
@@ -59,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         raise GolfError(f"{error.filename or out}: cannot write: {error.strerror}") from None
     print(f"{out}: {len(records)} run{'s' * (len(records) > 1)}, {len(drawn)} figures, {len(html.encode()) / 1000:,.0f} kB")
-    for sentence in [s for sentences in missing.values() for s in sentences]:
+    for sentence in [s for sentences in again.missing.values() for s in sentences]:
         print(f"left out: {sentence}")
     if options.open:
         webbrowser.open(out.resolve().as_uri())

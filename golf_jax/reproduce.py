@@ -11,7 +11,6 @@ Exit status 0: all within tolerance; 1: a miss, or a set that does not conform; 
 """
 
 import dataclasses
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import tyro
 
 from golf_jax import cli
 from golf_jax.config import GolfError
+from golf_jax.files import check_target, json_text
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,8 @@ def main(argv: list[str]) -> int:
         found = problems(args.path)
         print("\n".join([f"{args.path}: {f'{len(found)} problems' if found else 'conforms'}", *(f"  {line}" for line in found)]))
         return int(bool(found))
+    if args.json:
+        check_target(args.json)
     if args.path is None:
         document = rescore(args)
         ok = all(row["ok"] for row in document["values"])
@@ -147,7 +149,7 @@ def main(argv: list[str]) -> int:
         report = reproduce(args.path, args.only, args.devices)
         document, ok = report.to_dict(), bool(report.results) and all(r.ok for r in report.results)
     if args.json:
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        args.json.write_text(json_text(document))
     return int(not ok)
 
 

@@ -1,14 +1,28 @@
-"""Eight fake CPU devices for every test, set before jax is imported, and the optional reference data."""
+"""Eight fake CPU devices for every test, quick compilation in the default run, both set before jax is imported; the reference data."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
-
-import pytest  # noqa: E402
+import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The default tests spend their time in compilation, so XLA optimises less there; `-m slow` compiles as a user's run does."""
+    flags = ["--xla_force_host_platform_device_count=8"]
+    if "not slow" in config.option.markexpr:
+        flags += [
+            "--xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        ]
+        if importlib.metadata.version("jaxlib").startswith("0.10."):  # the only version that knows this one, and ends where it does not
+            flags += ["--xla_cpu_use_fusion_emitters=false"]
+    given = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(given + [flag for flag in flags if flag not in given])
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -91,6 +91,37 @@ def test_memory_that_runs_out_is_one_line_with_the_remedy(capsys, monkeypatch):
     assert stopped.value.code == 2 and "out of memory; --micro-rows 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device"), "output: No space left on device"),
+        (OSError(2, "No such file", "a\n"), "a\\n: No such file"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_and_status_2(error, line, capsys, monkeypatch):
+    def fails(argv):
+        raise error
+
+    monkeypatch.setattr(cli, "_silent", lambda status: status)  # it closes the stdout of this very process
+    with pytest.raises(SystemExit) as caught:
+        cli.run(fails)
+    assert caught.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_a_closed_terminal_leaves_no_number_to_the_next_file(tmp_path):
+    """Libraries write to descriptor 2 whatever it is."""
+    code = "from golf_jax import cli; cli.run(lambda argv: print(open('f', 'w').fileno(), file=open('n', 'w')) or 0)"
+    subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, code], cwd=tmp_path, check=True)
+    assert int((tmp_path / "n").read_text()) > 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "golf_jax"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: output: No space left on device\n")
+
+
 def test_other_errors_keep_their_traceback(monkeypatch):
     def main(argv):
         raise ZeroDivisionError
@@ -105,6 +136,8 @@ BROKEN = [
     ("def recipe(:\n    pass\n", r"mine.py, line 1: invalid syntax"),
     (RECIPE.format("Recipe(name='mine', model=ModelConfig(xsa_lost=4))"), r"mine.py, line 5: ModelConfig has no field 'xsa_lost'; did you"),
     (RECIPE.format("1 / 0"), r"mine.py, line 5: ZeroDivisionError: division by zero"),
+    ("raise SystemExit(3)\n", r"mine.py, line 1: SystemExit: 3"),
+    (RECIPE.format("Recipe(name='mine', seed='7')"), r"mine.py: Recipe.seed: expected int, found '7'"),
     ("import no_such_module\n", r"mine.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
 ]
 

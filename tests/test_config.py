@@ -27,6 +27,7 @@ from golf_jax.config import (
     SlidingConfig,
     from_dict,
     load_recipe,
+    parse_json,
     recipe_names,
     to_dict,
 )
@@ -140,3 +141,9 @@ def test_layer_order_of_depth_recurrence():
     assert model.layer_order(True) == ((0, 1, 2, 3, 4, 5, 3, 4), (5, 3, 4, 5, 6, 7, 8, 9, 10))
     assert model.num_skips == 8
     assert replace(load_recipe("pr638").model).num_skips == 5
+
+
+@pytest.mark.parametrize("text", ["NaN", '{"a": -Infinity}', "[" * 100_000, b"\xff", ""])
+def test_what_is_not_json_is_refused(text):
+    with pytest.raises(GolfError, match="not JSON"):
+        parse_json(text)

@@ -97,6 +97,7 @@ def test_a_wrong_tokenizer_is_refused(folder, tokenizer, message):
     [
         (["nowhere.golf"], "nowhere.golf: cannot be read"),
         (["x.pt"], "x.pt"),
+        (["nowhere.golf", "--json", "/nowhere/x.json"], "/nowhere/x.json: cannot be written .there is no directory /nowhere"),
     ],
 )
 def test_mistakes_are_told_in_one_line(argv, message):

@@ -1,6 +1,7 @@
 """Kills and faults: no work is lost that was finished, nothing damaged is believed, and every message is one line."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -34,6 +35,16 @@ def spoil(path: str, content: str | bytes = "") -> Any:
     return write
 
 
+def pipe(path: str) -> Any:
+    """Puts a pipe there before the run: whoever opened it would wait for ever."""
+
+    def make(root: Path) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(root / path)
+
+    return make
+
+
 FAULTS = [  # what is done in a folder that holds `data`, the options, the message
     (spoil("run"), {"run_dir": "run"}, "run: cannot write the run directory: File exists"),
     (spoil("file"), {"run_dir": "file/run"}, "file/run: cannot write the run directory: Not a directory"),
@@ -44,6 +55,14 @@ FAULTS = [  # what is done in a folder that holds `data`, the options, the messa
     (spoil("data/train_000000.bin", b"\0" * 5000), {"run_dir": "run"}, r"train_000000.bin: not a token shard \(magic 0"),
     (spoil("data/train_000000.bin", b"\0" * 500), {"run_dir": "run"}, "train_000000.bin: truncated, 500 bytes"),
     (spoil("data/tokenizer.model"), {"run_dir": "run"}, "tokenizer.model"),
+    (pipe("pipe"), {"run_dir": "pipe"}, "pipe: cannot write the run directory"),
+    (pipe("run/config.json"), {"resume": "run"}, r"run/config.json: cannot be read \(a pipe"),
+    (pipe("run/log.txt"), {"run_dir": "run"}, "run/log.txt: not a regular file"),
+    (pipe("run/metrics.jsonl"), {"run_dir": "run"}, "run/metrics.jsonl: not a regular file"),
+    (pipe("run/stages.json"), {"run_dir": "run"}, r"run/stages.json: cannot be read \(a pipe"),
+    (pipe("data/train_000001.bin"), {"run_dir": "run"}, "train_000001.bin: cannot be read .not a regular file.$"),
+    (spoil("run/config.json", '{"seed": 1, "name": "a", "budget": {"seconds": 1' + "0" * 400 + "}}"), {"resume": "run"}, "is not finite"),
+    (spoil("run/config.json", '{"seed": NaN}'), {"resume": "run"}, "run/config.json: .*NaN is no number"),
 ]
 
 

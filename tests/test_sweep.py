@@ -59,7 +59,7 @@ def made_up(point, directory, devices, environment):
         return "error: clip_norm"
     directory.mkdir()
     loss = 3.0 + 0.1 * point.recipe.seed - 0.01 * point.recipe.optim.clip_norm * (1 + 0.01 * point.recipe.seed)
-    e = {"val_loss": loss, "val_bpb": loss / 2, "legal": True}
+    e = {"val_loss": loss, "val_bpb": loss / 2, "legal": True, "tokens": 1000, "bytes": 3000}
     stages = {"train": {"steps": 2, "seconds": 1.5}, "pack": {"total_bytes": 9, "code_bytes": 1}, "evaluations": {"standard": e}}
     for name, content in (("config", to_dict(point.recipe)), ("stages", sealed(stages)), ("result", {})):
         (directory / f"{name}.json").write_text(json.dumps(content))

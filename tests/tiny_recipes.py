@@ -69,6 +69,20 @@ def tiny(name: str, *, steps: int = 20, vocab_size: int = 64, seq_len: int = 16,
             sliding=replace(e.sliding, stride=min(e.sliding.stride, 8)),
             score_first=replace(e.score_first, stride=8, epochs=min(e.score_first.epochs, 2), chunk_tokens=8 * seq_len, batch_rows=2),
             adapt_first=replace(e.adapt_first, stride=8, epochs=min(e.adapt_first.epochs, 2), batch_rows=2),
+            packed=replace(e.packed, rows=min(e.packed.rows, 2), seq_len=seq_len * 5 // 4, ranks=2),
+            documents=replace(
+                e.documents,
+                rank=min(e.documents.rank, 2),
+                chunk=8,
+                seq_len=seq_len * 5 // 4,
+                batch=8,
+                prefix=16,
+                global_chunk=5 * seq_len,
+                ranks=2,
+                lr=1e-3,
+                global_lr=1e-3,
+                tilt=replace(e.documents.tilt, order=min(e.documents.tilt.order, 4)),
+            ),
         ),
         numerics=numerics,
         log_every=5,
@@ -81,13 +95,17 @@ def some(names: Iterable[Any], *quick: Any) -> list[Any]:
     return [pytest.param(*v, marks=() if v in quick or v[0] in quick else pytest.mark.slow) for v in values]
 
 
-def build_text(directory: Path, vocab_size: int = 300) -> Path:
-    """Shards, tokenizer and manifest of generated sentences, a few thousand validation tokens."""
+def build_text(directory: Path, vocab_size: int = 300, transform: str = "") -> Path:
+    """Shards, tokenizer and manifest of generated sentences, a few thousand validation tokens; with a transform, some capitals."""
     rng = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlu"))
     words = ["".join(rng.choice(letters, rng.integers(2, 7))) for _ in range(200)]
     documents = [" ".join(words[i] for i in rng.zipf(1.3, 60) % len(words)) + "." for _ in range(600)]
-    build_documents(lambda: documents, directory, source="generated", vocab_size=vocab_size, val_every=30, log=lambda line: None)
+    if transform:
+        documents = [d.capitalize().replace(" the", " THE").replace(" o", " O") for d in documents]
+    build_documents(
+        lambda: documents, directory, source="generated", vocab_size=vocab_size, val_every=30, transform=transform, log=lambda line: None
+    )
     return directory
 
 
@@ -109,10 +127,10 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def environment(programs: Path, devices: int = 8, **more: str) -> dict[str, str]:
-    """Environment of a started process: fake devices, quick compilation, programs shared with this process."""
+    """Environment of a started process: fake devices, compilation as in this process, programs shared with it."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",  # the last one counts
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",

@@ -23,9 +23,13 @@ class GolfError(ValueError):
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value in `text`. GolfError (a ValueError) for anything that is not JSON, also for what is nested too deep or not UTF-8."""
+    """The value in `text`. GolfError (a ValueError) for anything that is not JSON: also NaN, what is nested too deep or not UTF-8."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise GolfError(f"not JSON ({str(error)[:80]})") from None
 

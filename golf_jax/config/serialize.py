@@ -65,7 +65,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         named = [name for a in args if typing.get_origin(a) is Literal for name in typing.get_args(a)]
         return value if value is None or (isinstance(value, str) and value in named) else _value(args[0], value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf  # the finite check below names the field
     check(
         isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
         f"{where}: expected {hint.__name__}, found {value!r}",
@@ -100,7 +100,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     with _told(Path(module.__file__ or name_or_path)):
         result = make()  # type: ignore[misc]
     check(isinstance(result, Recipe), f"{name_or_path}: recipe() must return a golf_jax.config.Recipe")
-    return result
+    with _told(path):
+        return from_dict(Recipe, to_dict(result))  # a field of another type would be found in its config.json only, on --resume
 
 
 @contextlib.contextmanager
@@ -109,8 +110,8 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except SyntaxError as error:
-        raise GolfError(f"{error.filename or path}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
+        raise GolfError(f"{error.filename or path}{f', line {error.lineno}' if error.lineno else ''}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         cause = str(error) if isinstance(error, GolfError) else f"{type(error).__name__}: {error}"
         if misspelt := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)):

@@ -16,10 +16,10 @@ from golf_jax.config import GolfError
 from golf_jax.data import caseops
 from golf_jax.data.documents import find_files, read_documents
 from golf_jax.data.manifest import NAME, file_entry, read_manifest, write_manifest
-from golf_jax.data.proof import refuse_markers
+from golf_jax.data.proof import refuse_markers, refuse_private_text
 from golf_jax.data.shards import load_val_tokens, open_shard, write_shard
 from golf_jax.data.sidecar import Sidecar, beside, encode_counted, prove_sidecar
-from golf_jax.data.tokenizer import ByteTables, Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
+from golf_jax.data.tokenizer import SPACE, ByteTables, Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
 from golf_jax.files import write_atomic
 
 TOKENIZER_SAMPLE = 100_000_000  # characters of training text the tokenizer learns from; more changes little and takes long
@@ -129,7 +129,7 @@ def build_documents(
         )
     )
     kept, counted = text["bytes"] - text["left_out_bytes"], sum(manifest[split]["bytes"] for split in ("train", "val"))
-    log(f"counted: {counted:,} of {kept:,} bytes; the tokenizer changes: {'; '.join(text['changes']) or 'nothing'}")
+    log(f"counted: {counted:,} of {kept:,} bytes; changed: {'; '.join(text['changes']) or 'nothing'}")
     for split in ("train", "val"):
         log("{}: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(split, **manifest[split]))
     return read_manifest(directory / NAME)
@@ -153,7 +153,7 @@ def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenize
     while batch := list(itertools.islice(texts, ENCODE_BATCH)):
         for text, (tokens, counts) in zip(batch, _encode(tokenizer, tables, batch), strict=True):
             size = len(text.encode())
-            text_facts.update(documents=1, bytes=size)
+            text_facts.update(documents=1, bytes=size, blocks=text.count(SPACE))
             words = " ".join(text.split())
             digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
             if not words or len(tokens) < 2 or digest in seen:
@@ -164,8 +164,8 @@ def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenize
                     f"tokenizer {tokenizer.name}: characters of document {text_facts['documents'] - 1} are unknown to it and would be lost "
                     f"(it has no byte fallback): {text[:40]!a}"
                 )
-            if exact and counts.sum() != size:
-                raise GolfError(f"tokenizer {tokenizer.name}: counts {counts.sum()} bytes for a text of {size}: {text[:40]!a}")
+            if exact and counts.sum() != (kept := len(text.replace(SPACE, " ").encode())):
+                raise GolfError(f"tokenizer {tokenizer.name}: counts {counts.sum()} bytes for a text of {kept}: {text[:40]!a}")
             seen.add(digest)
             writers["val" if is_validation(text, val_every) else "train"].add(tokens, counts)
     splits = {split: writer.finish() for split, writer in writers.items()}
@@ -178,9 +178,11 @@ def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenize
         prove_sidecar(tokenizer, val_tokens, Sidecar(counts))
     else:
         check_tables(tokenizer, val_tokens, tables)
+        refuse_private_text(tokenizer, val_tokens, tokenizer.bos_id)
     identity = {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
     counts = {name: text_facts[name] for name in ("documents", "bytes", "repeated", "blank", "left_out_bytes")}
-    return {"tokenizer": identity, "text": {**counts, "changes": tokenizer.changes()}, **splits}
+    blocks = [f"{text_facts['blocks']:,} characters U+2581 become spaces"] if text_facts["blocks"] else []
+    return {"tokenizer": identity, "text": {**counts, "changes": tokenizer.changes() + blocks}, **splits}
 
 
 def _encode(tokenizer: Tokenizer, tables: ByteTables, texts: Sequence[str]) -> Iterable[tuple[np.ndarray, np.ndarray]]:

@@ -1,11 +1,12 @@
 """Documents of text files, JSON lines and directories of both, as people have them."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from golf_jax.config import GolfError, parse_json
+from golf_jax.config import GolfError
 
 PATTERNS = ("*.txt", "*.md", "*.jsonl", "*.ndjson")
 JSON_LINES = (".jsonl", ".ndjson")
@@ -83,11 +84,12 @@ def _read_json_lines(path: Path, field: str) -> Iterator[str]:
                 if not line.strip():
                     continue
                 try:
-                    text = parse_json(line)[field]
+                    text = json.loads(line)[field]  # as people write it: with NaN beside the text
                     text.encode()
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    cause = f"{error}; " if isinstance(error, ValueError | RecursionError) else ""
                     raise GolfError(
-                        f"{path}:{number}: needs a JSON object with a string field `{field}` (--field names another)"
+                        f"{path}:{number}: {cause}needs a JSON object with a string field `{field}` (--field names another)"
                     ) from error
                 yield text
     except OSError as error:

@@ -9,7 +9,7 @@ import numpy as np
 
 from golf_jax.config import GolfError, parse_json
 from golf_jax.data.tokenizer import ByteTables, count_bytes
-from golf_jax.files import write_atomic
+from golf_jax.files import read_bytes, write_atomic
 
 FORMAT = "golf_jax.data/1"
 NAME = "manifest.json"
@@ -37,24 +37,17 @@ def text_bytes(tables: ByteTables, tokens: np.ndarray, chunk: int = 1 << 24) -> 
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """Reads a manifest of this format; GolfError for anything else, also for names that lead out of the directory."""
     path = Path(path)
+    raw = read_bytes(path, MAX_BYTES)
     try:
-        if path.exists() and not path.is_file():
-            raise GolfError(f"{path}: cannot be read (not a regular file)")
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise GolfError(f"{path}: larger than {MAX_BYTES:,} bytes; not a manifest")
         manifest = parse_json(raw)
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be read ({error.strerror})") from error
     except GolfError as error:
         raise GolfError(f"{path}: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise GolfError(f"{path}: not a manifest of format {FORMAT}")
     _check(path, manifest, "", {"tokenizer": dict, "train": dict, "val": dict})
     _check(path, manifest["tokenizer"], "tokenizer.", {"file": str, "sha256": str, "vocab_size": int})
-    if Path(manifest["tokenizer"]["file"]).name != manifest["tokenizer"]["file"]:
-        raise GolfError(f"{path}: tokenizer.file {manifest['tokenizer']['file']!a} leads out of the directory; give --tokenizer MODEL")
+    if not _is_name(manifest["tokenizer"]["file"]):
+        raise GolfError(f"{path}: tokenizer.file {manifest['tokenizer']['file']!a} names no file in the directory; give --tokenizer MODEL")
     for split in ("train", "val"):
         _check(path, manifest[split], f"{split}.", {"tokens": int, "files": list})
         for field in {"documents", "bytes"} & set(manifest[split]):
@@ -63,9 +56,14 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             _check(path, manifest[split], f"{split}.", {kind: list})
             for number, entry in enumerate(manifest[split][kind]):
                 _check(path, entry, f"{split}.{kind}.{number}.", {"name": str, "tokens": int, "sha256": str})
-                if Path(entry["name"]).name != entry["name"]:
-                    raise GolfError(f"{path}: {split}.{kind}.{number}.name {entry['name']!a} leads out of the directory")
+                if not _is_name(entry["name"]):
+                    raise GolfError(f"{path}: {split}.{kind}.{number}.name {entry['name']!a} names no file in the directory")
     return manifest
+
+
+def _is_name(text: str) -> bool:
+    """Whether `text` names a file of a directory itself, on every system."""
+    return text.isprintable() and text not in ("", ".", "..") and not set(text) & set("/\\:")
 
 
 def _check(path: Path, value: Any, where: str, fields: dict[str, type]) -> None:

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from types import TracebackType
 
 import jax
@@ -44,6 +45,8 @@ class Prefetcher:
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._error: BaseException | None = None
+        self._read = self._taken = 0
+        self._met: BaseException | None = None  # by the thread; becomes `_error` when its turn comes
         self._thread = threading.Thread(target=self._work, name="golf_jax-prefetch", daemon=True)
         self._thread.start()
 
@@ -51,7 +54,9 @@ class Prefetcher:
         try:
             while not self._stop.is_set():
                 self._put((place_batch(self._mesh, self._loader, self._loader.next_batch()), self._loader.state()))
+                self._read += 1
         except BaseException as error:  # whatever it is, it belongs to the consumer
+            self._met = error
             self._put(error)
 
     def _put(self, item: object) -> None:
@@ -74,7 +79,14 @@ class Prefetcher:
             self._error = item
             raise item
         batch, self._state = item
+        self._taken += 1
         return batch
+
+    def trouble(self, ahead: int) -> BaseException | None:
+        """The error that comes instead of one of the next `ahead` (at most `depth`) batches; waits until they are read."""
+        while (met := self._met) is None and self._read - self._taken < ahead:
+            time.sleep(0.001)
+        return met if self._read - self._taken < ahead else None
 
     def state(self) -> dict[str, int]:
         """The loader position behind the batch returned last (not behind those read ahead): what a checkpoint stores."""

@@ -1,7 +1,7 @@
 """Proofs about tokenized text: the tokens are the tokenizer's own, the byte count is the text's, validation is not trained on."""
 
-import hashlib
 import math
+import re
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -11,16 +11,18 @@ import numpy as np
 
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
+from golf_jax.data.overlap import Overlap, find_overlap, without_ends
 from golf_jax.data.shards import Shard
 from golf_jax.data.sidecar import Sidecar, prove_sidecar
 from golf_jax.data.tokenizer import Tokenizer, check_tables, split_documents
 
+PRIVATE = re.compile("[\ue000-\uf8ff]")
 ENCODE_BATCH = 64
 PROVED_TOKENS = 1 << 22  # whose byte count is compared with the decoded text where time is limited
 SAMPLED_TOKENS = 1 << 16  # per block of the training shards
 OVERHANG = 1 << 14  # so that a document that goes on in the next block is whole
 SIDECAR_DOCUMENTS = 500  # whose byte counts are compared with the original text where time is limited
-PREFIX = 64  # tokens after BOS; documents that agree in them begin alike
+SHORT = 8  # tokens; documents under that may well occur twice
 TOLERATED = 0.01  # of documents: a right model may fail on odd Unicode, another of the same size fails on 96 to 100 %
 
 
@@ -31,6 +33,8 @@ class Proof:
     facts: list[str]
     val_bytes: int
     """Bytes of validation text, proved document by document against the decoded text."""
+    overlap: Overlap | None = None
+    """Validation text met in training, where that was looked for."""
 
 
 def prove_text(
@@ -80,10 +84,18 @@ def prove_text(
         num_bytes = check_tables(tokenizer, counted, bos_id=bos)
         part = "every document" if len(counted) == len(val_tokens) else f"the first {len(counted):,} tokens"
         facts.append(f"val bytes: {num_bytes:,}, equal to the decoded text of {part}")
+    if found := refuse_private_text(tokenizer, counted, bos):
+        facts.append(found)
+    if not num_bytes:
+        raise GolfError("validation text: has no bytes, only document starts; give shards with text")
+    control = [t for t in range(tokenizer.vocab_size) if tokenizer.processor.is_control(t) and t != bos]
+    if others := int(np.count_nonzero(np.isin(val_tokens, control))):
+        facts.append(
+            f"WARNING: {others:,} control tokens besides BOS in validation (EOS of another writer?): each is scored and counts 0 bytes"
+        )
     facts.append(vocabulary_use(tokenizer, val_tokens))
-    if train and overlap:
-        facts.append(refuse_overlap(train, val_tokens, tokenizer, bos, seconds))
-    return Proof(facts, num_bytes)
+    found = refuse_overlap(train, val_tokens, tokenizer, bos, seconds) if train and overlap else None
+    return Proof(facts + ([found.fact()] if found else []), num_bytes, found)
 
 
 def refuse_markers(tokenizer: Tokenizer, sidecar: bool = False) -> None:
@@ -112,12 +124,19 @@ def refuse_markers(tokenizer: Tokenizer, sidecar: bool = False) -> None:
         )
 
 
-def without_ends(tokenizer: Tokenizer, document: np.ndarray) -> np.ndarray:
-    """`document` without the control tokens it ends with (EOS of other writers), and without case operators whose word was cut off."""
-    stop, ends = len(document), set(map(tokenizer.processor.piece_to_id, caseops.OPERATORS)) if tokenizer.caseops else set()
-    while stop > 1 and (tokenizer.processor.is_control(last := int(document[stop - 1])) or last in ends):
-        stop -= 1
-    return document[:stop]
+def refuse_private_text(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -> str:
+    """What is to be said of private-use characters, which no text has: markers of a transform, whatever kind of piece they are.
+
+    GolfError when they are more than 1 % of the bytes. CaseOps text goes back to what it was first.
+    """
+    texts = [tokenizer.original(document, strict=False) for document in split_documents(tokens[:SAMPLED_TOKENS], bos_id)]
+    found, size = sum(len(PRIVATE.findall(text)) for text in texts), sum(len(text.encode()) for text in texts)
+    if 3 * found > TOLERATED * size:
+        raise GolfError(
+            f"validation text: {found:,} private-use characters, {300 * found / size:.1f} % of its bytes: markers of a transform would "
+            "count as text; build from the original text (`--transform caseops` marks capitals, and counts the original)"
+        )
+    return f"WARNING: {found:,} private-use characters in {size:,} bytes of validation count as text" if found else ""
 
 
 def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seconds: float, where: str) -> tuple[int, int]:
@@ -149,6 +168,7 @@ def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seco
     tried += compare()
     if len(failures) > TOLERATED * tried:
         text, tokens, document = failures[0]
+        at = next((n for n, (a, b) in enumerate(zip(tokens, document, strict=False)) if a != b), min(len(tokens), len(document)))
         broken = sum("\ufffd" in text for text, _, _ in failures)
         reason = (
             f"the tokens are not text ({broken} decode to broken characters): random, damaged, or another tokenizer's"
@@ -157,7 +177,8 @@ def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seco
         )
         raise GolfError(
             f"tokenizer {tokenizer.name}: encode(decode(document)) differs for {len(failures)} of {tried} {where} documents: {reason}. "
-            f"Tokens {document[:6].tolist()} decode to {text[:40]!a}, which encodes to {tokens[:6].tolist()}"
+            f"One decodes to {text[:40]!a}; from its token {at} on it is {document[at : at + 6].tolist()}, and again "
+            f"{tokens[at : at + 6].tolist()}"
         )
     return tried, len(failures)
 
@@ -184,48 +205,24 @@ def sampled_documents(shards: Sequence[np.ndarray | Shard], bos_id: int) -> Iter
 
 
 def vocabulary_use(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    """How much of the vocabulary occurs in `tokens`; says so when most of it never does in a text long enough."""
-    used = len(np.unique(tokens))
-    doubt = used < tokenizer.vocab_size / 2 and len(tokens) > 32 * tokenizer.vocab_size
+    """How much of the vocabulary occurs in `tokens`; WARNING when most of its pieces (bytes aside) never do in a text long enough."""
+    counts, one = np.bincount(tokens, minlength=tokenizer.vocab_size), tokenizer.processor
+    pieces = [t for t in range(tokenizer.vocab_size) if not (one.is_byte(t) or one.is_control(t) or one.is_unknown(t) or one.is_unused(t))]
+    doubt = bool(np.count_nonzero(counts[pieces]) < len(pieces) / 2) and len(tokens) > 32 * tokenizer.vocab_size
     note = ": most pieces never occur, is this the tokenizer of these shards?" if doubt else ""
-    return f"vocabulary: {used:,} of {tokenizer.vocab_size:,} pieces occur in validation{note}"
-
-
-def prefixes(tokens: np.ndarray, starts: np.ndarray, bos_id: int) -> np.ndarray:
-    """Hash of the first `PREFIX` tokens after each BOS at `starts`, uint64 [documents]; 0 for a document that is shorter."""
-    multipliers = np.random.Generator(np.random.PCG64(0)).integers(1, 2**63, PREFIX, dtype=np.uint64) | np.uint64(1)
-    whole = starts[starts + PREFIX < len(tokens)]
-    hashes = np.zeros(len(starts), np.uint64)
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, PREFIX)[whole + 1] if len(whole) else np.empty((0, PREFIX), np.uint16)
-    inside = ~(windows == bos_id).any(axis=1)
-    hashes[: len(whole)] = np.where(inside, windows.astype(np.uint64) @ multipliers, np.uint64(0))
-    return hashes
+    used = f"{np.count_nonzero(counts):,} of {tokenizer.vocab_size:,} pieces occur in validation"
+    return f"{'WARNING: ' * doubt}vocabulary: {used}{note}"
 
 
 def refuse_overlap(
     train: Sequence[np.ndarray | Shard], val_tokens: np.ndarray, tokenizer: Tokenizer, bos_id: int, seconds: float = 2.0
-) -> str:
-    """The quick form: validation documents met, by their first 64 tokens, where training was read; GolfError from 1 % on."""
-    starts = np.flatnonzero(val_tokens == bos_id)
-    held_out = set(prefixes(val_tokens, starts, bos_id).tolist()) - {0}
-    short = {document_digest(tokenizer, d) for d in split_documents(val_tokens, bos_id) if 8 < len(d) <= PREFIX}
-    end, met, read = time.monotonic() + seconds, set(), 0
-    for document in sampled_documents(train, bos_id):
-        read += 1
-        if len(document) > PREFIX:
-            met.update(held_out.intersection(prefixes(np.append(document, bos_id), np.zeros(1, int), bos_id).tolist()))
-        elif (digest := document_digest(tokenizer, document)) in short:
-            met.add(digest)
-        if time.monotonic() > end:
-            break
-    if len(met) > TOLERATED * len(starts):
+) -> Overlap:
+    """The quick form, over what of training is read in time; GolfError when more than 1 % of validation is in it."""
+    train_documents, held_out = sampled_documents(train, bos_id), split_documents(val_tokens, bos_id)
+    found = find_overlap(train_documents, held_out, tokenizer, seconds, SHORT)
+    if found.leaked > TOLERATED * found.documents:
         raise GolfError(
-            f"{len(met)} of {len(starts)} validation documents begin as training documents do (of {read:,} read): the score would be "
-            "of text that was trained on; see `python -m golf_jax.data verify`"
+            f"{found.leaked} of {found.documents} validation documents are training documents, whole or in part (of {found.read:,} read): "
+            "the score would be of text that was trained on; see `python -m golf_jax.data verify`"
         )
-    return f"overlap: {len(met)} of {len(starts):,} validation documents begin as one of {read:,} training documents read"
-
-
-def document_digest(tokenizer: Tokenizer, document: np.ndarray) -> bytes:
-    """Identity of a document's tokens, without BOS and the control tokens behind."""
-    return hashlib.blake2b(without_ends(tokenizer, document)[1:].tobytes(), digest_size=8).digest()
+    return found

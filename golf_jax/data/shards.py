@@ -35,6 +35,8 @@ class Shard:
             weakref.finalize(self, os.close, self._descriptor)
             self._stamp = self._stat()
             header = np.frombuffer(os.pread(self._descriptor, HEADER_BYTES, 0), np.uint8)
+        except GolfError:
+            raise
         except (OSError, ValueError) as error:
             raise GolfError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
         self._count = _count_of(path, header, self._stamp[0])

@@ -13,7 +13,7 @@ import numpy as np
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
 from golf_jax.data.shards import find_shards, open_shard
-from golf_jax.data.tokenizer import Tokenizer, split_documents
+from golf_jax.data.tokenizer import SPACE, Tokenizer, split_documents
 
 TOLERATED = 0.01  # relative error of the total where the tokenizer itself changes text
 
@@ -58,9 +58,12 @@ def load_sidecar(pattern: str | Path) -> Sidecar | None:
 
 
 def encode_counted(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """CaseOps text of every document as (tokens with BOS, original bytes of each), uint16 [n] and int64 [n]."""
+    """CaseOps text of every document as (tokens with BOS, original bytes of each), uint16 [n] and int64 [n].
+
+    A U+2581 counts as the space of one byte that SentencePiece takes it for, as in text without a transform.
+    """
     for text in texts:
-        ids, surfaces = tokenizer.encode_surfaces(caseops.encode(text))
+        ids, surfaces = tokenizer.encode_surfaces(caseops.encode(text.replace(SPACE, " ")))
         counts = np.fromiter(caseops.original_bytes(surfaces), np.int64, len(ids))
         yield np.array([tokenizer.bos_id, *ids], np.uint16), np.append(0, counts)
 

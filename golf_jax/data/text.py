@@ -9,6 +9,7 @@ import numpy as np
 from golf_jax.config import GolfError
 from golf_jax.data.corpus import build_embedded
 from golf_jax.data.identity import identify
+from golf_jax.data.overlap import Overlap
 from golf_jax.data.proof import prove_text
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard
 from golf_jax.data.sidecar import Sidecar, find_sidecars, load_sidecar
@@ -34,9 +35,11 @@ class Text:
     val_bytes: int
     """Bytes of validation text whose count was proved against the original text."""
     facts: tuple[str, ...] = ()
-    """What was proved, for the log."""
+    """What was proved, for log and result; what begins with WARNING is doubtful."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What makes it this text and no other, as JSON data (`golf_jax.data.identity`)."""
+    overlap: Overlap | None = None
+    """Validation text met where training was read."""
 
 
 def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: int, *, sha256: str = "") -> Text:
@@ -65,4 +68,6 @@ def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: in
     sidecar = load_sidecar(val)
     proof = prove_text(model, [open_shard(path) for path in train_paths], tokens, SECONDS, sidecar=sidecar)
     identity = identify(model.sha256, train_paths, find_shards(val) + find_sidecars(val))
-    return Text(train, val, tokens, model, sidecar or byte_tables(model.processor), proof.val_bytes, tuple(proof.facts), identity)
+    return Text(
+        train, val, tokens, model, sidecar or byte_tables(model.processor), proof.val_bytes, tuple(proof.facts), identity, proof.overlap
+    )

@@ -7,6 +7,7 @@ three bytes of `<0x..>` (PR 1143, 1184), the leading space counted twice (issue 
 
 import hashlib
 import io
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +20,11 @@ from sentencepiece import sentencepiece_model_pb2
 
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
+from golf_jax.files import read_bytes
 
 SPACE = "\u2581"  # SentencePiece writes a space as LOWER ONE EIGHTH BLOCK
+LETTERS = [c for c in map(chr, (*range(0x21, 0x250), *range(0x370, 0x600))) if c.isprintable()]  # tried for what becomes of them
+MAX_BYTES = 1 << 26
 TRAINER_CHARACTERS = 2**14  # per sentence: the trainer drops sentences of more than 2**16 bytes
 
 
@@ -30,11 +34,9 @@ class Tokenizer:
     def __init__(self, model: str | Path | bytes, name: str = "<bytes>") -> None:
         self.name = name if isinstance(model, bytes) else str(model)
         try:
-            if not isinstance(model, bytes) and Path(model).exists() and not Path(model).is_file():
-                raise GolfError(f"tokenizer {self.name}: cannot be read (not a regular file)")
-            self.model = model if isinstance(model, bytes) else Path(model).read_bytes()
-        except OSError as error:
-            raise GolfError(f"tokenizer {self.name}: cannot be read ({error.strerror})") from error
+            self.model = model if isinstance(model, bytes) else read_bytes(model, MAX_BYTES)
+        except GolfError as error:
+            raise GolfError(f"tokenizer {error}") from None
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             self.processor.LoadFromSerializedProto(self.model)
@@ -94,15 +96,29 @@ class Tokenizer:
             raise GolfError(f"tokenizer {self.name}: cannot decode its own tokens ({str(error)[:80]})") from error
 
     def changes(self) -> list[str]:
-        """What encoding does not keep of a text, found by trying: line ends, runs of spaces, case, compatibility forms."""
+        """What encoding does not keep of a text, found by trying: line ends, runs of spaces, case, compatibility forms, other letters."""
         probes = {
             "line ends become spaces": ("a\nb", "a b"),
             "runs of spaces become one": ("a  b", "a b"),
             "case is folded": ("aBC", "abc"),
             "compatibility forms are replaced (NFKC)": ("\ufb01", "fi"),
         }
-        normalize = self.processor.normalize
-        return [name for name, (text, lost) in probes.items() if normalize(text).replace(SPACE, " ").strip(" ") == lost]
+        found = [name for name, (text, lost) in probes.items() if self._normal(text) == lost]
+        if others := [c for c in LETTERS if self._normal(c) not in _known_forms(c, folded="case is folded" in found)]:
+            found.append(f"{len(others)} other characters are replaced ({others[0]!a} by {self._normal(others[0])!a})")
+        if self.spec.trainer_spec.treat_whitespace_as_suffix and self.spec.normalizer_spec.add_dummy_prefix:
+            found.append("a space is put behind every document and counts 1 byte")
+        return found
+
+    def _normal(self, text: str) -> str:
+        return self.processor.normalize(text).replace(SPACE, " ").strip(" ")
+
+
+def _known_forms(character: str, folded: bool) -> set[str]:
+    """What `character` may become by compatibility forms and, where that is told, by folding case."""
+    plain = unicodedata.normalize("NFKC", character)
+    cases = {character.casefold(), unicodedata.normalize("NFKC", plain.casefold())} if folded else set()
+    return {form.strip(" ") for form in {character, plain} | cases}
 
 
 @dataclass(frozen=True)
@@ -213,15 +229,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int, markers: str = "") -> bytes
     GolfError when the text is too little for
     `vocab_size` pieces.
     """
-    parts = (text[start : start + TRAINER_CHARACTERS] for text in texts for start in range(0, len(text), TRAINER_CHARACTERS))
+    met: list[GolfError] = []
+
+    def parts() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield from (text[start : start + TRAINER_CHARACTERS] for start in range(0, len(text), TRAINER_CHARACTERS))
+        except GolfError as error:  # of reading the text; the trainer would pass it on with a stack
+            met.append(error)
+            raise
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=parts,
+            sentence_iterator=parts(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             character_coverage=0.999,
+            required_chars=SPACE,  # also of text without spaces (Chinese): later text may have one
             byte_fallback=True,
             split_digits=True,
             add_dummy_prefix=False,
@@ -239,6 +265,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, markers: str = "") -> bytes
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if met:
+            raise met[0] from None
         reason = str(error).rpartition("] ")[2].strip()  # behind the trainer's source line and condition
         raise GolfError(f"tokenizer: training at vocab_size={vocab_size} failed: {reason or 'too little text'}") from error
     tokenizer = Tokenizer(model.getvalue())

@@ -9,7 +9,8 @@ import numpy as np
 
 from golf_jax.config import GolfError
 from golf_jax.data.manifest import NAME, read_manifest, sha256_file
-from golf_jax.data.proof import PREFIX, TOLERATED, prove_text, without_ends
+from golf_jax.data.overlap import find_overlap
+from golf_jax.data.proof import prove_text
 from golf_jax.data.shards import Shard, check_token_range, find_shards, open_shard
 from golf_jax.data.sidecar import Sidecar, find_sidecars, load_sidecar
 from golf_jax.data.tokenizer import Tokenizer
@@ -42,27 +43,6 @@ def documents_of(shards: Sequence[np.ndarray | Shard], bos_id: int) -> Iterator[
         yield carry
 
 
-def find_overlap(train: Sequence[np.ndarray | Shard], val: Sequence[np.ndarray | Shard], tokenizer: Tokenizer) -> tuple[int, int, int]:
-    """(validation documents, those that are in training, whole or cut, further ones that share their first 64 tokens with one there).
-
-    Control tokens at the end of a document (EOS of other writers) are not compared.
-    """
-    begun: dict[bytes, list[np.ndarray]] = {}
-    count = 0
-    for document in documents_of(val, tokenizer.bos_id):
-        document = without_ends(tokenizer, document)[1:]
-        begun.setdefault(document[:PREFIX].tobytes(), []).append(document)
-        count += 1
-    leaked, alike = set(), set()
-    for document in documents_of(train, tokenizer.bos_id):
-        document = without_ends(tokenizer, document)[1:]
-        for held_out in begun.get(document[:PREFIX].tobytes(), []):
-            common = min(len(document), len(held_out))
-            same = np.array_equal(document[:common], held_out[:common])
-            (leaked if same else alike).add(held_out.tobytes())
-    return count, len(leaked), len(alike - leaked)
-
-
 def verify(train: str, val: str, tokenizer: str | Path, manifest: dict[str, Any] | None = None) -> Report:
     """Checks the shards of two globs against a tokenizer and, when given, a manifest of this package. Reads every token once."""
     report = Report()
@@ -78,12 +58,11 @@ def verify(train: str, val: str, tokenizer: str | Path, manifest: dict[str, Any]
     }
     if splits["val"]:
         _verify_text(report, splits, model, (manifest or {}).get("val", {}), _verify_sidecar(report, val, (manifest or {}).get("val", {})))
-    count, leaked, alike = find_overlap(splits["train"], splits["val"], model)
-    report.facts.append(f"overlap: {leaked} of {count} validation documents are in training, {alike} more begin as one there")
-    if leaked:
-        report.problems.append(f"{leaked} of {count} validation documents are also training documents (whole or cut)")
-    if alike > TOLERATED * count:
-        report.problems.append(f"{alike} of {count} validation documents share their first {PREFIX} tokens with a training document")
+    train_documents, held_out = (documents_of(splits[split], model.bos_id) for split in ("train", "val"))
+    found = find_overlap(train_documents, held_out, model)
+    report.facts.append(found.fact())
+    if found.leaked:
+        report.problems.append(f"{found.leaked} of {found.documents} validation documents are also training documents (whole or in part)")
     return report
 
 

@@ -116,14 +116,14 @@ def sgd_rule(momentum: float, clip_norm: float) -> Rule:
 class GlobalPhase:
     """Stochastic gradient descent of all weights on a stream of scored tokens, once through."""
 
-    def __init__(self, model: Model, mesh: Mesh, ttt: DocumentsConfig, shapes: Shapes) -> None:
+    def __init__(self, model: Model, mesh: Mesh, ttt: DocumentsConfig, shapes: Shapes, log: Log | None = None) -> None:
         self.mesh, self.ttt = mesh, ttt
         per = ttt.global_chunk // ttt.seq_len
         bounds = [per * r // ttt.ranks for r in range(ttt.ranks + 1)]
         self.shares = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
         self.length = max(b - a for a, b in self.shares) * ttt.seq_len
         self.rows = -(-len(self.shares) // mesh.size) * mesh.size
-        self.rule, config = sgd_rule(ttt.global_momentum, ttt.clip_norm), inside_documents(model.config, mesh)
+        self.rule, config = sgd_rule(ttt.global_momentum, ttt.clip_norm), inside_documents(model.config, mesh, log)
         self.program = global_program(config, model.looping, self.rule, mesh, shapes, self.rows, self.length, min(ttt.seq_len, self.length))
         self.loss: list[jax.Array] = []
         self.norm: list[jax.Array] = []
@@ -170,6 +170,7 @@ class DocumentScorer:
         self.documents = Documents.of(book.stream.tokens)
         self.sets = 0
         self.kept: Adapters | None = None
+        self.work, self.done = Work(model, ttt), 0.0
 
     def compile(self, size: int) -> None:
         for width in widths(self.ttt.chunk, self.ttt.seq_len):
@@ -197,7 +198,7 @@ class DocumentScorer:
         given = {n: np.pad(x, [(0, self.rows(size) - size)] + [(0, 0)] * (x.ndim - 1)) for n, x in self.start(number).items()}
         return made._replace(leaves=made.leaves | {n: put(self.mesh, x.astype(np.float32)) for n, x in given.items()})
 
-    def run(self, params: dict[str, jax.Array], batch: np.ndarray, number: int, observe: Observer | None) -> None:
+    def run(self, params: dict[str, jax.Array], batch: np.ndarray, number: int, observe: Observer | None, progress: Progress) -> None:
         """Score a batch of documents. A full one uses the kept adapters, any other a set of its own."""
         full = len(batch) == self.ttt.batch
         if not full:
@@ -207,7 +208,7 @@ class DocumentScorer:
         if observe:
             observe("before", number, adapters)
         start, targets = self.documents.start[batch], self.documents.targets[batch]
-        chunks, waiting = -(-targets // self.ttt.chunk), None
+        chunks, costs, waiting = -(-targets // self.ttt.chunk), self.work.chunks(targets), None
         for c in range(int(chunks.max())):
             windows, chunk = self.chunk(start, targets, c)
             self.book.issue(windows, np.arange(self.ttt.chunk))
@@ -222,7 +223,8 @@ class DocumentScorer:
                 self.book.update_on((start[trained, None] + c * self.ttt.chunk + np.arange(self.ttt.chunk)).ravel(), 1)
             if waiting is not None:  # read while the next chunk computes
                 self._collect(number, *waiting)
-            waiting = windows, scores
+                progress.at(round(self.done))
+            waiting, self.done = (windows, scores), self.done + costs[c]
         assert waiting is not None
         self._collect(number, *waiting)
         if observe:
@@ -251,6 +253,29 @@ class DocumentScorer:
         index, values = own_rows(scores)
         real = index < len(windows)
         self.book.collect(number, windows[index[real]], np.arange(self.ttt.chunk), values[real])
+
+
+class Work:
+    """How much there is to compute, known before it starts: the longest documents come first, so their number says little of the time.
+
+    The unit is a token's pass through the layers; a target's pass through the head counts as many as its matrix is as large.
+    """
+
+    def __init__(self, model: Model, ttt: DocumentsConfig) -> None:
+        c = model.config
+        layer = 2 * c.width * (c.width + c.num_kv_heads * c.head_dim + c.mlp_dim)
+        self.ttt, self.head = ttt, c.vocab_size * c.width / (layer * sum(map(len, c.layer_order(model.looping))))
+
+    def chunks(self, targets: np.ndarray) -> np.ndarray:
+        """Of every chunk of a batch of documents of so many targets, float64 [chunks]."""
+        ttt, longest = self.ttt, targets.max()
+        length = chunk_window(longest, ttt.chunk, ttt.seq_len, np.arange(-(-longest // ttt.chunk)))[1]
+        known = np.array(widths(ttt.chunk, ttt.seq_len))
+        return len(targets) * (known[np.searchsorted(known, length)] + self.head * ttt.chunk)
+
+    def phase(self, documents: Documents, queue: Queue, pause: int) -> float:
+        """Of the global phase, after so many batches."""
+        return float(documents.length[queue.kept(pause, self.ttt.prefix)].sum() * (1 + self.head))
 
 
 def target_order(documents: Documents, queue: Queue) -> np.ndarray:
@@ -285,24 +310,25 @@ def evaluate_documents(
     if not config.on:
         raise GolfError("eval.documents.rank is 0: this recipe has no test-time training per document")
     watch, tokens = Stopwatch(), stream.tokens
-    with watch("score"):
+    with watch("hints"):
         documents = Documents.of(tokens)
         queue = Queue.of(documents, config.batch)
         order = target_order(documents, queue)
         hint = hints_of(tokens, order, config.tilt)
-    book = ScoreBook(stream, len(queue.batches))
+    book, pause = ScoreBook(stream, len(queue.batches)), queue.pause(config.prefix) if config.prefix else 0
     with watch("compile"):
         params = replicate(mesh, model.params)
         scorer = DocumentScorer(model, mesh, config, book, hint, shapes_of(params), start)
         for size in {len(batch) for batch in queue.batches}:
             scorer.compile(size)
-        phase = GlobalPhase(model, mesh, config, shapes_of(params)) if config.prefix else None
+        phase = GlobalPhase(model, mesh, config, shapes_of(params), log) if 0 < pause <= len(queue.batches) else None
         scorer.kept = scorer.new(config.batch)
-    pause, progress, done = queue.pause(config.prefix), Progress(log, "documents", len(documents.start)), 0
+    phase_work = scorer.work.phase(documents, queue, pause) if phase else 0.0
+    total = phase_work + sum(scorer.work.chunks(documents.targets[batch]).sum() for batch in queue.batches)
+    progress = Progress(log, "documents: window tokens", round(total), watch.seconds["hints"])
     for number, batch in enumerate(queue.batches):
         with watch("score"):
-            scorer.run(params, batch, number, observe)
-        progress.at(done := done + len(batch))
+            scorer.run(params, batch, number, observe, progress)
         if phase and number + 1 == pause:
             kept = queue.kept(pause, config.prefix)
             with watch("train"):
@@ -311,13 +337,14 @@ def evaluate_documents(
             steps = len(phase.lr)
             if steps:
                 book.update_on(np.concatenate([np.arange(s.start, s.stop - 1) for s in spans]), steps)
-            scorer.kept = scorer.new(config.batch)
+            scorer.kept, scorer.done = scorer.new(config.batch), scorer.done + phase_work
     score, chunks = book.totals()
     trace = Trace(chunks, params=params, order=tuple(book.order))
     if phase:
         loss, norm = (np.array([float(x) for x in xs]) for xs in (phase.loss, phase.norm))
         trace = Trace(chunks, loss, norm, np.array(phase.lr), params, tuple(book.order))
-    return Result("documents", score, _measured(book.facts(), tokens, order, config.tilt), watch.seconds, stream.share, trace, book.scores)
+    facts = _measured(book.facts(), tokens, order, config.tilt)
+    return Result("documents", score, facts, watch.seconds, stream.share, trace, book.scores, progress.early)
 
 
 def _measured(facts: Facts, tokens: np.ndarray, order: np.ndarray, tilt: TiltConfig) -> Facts:

@@ -20,12 +20,15 @@ from golf_jax.model import Model, nll, resolve
 from golf_jax.progress import Log, Progress
 
 
-def inside_documents(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """`config` with an attention backend that stays inside documents, where the model's own cannot."""
+def inside_documents(config: ModelConfig, mesh: Mesh, log: Log | None = None) -> ModelConfig:
+    """`config` with an attention backend that stays inside documents; the log says so where the model's own cannot."""
     try:
         return resolve(config, platform(mesh), documents=True)
     except GolfError:
-        return resolve(replace(config, attention="auto"), platform(mesh), documents=True)
+        other = resolve(replace(config, attention="auto"), platform(mesh), documents=True)
+        if log:
+            log(f"attention: {config.attention} cannot stay inside documents on this machine; scored with {other.attention}")
+        return other
 
 
 @kept(8)
@@ -65,7 +68,7 @@ def evaluate_packed(model: Model, stream: Stream, mesh: Mesh, config: PackedConf
     with watch("compile"):
         params = replicate(mesh, model.params)
         program = packed_program(
-            inside_documents(model.config, mesh), mesh, shapes_of(params), length, min(config.seq_len, length), model.looping
+            inside_documents(model.config, mesh, log), mesh, shapes_of(params), length, min(config.seq_len, length), model.looping
         )
     with watch("score"):
         for a in range(0, len(first), devices):

@@ -57,7 +57,7 @@ class Queue:
         return np.concatenate(self.batches)
 
     def pause(self, prefix: int) -> int:
-        """Batches after which at least `prefix` documents are scored; all of them if there are no more."""
+        """Batches after which at least `prefix` documents are scored; one more than there are, if that is never so."""
         return int(np.searchsorted(np.cumsum([len(b) for b in self.batches]), prefix)) + 1
 
     def kept(self, batches: int, prefix: int) -> np.ndarray:

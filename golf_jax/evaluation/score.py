@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from golf_jax.config import GolfError
+from golf_jax.progress import clock_seconds
 
 LIMIT_SECONDS = 600.0  # evaluation limit of the challenge on its own hardware
 NORMALIZED = 1e-5  # largest |logsumexp(log p)| of a distribution
@@ -119,12 +120,14 @@ class Result:
     score: Score
     facts: Facts
     seconds: dict[str, float]
-    """Wall seconds per phase: compile, score, train."""
+    """Wall seconds per phase: compile, score, train, and hints, where there is a tilt."""
     share: float = 1.0
     """Share of the validation targets in this run; below 1 the result is partial."""
     trace: Trace | None = None
     scores: np.ndarray | None = None
     """Per-target nll, float32 [targets], NaN where unscored; only with `Stream.keep_scores`."""
+    early: tuple[float, float] | None = None
+    """(share of the work, seconds of all of it as projected then), when the first percent was done; for work of several phases."""
 
     @property
     def partial(self) -> bool:
@@ -132,8 +135,8 @@ class Result:
 
     @property
     def projected_seconds(self) -> float:
-        """Scoring and training time of the whole validation set, extrapolated from a partial run. Compilation not counted."""
-        return (self.seconds["score"] + self.seconds["train"]) / self.share
+        """Time of the whole validation set, extrapolated from a partial run. Compilation not counted."""
+        return clock_seconds(self.seconds) / self.share
 
     def line(self) -> str:
         """The score line. An illegal or partial number never appears without that word."""
@@ -146,7 +149,8 @@ class Result:
         word = "projected for the whole set" if self.partial else "scoring and training"
         over = "within" if self.projected_seconds <= LIMIT_SECONDS else "OVER"
         time = f"time: {phases}; {word} {self.projected_seconds:.1f} s, {over} the {LIMIT_SECONDS:.0f} s limit on this machine"
-        return [self.line(), *self.facts.lines(), time]
+        early = f"; after {self.early[0]:.2%} of the work {self.early[1]:.1f} s were projected" if self.early else ""
+        return [self.line(), *self.facts.lines(), time + early]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able summary for result.json (without per-target scores and traces). None stands for what is not finite."""
@@ -161,6 +165,7 @@ class Result:
             "facts": {n: _finite(v) for n, v in asdict(self.facts).items()} | {"exactly_once": self.facts.exactly_once},
             "seconds": self.seconds,
             "projected_seconds": self.projected_seconds,
+            **({"early_projection": {"share": self.early[0], "seconds": self.early[1]}} if self.early else {}),
         }
 
 
@@ -178,7 +183,7 @@ class Stopwatch:
     def __call__(self, phase: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self.seconds[phase] += time.perf_counter() - begin
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
 
 def sum_over_processes(values: np.ndarray) -> np.ndarray:

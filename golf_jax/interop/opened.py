@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from golf_jax.artifact.model import describe, load_model
-from golf_jax.config import GolfError, load_recipe
+from golf_jax.config import GolfError, load_recipe, parse_json
 from golf_jax.files import read_bytes
 from golf_jax.interop.packed import read_checkpoint
 from golf_jax.interop.safetensors import read_metadata, write_safetensors
@@ -31,9 +31,7 @@ def open_model(path: str, recipe: str = "", log: Log = print) -> Model:
     header = read_metadata(path).get(HEADER) if path.endswith(".safetensors") and Path(path).is_file() else None
     if header and not recipe:
         return _exported(path, header)
-    config, params, name = open_torch(path, recipe)
-    if not recipe:
-        log(f"{path}: the tensors are those of recipe {name}")
+    config, params, name = open_torch(path, recipe, log)
     run = load_recipe(name)
     return opened_here(config, params, name=path, eval=run.eval, seq_len=run.data.seq_len, sha256=_sha256(path))
 
@@ -41,9 +39,9 @@ def open_model(path: str, recipe: str = "", log: Log = print) -> Model:
 def _exported(path: str, header: str) -> Model:
     tensors = read_checkpoint(path)
     try:
-        about = describe(json.loads(header), {name: x.shape for name, x in tensors.items()})
+        about = describe(parse_json(header), {name: x.shape for name, x in tensors.items()})
         params = from_tensors(about.config, tensors)
-    except (GolfError, json.JSONDecodeError) as error:
+    except GolfError as error:
         raise GolfError(f"{path}: its metadata are not those of a model: {error}") from None
     facts = {"eval": about.eval, "seq_len": about.seq_len, "tokenizer_sha256": about.tokenizer_sha256, "embedded": about.embedded}
     return opened_here(about.config, params, name=path, sha256=_sha256(path), **facts)

@@ -70,6 +70,11 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         arrays = read_safetensors(path)
     else:
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\3\4"
+            file.seek(-min(22, path.stat().st_size), 2)
+            if zipped and file.read(4) != b"PK\5\6":  # the last record of a zip without a comment, as torch writes it
+                raise GolfError(f"{path}: is cut off, or has bytes behind its end")
         arrays = {n: _numpy(v, f"{path}: {n}") for n, v in _state_dict(_torch_load(path, str(path)), path).items()}
     return canonical_state(arrays, str(path))
 

@@ -6,6 +6,7 @@ and lie column by column.
 """
 
 import math
+import resource
 import shutil
 import struct
 import subprocess
@@ -118,7 +119,8 @@ def _lrzip(stored: bytes, size: int) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         packed, raw = Path(folder, "codes.lrz"), Path(folder, "codes")
         packed.write_bytes(stored)
-        done = subprocess.run(["lrzip", "-d", "-q", "-o", str(raw), str(packed)], capture_output=True)
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1, size + 1))  # noqa: E731 - a bomb ends there
+        done = subprocess.run(["lrzip", "-d", "-q", "-o", str(raw), str(packed)], capture_output=True, preexec_fn=limit)
         if done.returncode or not raw.exists():
             raise GolfError("packed file: not a whole lrzip stream")
         return raw.read_bytes()[: size + 1]

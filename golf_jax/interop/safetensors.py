@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from golf_jax.config import GolfError, parse_json
+from golf_jax.files import read_bytes
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 MAX_HEADER = 1 << 24
@@ -20,7 +21,7 @@ MAX_HEADER = 1 << 24
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     """All tensors of a file, in their dtypes. Raises GolfError naming the file for whatever the layout does not allow."""
-    data = Path(path).read_bytes()
+    data = read_bytes(path)
     header, length = _header(data, path)
     try:
         entries = {n: (e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in header.items() if n[:2] != "__"}
@@ -42,7 +43,7 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """What a writer noted beside the tensors; empty where nothing is noted. Raises GolfError naming the file."""
-    found = _header(Path(path).read_bytes(), path)[0].get("__metadata__", {})
+    found = _header(read_bytes(path), path)[0].get("__metadata__", {})
     return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from golf_jax.config import GolfError, ModelConfig, load_recipe
-from golf_jax.interop.hparams import RECIPES, model_config
+from golf_jax.config import GolfError, ModelConfig, load_recipe, recipe_names
+from golf_jax.files import read_bytes
+from golf_jax.interop.hparams import model_config
 from golf_jax.interop.packed import BANKS, canonical_state, read_checkpoint, read_packed
 from golf_jax.interop.safetensors import read_safetensors, write_safetensors
 from golf_jax.model.params import from_tensors, leaves, to_tensors
+from golf_jax.progress import Log
 
 
 def pr_names(recipe: str, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -51,23 +53,27 @@ def to_torch(recipe: str, config: ModelConfig, params: Mapping[str, Any]) -> dic
     return pr_names(recipe, config, to_tensors(config, params))
 
 
-def open_torch(path: str | Path, recipe: str = "") -> tuple[ModelConfig, dict[str, np.ndarray], str]:
+def open_torch(path: str | Path, recipe: str = "", log: Log = print) -> tuple[ModelConfig, dict[str, np.ndarray], str]:
     """(model configuration, parameters float32, recipe) of a `.pt`, `.ptz` or `.safetensors` file of a full-size record.
 
-    recipe: a shipped recipe; empty: the one whose tensors have these names and shapes. The configuration is the recipe's with `auto`
-    dtype and attention. Raises GolfError naming the file for whatever does not fit.
+    recipe: a shipped recipe; empty: the one whose tensors have these names and shapes, which is said to `log`. The configuration is the
+    recipe's with `auto` dtype and attention. Raises GolfError naming the file for whatever does not fit.
     """
     path = Path(path)
     if path.suffix == ".ptz":
         if not path.is_file():
             raise GolfError(f"{path}: no such packed file")
         try:
-            tensors = canonical_state(read_packed(path.read_bytes()), str(path))
+            tensors = canonical_state(read_packed(read_bytes(path)), str(path))
         except GolfError as e:
             raise GolfError(f"{path}: {e}") from None
     else:
         tensors = {n: x.astype(np.float32) for n, x in read_checkpoint(path).items()}
-    name = recipe or guess_recipe(tensors, str(path))
+    name = recipe
+    if not name:
+        name, *others = guess_recipe(tensors, str(path))
+        same = f", and of {', '.join(others)}: choose with --recipe" if others else ""
+        log(f"{path}: the tensors are those of recipe {name}{same}")
     config = replace(load_recipe(name).model, dtype="auto", attention="auto")
     try:
         return config, from_tensors(config, tensors), name
@@ -75,18 +81,18 @@ def open_torch(path: str | Path, recipe: str = "") -> tuple[ModelConfig, dict[st
         raise GolfError(f"{path}: as {name}: {e}") from None
 
 
-def guess_recipe(tensors: Mapping[str, np.ndarray], where: str) -> str:
-    """The record whose model has exactly these tensor names and shapes. Raises GolfError naming the nearest where none has."""
+def guess_recipe(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
+    """The shipped recipes whose model has exactly these tensor names and shapes. Raises GolfError naming the nearest where none has."""
     shapes = {name: x.shape for name, x in tensors.items()}
     differing = {}
-    for name in RECIPES:
+    for name in recipe_names():
         want = tensor_shapes(load_recipe(name).model)
         differing[name] = [n for n in {**want, **shapes} if want.get(n) != shapes.get(n)]
     nearest = min(differing, key=lambda name: len(differing[name]))
     if differing[nearest]:
         odd = differing[nearest]
         raise GolfError(f"{where}: the tensors are of no shipped recipe; nearest is {nearest}, where {len(odd)} differ ({odd[0]}, ...)")
-    return nearest
+    return [name for name, odd in differing.items() if not odd]
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from golf_jax.config import GolfError
 from golf_jax.proof.compare import check_significance, select
 from golf_jax.proof.finding import Finding
-from golf_jax.proof.folder import check_shared_logs, check_submission, is_submission, read_submission
+from golf_jax.proof.folder import check_shared_logs, check_submission, is_submission, read_submission, submissions
 from golf_jax.proof.logs import Run
 from golf_jax.proof.own import check_own, check_together, is_run, read_run
 
@@ -17,7 +17,8 @@ def expand(path: Path) -> list[Path]:
         raise GolfError(f"{path}: does not exist")
     if path.is_file() or is_run(path) or is_submission(path):
         return [path]
-    inside = {p.parent for p in path.rglob("submission.json")} | {p.parent for p in path.rglob("config.json") if is_run(p.parent)}
+    own = {p.parent for p in path.rglob("config.json") if is_run(p.parent)}
+    inside = own | {p for p in submissions(path) if not own & {p, *p.parents}}
     if not inside:
         raise GolfError(f"{path}: no log, submission.json or run in it; give a log, a records folder or a run directory")
     return sorted(inside)

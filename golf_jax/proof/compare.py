@@ -33,7 +33,7 @@ def select(runs: Sequence[Run], claims: Claims) -> list[Run]:
     for run in runs:
         same = [r for r in runs if r.seed is not None and r.seed == run.seed]
         claim = claims.of_seed(run.seed, *BPB) if run.seed is not None else None
-        exact = [r for r in same if claim and any(_equal(claim, s.bpb.value, s.bpb.half) for s in r.finals)]
+        exact = [r for r in same if claim and any(equal(claim, s.bpb.value, s.bpb.half) for s in r.finals)]
         if claims.seeds and all_there and run.seed not in claims.seeds:
             continue
         if len(same) < 2 or not exact or run in exact:
@@ -41,7 +41,16 @@ def select(runs: Sequence[Run], claims: Claims) -> list[Run]:
     return chosen or list(runs)
 
 
-def _equal(claim: Claim, value: float, half: float = 0.0) -> bool:
+def is_variant(run: Run, runs: Sequence[Run], claims: Claims) -> bool:
+    """Whether the claimed score is another run's with the same seed: where one run is claimed, the others are ablations, exports, tries."""
+    given = [c for names in (BPB, LOSS) if (c := claims.number(*names))]
+    if len(runs) < 2 or claims.seed_count > 1 or not given:
+        return False
+    meant = [r for r in runs if any(equal(c, n.value, n.half) for c in given for s in r.finals for n in (s.bpb, s.loss))]
+    return not any(run is r for r in meant) and run.seed in [r.seed for r in meant]
+
+
+def equal(claim: Claim, value: float, half: float = 0.0) -> bool:
     """Equal as far as both are printed; a claim may be cut off instead of rounded, a mean be taken of rounded numbers."""
     return abs(claim.value - value) < max(claim.unit + half, IMMATERIAL)
 
@@ -55,14 +64,14 @@ def check_claims(claims: Claims, runs: Sequence[Run], found: Sequence[Finding], 
         if claim := claims.number(*names):
             out.append(_score(claim, what, runs, claims))
     if claim := claims.number(*TOTAL):
-        out += _bytes(claim, runs, claims.file, shipped)
+        out += _bytes(claim, runs, claims, shipped)
     for seed in claims.per_seed:
         ours = [r for r in runs if r.seed == seed]
         for names, what in ((BPB, "bpb"), (LOSS, "loss")):
             if (claim := claims.of_seed(seed, *names)) and ours:
                 out.append(_score(claim, what, ours, claims, f"seed {seed}: "))
         if (claim := claims.of_seed(seed, *TOTAL)) and ours:
-            out += _bytes(claim, ours, claims.file, shipped, f"seed {seed}: ")
+            out += _bytes(claim, ours, claims, shipped, f"seed {seed}: ")
         if (claim := claims.of_seed(seed, "steps")) and ours and (steps := [max(s for s, _ in r.steps) for r in ours if r.steps]):
             if claim.value < min(steps):
                 out.append(Finding("fail", "claims", f"seed {seed}: steps {claim.value:.0f}, the log goes on to {min(steps)}", claims.file))
@@ -77,13 +86,15 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
         for name, score in {s.name: s for s in run.finals}.items():
             number = score.bpb if what == "bpb" else score.loss
             by_name.setdefault(name, []).append((number.value, number.half, run.at(number)))
+        for name, number in dict(run.bare).items() if what == "bpb" else ():
+            by_name.setdefault(f"{name} (without nats)", []).append((number.value, number.half, run.at(number)))
     by_name = dict(sorted(by_name.items(), key=lambda item: max(half for _, half, _ in item[1])))  # the most precise print first
     for name, entries in by_name.items():
         mean, half = statistics.fmean(v for v, _, _ in entries), max(h for _, h, _ in entries)
-        if len(entries) == len(runs) and _equal(claim, mean, half):
+        if len(entries) == len(runs) and equal(claim, mean, half):
             over = f"the mean of {len(entries)} runs' {name}" if len(entries) > 1 else name
             return Finding("pass", "claims", f"{said} is {over}", claims.file if len(entries) > 1 else entries[0][2])
-    ones = [(name, e) for name, entries in by_name.items() for e in entries if _equal(claim, e[0], e[1])]
+    ones = [(name, e) for name, entries in by_name.items() for e in entries if equal(claim, e[0], e[1])]
     if ones:
         name, (_, _, where) = ones[0]
         best = len(runs) > 1 and claims.seed_count > 1
@@ -96,7 +107,7 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
     for run in runs:
         for s in run.scores:
             number = s.bpb if what == "bpb" else s.loss
-            if s.kind != "final" and claim.unit < 0.005 and _equal(claim, number.value, number.half):
+            if s.kind != "final" and claim.unit < 0.005 and equal(claim, number.value, number.half):
                 status = "fail" if run.finals else "warning"
                 return Finding(
                     status, "claims", f"{said} is the {s.kind} score {s.name!r}, not a score of the packed model", run.at(s.line)
@@ -104,10 +115,9 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
     heads = [h for h in map(headline, runs) if h]
     if not heads:
         return Finding("not checkable", "claims", f"{said}: the logs have no final score", claims.file)
-    if claims.seed_count > len(runs) and not label:
-        return Finding(
-            "not checkable", "claims", f"{said}: a mean over {claims.seed_count} seeds, of which {len(runs)} have logs", claims.file
-        )
+    if claims.seed_count > len(heads) and not label:
+        text = f"{said}: a mean over {claims.seed_count} seeds, of which {len(heads)} have logs with a final score"
+        return Finding("not checkable", "claims", text, claims.file)
     number = [h.bpb.value if what == "bpb" else h.loss.value for h in heads]
     listed = ", ".join(f"{v:.6f}" for v in number[:5])
     return Finding(
@@ -115,9 +125,9 @@ def _score(claim: Claim, what: str, runs: Sequence[Run], claims: Claims, label: 
     )
 
 
-def _bytes(claim: Claim, runs: Sequence[Run], file: str, shipped: int | None, label: str = "") -> list[Finding]:
+def _bytes(claim: Claim, runs: Sequence[Run], claims: Claims, shipped: int | None, label: str = "") -> list[Finding]:
     totals = {r.at(r.totals[-1]): r.totals[-1].value for r in runs if r.totals}
-    said = f"{label}{claim.name} {claim.value:,.0f}"
+    said, file = f"{label}{claim.name} {claim.value:,.0f}", claims.file
     if not totals:
         return [Finding("not checkable", "claims", f"{said}: the logs have no total", file)]
     values = list(totals.values())
@@ -134,6 +144,9 @@ def _bytes(claim: Claim, runs: Sequence[Run], file: str, shipped: int | None, la
         return [Finding("pass", "claims", f"{said} is the log's model and the shipped train_gpt.py", file)]
     if claim.value % 1_000 == 0 and min(values) - 1e4 <= claim.value:
         return [Finding("pass", "claims", f"{said} is the rounded total {max(values):,.0f}", file)]
+    if claims.seed_count > len(values) and not label:
+        text = f"{said}: of {claims.seed_count} seeds, {len(values)} have logs with a total"
+        return [Finding("not checkable", "claims", text, file)]
     near = min(values, key=lambda v: abs(v - claim.value))
     text = f"{said}, the logs' totals are {', '.join(f'{v:,.0f}' for v in values[:5])} ({claim.value - near:+,.0f} to the nearest)"
     return [Finding("warning" if claim.value >= max(values) else "fail", "claims", text, file)]

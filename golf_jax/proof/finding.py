@@ -26,7 +26,7 @@ RULES = {
     "code": "the code that ran is the code that ships",
     "seeds": "three distinct seeds, each with a log of its own",
     "settings": "all seeds run with the same settings",
-    "claims": "submission.json says what the logs say",
+    "claims": "submission.json and README say what the logs say",
     "significance": "better than the baseline by 0.005 nats per token at p < 0.01",
 }
 

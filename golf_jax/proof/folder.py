@@ -8,7 +8,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -16,11 +16,13 @@ import brotli
 
 from golf_jax.config import GolfError
 from golf_jax.proof.claims import Claims, read_claims
-from golf_jax.proof.compare import check_claims, select
+from golf_jax.proof.compare import check_claims, is_variant, select
 from golf_jax.proof.finding import Finding, fold
 from golf_jax.proof.logs import Run, digest, parse_log, read_text
+from golf_jax.proof.readme import README, check_readme, seeds_claimed
 from golf_jax.proof.rules import check_run
 
+CLAIMS, PROGRAM = "submission*.json", "train_gpt*.py"
 LOG_SUFFIXES = (".log", ".txt", ".out")
 NOT_LOGS = re.compile(r"^(?:requirements|readme|license|notes|verify)", re.I)
 OWN_SETTINGS = {"seed", "run_id", "logfile", "rank", "local_rank", "is_main_process", "model_path", "quantized_model_path", "artifact_dir"}
@@ -39,6 +41,9 @@ class Submission:
     sidecars: dict[str, int]
     """Other programs in the folder that train_gpt.py names, with their bytes."""
     script_bytes: int | None = None
+    readme: str = ""
+    empty: tuple[str, ...] = ()
+    """Files named as logs of a run that hold none."""
 
     @property
     def shipped_code(self) -> int | None:
@@ -52,20 +57,33 @@ class Submission:
 
 def is_submission(path: Path) -> bool:
     """A folder with a submission.json, or with logs and no further submission below it."""
-    return (path / "submission.json").is_file() or (any(_logs(path)) and next(path.rglob("submission.json"), None) is None)
+    return _only(path, CLAIMS) is not None or (any(_logs(path)) and next(path.rglob(CLAIMS), None) is None)
+
+
+def submissions(path: Path) -> set[Path]:
+    """The submissions below a folder: those with claims, and what else has logs, by the README or program that they belong to."""
+    found = {p.parent for p in path.rglob(CLAIMS)}
+    for log in path.rglob("*"):
+        if log.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.match(log.name) and not found & set(log.parents):
+            above = [p for p in log.parents if p.is_relative_to(path)]
+            found.add(next((p for p in above if (p / README).is_file() or _only(p, PROGRAM)), log.parent))
+    return found
 
 
 def _logs(path: Path) -> list[Path]:
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.match(p.name)]
-    return [p for p in files if p.parent == path or not (p.parent / "submission.json").exists()]
+    return [p for p in files if p.parent == path or _only(p.parent, CLAIMS) is None]
 
 
 def read_submission(path: Path) -> Submission:
     """Reads a log file or a folder. Raises GolfError if there is nothing in it to check."""
+    stated, program_file = (_only(path, CLAIMS), _only(path, PROGRAM)) if path.is_dir() else (None, None)
+    claims = read_claims(stated, stated.name) if stated else Claims()
     files = _logs(path) if path.is_dir() else [path]
     runs: list[Run] = []
     digests: dict[str, str] = {}
     copies: dict[str, str] = {}
+    empty: list[str] = []
     for file in sorted(files, key=lambda p: not _seed_in_name(p.name)):  # of a log and its copy, the one with the seed counts
         name = str(file.relative_to(path)) if path.is_dir() else file.name
         text = read_text(file)
@@ -75,51 +93,68 @@ def read_submission(path: Path) -> Submission:
             copies[name] = original
             continue
         for run in parsed:
-            if run.seed is None and len(parsed) == 1 and (seed := _seed_in_name(file.name)):
+            if run.seed is None and len(parsed) == 1 and (seed := _seed_in_name(file.name, claims.seeds)):
                 run.settings["seed"] = (seed, run.first_line)
         if parsed:
             digests[name] = own
+        elif _seed_in_name(name) or file.suffix == ".log":
+            empty.append(name)
         runs += parsed
-    claims, script, script_bytes = Claims(), "", None
-    if path.is_dir():
-        if (path / "submission.json").is_file():
-            claims = read_claims(path / "submission.json", "submission.json")
-        if (path / "train_gpt.py").is_file():
-            script, script_bytes = read_text(path / "train_gpt.py"), (path / "train_gpt.py").stat().st_size
+    script = read_text(program_file) if program_file else ""
+    script_bytes = program_file.stat().st_size if program_file else None
+    readme = read_text(path / README) if (path / README).is_file() else ""
+    claims.mean_over = seeds_claimed(readme)
     if not runs and not claims.file:
         raise GolfError(f"{path}: neither a log of a training run, nor a folder with one; give a log, a records folder or a run directory")
     program = unwrap(script)
-    others = [p for p in path.glob("*") if p.suffix in (".py", ".c", ".cpp", ".cu") and p.name != "train_gpt.py"] if path.is_dir() else []
+    others = [p for p in path.glob("*") if p.suffix in (".py", ".c", ".cpp", ".cu") and p != program_file] if path.is_dir() else []
     sidecars = {p.name: p.stat().st_size for p in sorted(others) if re.search(rf"\b{re.escape(p.stem)}\b", program)}
-    return Submission(path, runs, claims, digests, copies, script, sidecars, script_bytes)
+    return Submission(path, runs, claims, digests, copies, script, sidecars, script_bytes, readme, tuple(empty))
 
 
-def _seed_in_name(name: str) -> str:
+def _only(path: Path, pattern: str) -> Path | None:
+    """The file of the plain name (`submission.json`); without one, the single file that is named like it."""
+    plain, like = path / pattern.replace("*", ""), sorted(path.glob(pattern))
+    return plain if plain.is_file() else like[0] if len(like) == 1 else None
+
+
+def _seed_in_name(name: str, claimed: Sequence[int] = ()) -> str:
+    """The seed that a file's name gives: `train_seed42.log`, or `log_42.txt` where 42 is a claimed seed."""
     match = re.search(r"seed[_-]?(\d{1,9})", name)
-    return match[1] if match else ""
+    known = [n for n in re.findall(r"\d{1,9}", name) if int(n) in claimed]
+    return match[1] if match else known[0] if len(known) == 1 else ""
 
 
 def check_submission(s: Submission) -> list[Finding]:
     """Every check on a submission, per run and over all of them."""
     found = []
+    claimed = select(s.runs, s.claims)
     for run in s.runs:
-        found += check_run(run, s.shipped_code, s.record)
+        besides = not any(run is r for r in claimed) or is_variant(run, s.runs, s.claims)
+        found += [_beside(f) if besides else f for f in check_run(run, s.shipped_code, s.record)]
     if not s.runs:
         found.append(Finding("not checkable", "input", "no log: none of the claims can be checked", s.claims.file))
     if s.runs and not any(r.finals for r in s.runs):
         found.append(
             Finding("not checkable", "input", "no run has a final score: the log is cut, or training did not end", s.runs[-1].file)
         )
+    found += [Finding("warning", "input", "no line of training or scoring in it", name) for name in s.empty]
     found += check_code(s)
     found += check_seeds(s)
     if s.claims.file:
         found += check_claims(s.claims, select(s.runs, s.claims), found, s.shipped_code)
     elif s.path.is_dir():
         found.append(Finding("warning", "claims", "no submission.json", str(s.path)))
+    found += check_readme(s.readme, s.runs, s.claims)
     if not any(f.rule in ("C1", "C2", "C3", "C4") for f in found) and s.runs:
         text = "no line of the logs speaks against them; only running the program can show that they hold"
         found.append(Finding("not checkable", "C1-C4", text))
     return fold(found)
+
+
+def _beside(f: Finding) -> Finding:
+    """Of a run that nothing is claimed about, an ablation for example: what it breaks is no fault of the submission."""
+    return replace(f, status="warning", text=f"{f.text} (no claim is about this run)") if f.status == "fail" else f
 
 
 def check_shared_logs(s: Submission, others: Sequence[Submission]) -> list[Finding]:

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from golf_jax.config import GolfError
+from golf_jax.files import read_bytes
 
 LONGEST = 2_000  # characters of a line that are looked at; programs print no longer lines of results
 NUMBER = r"[-+]?\d[\d,_]{0,20}(?:\.\d{0,20})?(?:[eE][-+]?\d{1,2})?"
 _SCORE = re.compile(rf"^([^'\"{{}}]*?)\bval_loss\s*[:=]\s*({NUMBER})\b.*?\bval_bpb\s*[:=]\s*({NUMBER})(?![\w.])(.*)$")
+_BARE_BPB = re.compile(rf"\b((?!val_bpb_?(?:std|delta))\w*bpb\w*)\s*[:=]\s*({NUMBER})(?![\w.])")
 _TRAINING = re.compile(r"^(?:step[: ]\s*)?(\d+)/\d+\b")
 _STEP_LOSS = re.compile(rf"^(?:step[: ]\s*)?(\d+)(?:/\d+)?\s.*?\b(?:train_)?loss\s*[:= ]\s*({NUMBER})")
 _SECONDS = re.compile(rf"\b(?:eval_time|time)\s*[:=]\s*({NUMBER})\s*(ms|s)\b")
@@ -33,6 +34,7 @@ _CODE = re.compile(rf"^(?:Code size(?: \((\w+)\))?|CODE_BYTES)\s*:\s*({NUMBER})(
 _TOTALS = (
     re.compile(rf"^Total submission size(?: (\S[^:]*))?:\s*({NUMBER})\s*bytes\b", re.I),
     re.compile(rf"\bTotal submission(?: size)?()\s*[:=]\s*({NUMBER})\s*bytes\b", re.I),
+    re.compile(rf"^artifact ()\S+:\s*{NUMBER} bytes \+ {NUMBER} code = ({NUMBER}) total\b"),
     re.compile(rf"^budget()\s*:\s*({NUMBER})\s*/\s*16,?000,?000\b", re.I),
     re.compile(rf"^(?:bytes[ _]total|total[ _]bytes|submission[ _](?:size|bytes))()\s*[:=]\s*({NUMBER})(?: bytes)?\b(?! *MB)", re.I),
 )
@@ -86,6 +88,8 @@ class Run:
     settings: dict[str, tuple[str, int]] = field(default_factory=dict)
     tokens: list[Number] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    bare: list[tuple[str, Number]] = field(default_factory=list)
+    """Bits per byte without the nats beside them, by the words before them (`final_ttt val_bpb`): claims stand on them, too."""
     steps: list[tuple[int, float]] = field(default_factory=list)
     """(step, training loss) as logged: two runs with other seeds never agree on them."""
     step_seconds: float = 0.0
@@ -123,10 +127,7 @@ class Run:
 
 def read_text(path: Path) -> str:
     """A file's text, whatever encoding it was saved in. Never fails on content; raises GolfError if it cannot be read."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be read ({error.strerror})") from None
+    data = read_bytes(path)
     for bom, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
         if data.startswith(bom):
             return data[len(bom) :].decode(encoding, "replace")
@@ -170,7 +171,8 @@ def _bare(text: str) -> list[str]:
 
 
 def _set_source_aside(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], list[str]]:
-    """(lines of output, programs): a block between rulers that imports and defines is source, up to its last definition's end."""
+    """(lines of output, programs): a block between rulers that imports and defines is source, up to its last definition's end; so are
+    many definitions without an import, the rest of a program whose beginning is lost."""
     blocks: list[list[tuple[int, str]]] = [[]]
     for number, line in lines:
         if _RULE.match(line):
@@ -181,10 +183,13 @@ def _set_source_aside(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str
     sources = []
     for block in blocks:
         code = [i for i, (_, line) in enumerate(block) if _PYTHON.match(line)]
-        if len(code) < 5 or not any(block[i][1].startswith("import ") for i in code):
+        whole = any(block[i][1].startswith("import ") for i in code)
+        if len(code) < (5 if whole else 20):
             output += block
             continue
         first = next(i for i, (_, line) in enumerate(block) if i == code[0] or line.startswith(('"""', "#", "from ", "'''")))
+        while not whole and first and re.match(r"\s|#|$", block[first - 1][1]):
+            first -= 1
         events = (i for i, (_, line) in enumerate(block) if i > code[-1] and (_TRAINING.match(line) or _SCORE.match(line[:LONGEST])))
         stop = next(events, len(block))
         output += block[:first] + block[stop:]
@@ -216,6 +221,8 @@ def _read_line(run: Run, number: int, line: str) -> None:
         _read_score(run, number, stripped, match)
     elif match := _STEP_LOSS.match(stripped):
         run.steps.append((int(match[1][:12]), _float(match[2])))
+    if "bpb" in stripped and not _TRAINING.match(stripped):
+        _read_bare(run, number, stripped)
     if not (run.steps or run.scores or run.code):  # settings come first; later lines of that form are results
         _read_settings(run, number, line)
     _read_clock(run, number, stripped)
@@ -242,6 +249,15 @@ def _read_score(run: Run, number: int, line: str, match: re.Match[str]) -> None:
     run.scores.append(Score(name, kind, _number(match[2], number), _number(match[3], number), took))
     if took is not None and kind == "final" and took not in (n.value for _, n in run.phases):  # `x` and `x_exact` are one phase
         run.phases.append((name, Number(took, number)))
+
+
+def _read_bare(run: Run, number: int, line: str) -> None:
+    score = _SCORE.match(line)
+    for match in _BARE_BPB.finditer(line):
+        if not _DIFFERENCE.search(match[1]) and not (score and match.start(2) == score.start(3)):
+            first = re.match(r"[\w.+-]*", line)
+            words = [w for w in (first[0] if first else "", match[1]) if w]
+            run.bare.append((" ".join(dict.fromkeys(words)), _number(match[2], number)))
 
 
 def _read_clock(run: Run, number: int, line: str) -> None:

@@ -15,7 +15,9 @@ from golf_jax.data.corpus import build_embedded
 from golf_jax.data.manifest import sha256_file
 from golf_jax.data.shards import find_shards
 from golf_jax.data.verify import OFFICIAL_BYTES, verify
+from golf_jax.files import read_bytes
 from golf_jax.processes import cache_directory
+from golf_jax.progress import clock_seconds
 from golf_jax.proof.finding import Finding, fold
 from golf_jax.proof.folder import check_settings
 from golf_jax.proof.logs import Run, parse_log, read_text
@@ -73,11 +75,9 @@ def check_together(paths: list[Path]) -> list[Finding]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = parse_json(path.read_bytes())
-    except OSError as error:
-        raise GolfError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise GolfError(f"{path}: {error}") from None
+        value = parse_json(read_bytes(path))
+    except GolfError as error:
+        raise error if str(path) in str(error) else GolfError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise GolfError(f"{path}: holds {type(value).__name__}, not an object")
     return value
@@ -149,7 +149,7 @@ def _clocks(result: dict[str, Any], environment: dict[str, Any]) -> list[Finding
     official = len(devices) == 8 and all("H100" in d for d in devices)
     here = f"{len(devices)} x {devices[0]}" if devices else "an unknown machine"
     step = result["train_seconds"] / max(result["steps"], 1)
-    evaluation = sum(e["seconds"]["score"] + e["seconds"]["train"] for e in result["evaluations"].values())
+    evaluation = sum(clock_seconds(e["seconds"]) for e in result["evaluations"].values())
     times = [("training clock", "training ended at", result["train_seconds"], max(step, 0.5))]
     if result["train_and_calibration_seconds"] > result["train_seconds"]:
         times.append(("Hessian clock", "training data were read until", result["train_and_calibration_seconds"], 0.0))
@@ -180,7 +180,9 @@ def _data(path: Path, result: dict[str, Any], config: dict[str, Any]) -> list[Fi
         return [*found, Finding("not checkable", "data", f"the shards cannot be read again: {error}")]
     if report.problems:
         return [*found, *(Finding("fail", "data", problem) for problem in report.problems)]
-    return [*found, Finding("pass", "data", "; ".join(fact for fact in report.facts if fact.startswith(("train:", "val:", "overlap"))))]
+    sound = "; ".join(fact for fact in report.facts if fact.startswith(("train:", "val:", "overlap")))
+    doubts = [fact.removeprefix("WARNING: ") for fact in report.facts if fact.startswith("WARNING: ")]
+    return [*found, Finding("pass", "data", sound), *(Finding("warning", "data", doubt) for doubt in doubts)]
 
 
 def _text(config: dict[str, Any]) -> tuple[str, str, str]:
@@ -230,7 +232,7 @@ def _log(path: Path, result: dict[str, Any]) -> list[Finding]:
 
 def _round_trip(path: Path, result: dict[str, Any], config: dict[str, Any]) -> Finding:
     """Score artifact.golf in a process that knows nothing of the run, the cheapest of its evaluations, and compare."""
-    took = {name: e["seconds"]["score"] + e["seconds"]["train"] for name, e in result["evaluations"].items()}
+    took = {name: clock_seconds(e["seconds"]) for name, e in result["evaluations"].items()}
     name = min(took, key=lambda n: took[n])
     _, val, tokenizer = _text(config)
     command = [sys.executable, "-m", "golf_jax.evaluate", str(path / "artifact.golf"), "--val", val, "--tokenizer", tokenizer]

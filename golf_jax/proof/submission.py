@@ -12,6 +12,7 @@ from typing import Any
 
 from golf_jax.config import CAP_BYTES, GolfError, Recipe, to_dict
 from golf_jax.options import Author
+from golf_jax.progress import clock_seconds
 from golf_jax.proof.finding import Finding, table
 from golf_jax.training.resume import stored_recipe
 from golf_jax.training.rundir import read_json
@@ -57,7 +58,7 @@ class Finished:
             "steps": r["steps"],
             "step_avg_ms": 1000 * r["train_seconds"] / max(r["steps"], 1),
             "train_time_s": r["train_seconds"],
-            "eval_time_s": e["seconds"]["score"] + e["seconds"]["train"],
+            "eval_time_s": clock_seconds(e["seconds"]),
         }
 
 

@@ -16,6 +16,7 @@ from golf_jax.reporting.record import Record
 
 MOST_SEEDS = 1000
 MOST_FIELDS = 3  # in the label of a group
+SAME_TEXT = 0.005  # difference in bytes per token that whole rows of another length make, and no other tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Group:
     def scores(self, method: str) -> dict[int, float]:
         """seed -> nats per token by `method`, of the runs that have it."""
         return {r.recipe.seed: r.evaluations[method]["val_loss"] for r in self.runs if method in r.evaluations}
+
+    def rate(self, method: str) -> float:
+        """Bytes of text per token that `method` scored, mean of the runs: where it is another, nats per token are not comparable."""
+        return statistics.fmean(e["bytes"] / e["tokens"] for r in self.runs if (e := r.evaluations.get(method)))
 
     def steps(self) -> set[int]:
         return {r.stages["train"]["steps"] for r in self.runs if "train" in r.stages}
@@ -106,13 +111,16 @@ def _row(group: Group, base: Group, method: str, level: float) -> Row:
     values = list(mine.values())
     spread = statistics.stdev(values) if len(values) > 1 else None
     bpb = statistics.fmean(r.evaluations[method]["val_bpb"] for r in group.runs if method in r.evaluations)
-    gains = [theirs[seed] - mine[seed] for seed in mine if seed in theirs] if group is not base else []
+    same_text = abs(group.rate(method) / base.rate(method) - 1) < SAME_TEXT
+    gains = [theirs[seed] - mine[seed] for seed in mine if seed in theirs] if group is not base and same_text else []
     gain = statistics.fmean(gains) if gains else None
     test = paired_test(mine, theirs, margin=0.0) if gains else None
     p = 2 * min(test.p, 1 - test.p) if test else None
     needed = None
     if group is base:
         verdict = "reference"
+    elif not same_text:
+        verdict = "not comparable in nats: other tokens or text"
     elif gain is None:
         verdict = "no seed in common with the reference"
     elif len(group.steps() | base.steps()) > 1:

@@ -1,13 +1,15 @@
 """What a report says: sections made of records and of what was measured again."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from matplotlib.figure import Figure
 
 from golf_jax.config import CAP_BYTES
+from golf_jax.options import Sampling
 from golf_jax.proof.statistics import LEVEL
 from golf_jax.reporting import compare, figures
-from golf_jax.reporting.measure import Measured, TensorError
+from golf_jax.reporting.measure import Again, Measured, TensorError
 from golf_jax.reporting.page import Picture, Section, Table
 from golf_jax.reporting.record import Record
 
@@ -15,10 +17,10 @@ ROWS = 12  # of a course that is shown as a table
 Drawn = dict[str, tuple[str, Figure]]  # name -> (title, figure)
 
 
-def draw(records: Sequence[Record], errors: Mapping[str, Sequence[TensorError]], measured: Mapping[str, Measured]) -> Drawn:
+def draw(records: Sequence[Record], measured: Again) -> Drawn:
     """Every figure that the runs have the numbers for."""
     many = len(records) > 1
-    again = [(i, r.name, measured[r.name]) for i, r in enumerate(records) if r.name in measured]
+    again = [(i, r.name, measured.scores[r.name]) for i, r in enumerate(records) if r.name in measured.scores]
     drawn: dict[str, tuple[str, Figure | None]] = {
         "loss-steps": ("Training loss over steps: every step faint, its average bold", figures.training_loss(records, "step", "step")),
         "loss-time": ("Training loss over training time", figures.training_loss(records, "seconds", "seconds of training")),
@@ -32,20 +34,14 @@ def draw(records: Sequence[Record], errors: Mapping[str, Sequence[TensorError]],
         "documents": ("Documents by their bits per byte", figures.documents(again) if again else None),
         "chunks": ("Test-time training, chunk by chunk", figures.chunks(again)),
     }
-    for name, of_run in errors.items():
+    for name, of_run in measured.errors.items():
         title = "Quantization error of integer-coded tensors" + (f": {name}" if many else "")
         drawn[f"quantization-{name.strip('./').replace('/', '-')}" if many else "quantization"] = (title, figures.quantization(of_run))
     return {name: (title, figure) for name, (title, figure) in drawn.items() if figure}
 
 
-def sections(
-    records: Sequence[Record],
-    drawn: Drawn,
-    errors: Mapping[str, Sequence[TensorError]],
-    measured: Mapping[str, Measured],
-    missing: Mapping[str, Sequence[str]],
-) -> list[Section]:
-    """The report in its order. missing: title of a section -> sentences about what could not be shown in it."""
+def sections(records: Sequence[Record], drawn: Drawn, again: Again) -> list[Section]:
+    """The report in its order."""
 
     def pictures(*names: str) -> list[Picture]:
         return [Picture(n, t, figures.svg(f, t)) for n, (t, f) in drawn.items() if n.startswith(names)]
@@ -56,12 +52,20 @@ def sections(
         training(records, pictures("loss", "validation")),
         Section("Schedule", (), pictures("lr", "momentum", "phases")),
         byte_budget(records, pictures("bytes")),
-        Section("Quantization", (), pictures("quantization"), [_error_table(n, e) for n, e in errors.items()]),
-        text(measured, pictures("positions", "documents")),
-        ttt(records, measured, pictures("chunks")),
+        Section("Quantization", (), pictures("quantization"), [_error_table(n, e) for n, e in again.errors.items()]),
+        text(again.scores, pictures("positions", "documents")),
+        ttt(records, again.scores, pictures("chunks")),
+        samples(again.samples),
     ]
-    made = [Section(s.title, (*s.notes, *missing.get(s.title, ())), s.pictures, s.tables) for s in made if s]
-    return [s for s in made if s.notes or s.pictures or s.tables]
+    made = [replace(s, notes=(*s.notes, *again.missing.get(s.title, ()))) for s in made if s]
+    return [s for s in made if s.notes or s.pictures or s.tables or s.quotations]
+
+
+def samples(texts: Mapping[str, str]) -> Section:
+    """A text of each model, drawn as `generate` draws without options."""
+    drawn = Sampling()
+    how = f"temperature {drawn.temperature}, top-p {drawn.top_p}, seed {drawn.seed}"
+    return Section("Sample text", quotations=[(f"{name} after a document start, {how}:", text) for name, text in texts.items()])
 
 
 def results(records: Sequence[Record]) -> Section:

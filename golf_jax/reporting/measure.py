@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -40,6 +40,19 @@ class Portion:
     label: str
     bpb: float
     tokens: int
+
+
+@dataclass(frozen=True)
+class Again:
+    """What was measured again, by run. missing: title of a section of the report -> sentences about what could not be."""
+
+    errors: dict[str, list[TensorError]] = field(default_factory=dict)
+    scores: dict[str, "Measured"] = field(default_factory=dict)
+    samples: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+
+    def lacks(self, section: str, sentence: str) -> None:
+        self.missing.setdefault(section, []).append(sentence)
 
 
 @dataclass(frozen=True)
@@ -129,23 +142,24 @@ def _chunks(record: Record, model: Model, stream: Stream) -> list[Portion]:
     return [Portion(str(i), nats / np.log(2) / n, int(t)) for i, (nats, t, n) in enumerate(trace.chunks, 1) if n]
 
 
-def everything(records: Sequence[Record], targets: int) -> tuple[dict[str, list[TensorError]], dict[str, Measured], dict[str, list[str]]]:
-    """(quantization errors by run, scores by run, what could not be measured by section). targets: to be scored again; 0: none."""
-    errors: dict[str, list[TensorError]] = {}
-    measured: dict[str, Measured] = {}
-    missing: dict[str, list[str]] = {"Quantization": [], "Where the bits go": []}
+def everything(records: Sequence[Record], targets: int, sample_tokens: int) -> Again:
+    """targets: to be scored again; sample_tokens: that each model writes after a document start, the same ones every time. 0: none."""
+    again = Again()
     for record in records:
         if "pack" not in record.stages:
-            missing["Quantization"].append(f"{record.name} has no artifact yet.")
+            again.lacks("Quantization", f"{record.name} has no artifact yet.")
             continue
         try:
-            errors[record.name] = quantization_errors(record)
+            again.errors[record.name] = quantization_errors(record)
         except GolfError as error:
-            missing["Quantization"].append(f"{record.name}: the weights before quantization cannot be read ({error}).")
+            again.lacks("Quantization", f"{record.name}: the weights before quantization cannot be read ({error}).")
+        if sample_tokens:
+            try:
+                again.samples[record.name] = load(record.path).generate("", sample_tokens)
+            except GolfError as error:
+                again.lacks("Sample text", f"{record.name}: {error}.")
         if targets:
-            measured[record.name] = score_again(record, targets)
+            again.scores[record.name] = score_again(record, targets)
     if not targets:
-        missing["Where the bits go"].append(
-            "Bits per byte by position and by document are not kept by a run; --score-again N measures them."
-        )
-    return errors, measured, missing
+        again.lacks("Where the bits go", "Bits per byte by position and by document are not kept by a run; --score-again N measures them.")
+    return again

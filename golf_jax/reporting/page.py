@@ -15,6 +15,8 @@ p { max-width: 44rem; } .quiet, figcaption { color: var(--quiet); }
 figure { margin: 0; min-width: 0; max-width: 40rem; } figcaption { font-size: .9rem; } svg { width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; margin: 1rem 0; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+blockquote { margin: 1rem 0; padding-left: 1rem; max-width: 44rem; border-left: 3px solid var(--line); white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 td.number { text-align: right; } details { margin: .8rem 0; } summary { cursor: pointer; }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -49,18 +51,21 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, then sentences (`notes`), figures side by side, tables."""
+    """A heading, then sentences (`notes`), figures side by side, tables, quotations: (of whom, text)."""
 
     title: str
     notes: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
+    quotations: Sequence[tuple[str, str]] = ()
 
     def html(self) -> str:
         parts = [f"<h2>{escape(self.title)}</h2>", *(f'<p class="quiet">{escape(note)}</p>' for note in self.notes)]
         if self.pictures:
             parts.append(f'<div class="figures">{"".join(p.html() for p in self.pictures)}</div>')
-        return "\n".join(["<section>", *parts, *(t.html() for t in self.tables), "</section>"])
+        parts += [t.html() for t in self.tables]
+        parts += [f'<p class="quiet">{escape(whose)}</p><blockquote>{escape(text)}</blockquote>' for whose, text in self.quotations]
+        return "\n".join(["<section>", *parts, "</section>"])
 
 
 def page(title: str, sections: Sequence[Section]) -> str:

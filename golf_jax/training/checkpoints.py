@@ -146,6 +146,8 @@ class Checkpoints:
     def _restore(self, step: int, like: TrainState) -> Found:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
         with self._reported(f"checkpoint {step} cannot be read"):
+            if odd := [p for p in (self.directory / str(step)).rglob("*") if not (p.is_file() or p.is_dir())]:
+                raise GolfError(f"checkpoint {step}: {odd[0]} is no regular file")  # opening a pipe would block for ever
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             if not isinstance(meta, dict) or meta != sealed(meta) or meta["step"] != step:
                 raise GolfError(f"checkpoint {step}: its meta data were altered")

@@ -6,14 +6,16 @@ from typing import Any
 import jax
 
 from golf_jax.config import GolfError, Recipe
+from golf_jax.data.prefetch import Prefetcher
 from golf_jax.interrupt import Interrupted, Signals
-from golf_jax.processes import agreed
+from golf_jax.processes import agreed, from_all
 from golf_jax.training.checkpoints import Checkpoints
 from golf_jax.training.rundir import RunDir
 from golf_jax.training.state import TrainState
 
 SECONDS = 60.0  # of training between two checkpoints, where the recipe does not count steps
 ASK_EVERY = 10  # steps; several processes have to ask each other
+LOOKAHEAD = 2 * ASK_EVERY  # batches: what one of them cannot read is told twice before its turn comes, and heard at least once
 
 
 class Keeper:
@@ -26,14 +28,35 @@ class Keeper:
     def starts_at(self, step: int, seconds: float) -> None:
         self._saved_step, self._saved_at = step, seconds
 
-    def asked(self, step: int, seconds: float) -> tuple[int, bool]:
-        """(signal that asks for the end or 0, whether a checkpoint is due), the same on every process."""
+    @property
+    def lookahead(self) -> int:
+        """Batches to read ahead: two keep a device busy."""
+        return LOOKAHEAD if jax.process_count() > 1 else 2
+
+    def starts_with(self, batches: Prefetcher) -> None:
+        """Raises, on all processes, what one of them finds among the batches before the others could hear of it."""
+        if jax.process_count() > 1:
+            for why in from_all(str(batches.trouble(self._ahead(self._saved_step)) or "")):
+                if why:
+                    raise GolfError(why)
+
+    def _ahead(self, step: int) -> int:
+        return min(LOOKAHEAD, self.recipe.budget.steps - step) if self.recipe.budget.steps else LOOKAHEAD
+
+    def asked(self, step: int, seconds: float, batches: Prefetcher) -> tuple[int, bool, str]:
+        """(signal that asks for the end or 0, whether a checkpoint is due, why there will be no more data), the same on every process.
+
+        One process alone gets the last from `next(batches)`.
+        """
         every = self.recipe.checkpoint_every
         on_step = bool(every) and step % every == 0
         if jax.process_count() > 1 and step % ASK_EVERY:
-            return 0, on_step
-        number, by_time = agreed(self.signals.number, not every and seconds - self._saved_at >= SECONDS)
-        return number, (on_step or by_time) and step > self._saved_step
+            return 0, on_step, ""
+        error = batches.trouble(self._ahead(step)) if jax.process_count() > 1 else None
+        if error and not isinstance(error, GolfError):
+            raise error
+        number, by_time, trouble = agreed(self.signals.number, not every and seconds - self._saved_at >= SECONDS, str(error or ""))
+        return number, (on_step or by_time) and step > self._saved_step, trouble
 
     def save(self, step: int, state: TrainState, seconds: float, position: dict[str, int], loss: float, *, wait: bool = False) -> bool:
         """Whether it could be saved: a full disk must not end a run that goes well without checkpoints."""
@@ -55,13 +78,11 @@ class Keeper:
             return Interrupted(number, "nothing could be saved" if step else "nothing was trained yet")
         return Interrupted(number, f"saved after step {step}; go on with: python -m golf_jax.train --resume {self.run.path}")
 
-    def without_data(
-        self, error: GolfError, step: int, state: TrainState, seconds: float, position: dict[str, int], loss: float
-    ) -> GolfError:
-        """The training text cannot be read on: save what was trained, where one process can decide that alone."""
-        if jax.process_count() > 1 or not step or not self.save(step, state, seconds, position, loss, wait=True):
-            return error
-        return GolfError(f"{error} (saved after step {step}; then go on with: python -m golf_jax.train --resume {self.run.path})")
+    def without_data(self, why: str, step: int, state: TrainState, seconds: float, position: dict[str, int], loss: float) -> GolfError:
+        """The training text cannot be read on: save what was trained, on all processes."""
+        if not step or not self.save(step, state, seconds, position, loss, wait=True):
+            return GolfError(why)
+        return GolfError(f"{why} (saved after step {step}; then go on with: python -m golf_jax.train --resume {self.run.path})")
 
     def diverged(self, step: int, loss: float) -> GolfError:
         """The state after `step` steps has a loss that is not finite: its checkpoint is good for nothing and set aside."""

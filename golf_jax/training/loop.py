@@ -121,7 +121,8 @@ def train(
 
     if not recipe.budget.steps:
         all_made()  # what still compiles would take the clock's time
-    with Prefetcher(loader, mesh) as batches, keeper.signals.held(), jax.transfer_guard("disallow"):
+    with Prefetcher(loader, mesh, keeper.lookahead) as batches, keeper.signals.held(), jax.transfer_guard("disallow"):
+        keeper.starts_with(batches)
         clock.start()
         while True:
             seconds = clock.seconds() if not recipe.budget.steps else clock.local_seconds
@@ -143,20 +144,22 @@ def train(
                 if pending:
                     watch.step(*pending, clock)
                 with jax.transfer_guard("allow"):
-                    raise keeper.without_data(error, step, state, clock.local_seconds, batches.state(), watch.loss) from None
+                    raise keeper.without_data(str(error), step, state, clock.local_seconds, batches.state(), watch.loss) from None
             state, metrics = steps[phase_at(recipe, now)](state, batch, put_replicated(mesh, inputs))
             if pending:
                 watch.step(*pending, clock)
             pending = (step, inputs, metrics)
             step += 1
-            signal, due = keeper.asked(step, clock.local_seconds)
-            if signal or due:
+            signal, due, trouble = keeper.asked(step, clock.local_seconds, batches)
+            if signal or due or trouble:
                 watch.step(*pending, clock)
                 pending = None
                 with clock.paused(), jax.transfer_guard("allow"):
                     arguments = (step, state, clock.local_seconds, batches.state(), watch.loss)
                     if signal:
                         raise keeper.stop(signal, *arguments)
+                    if trouble:
+                        raise keeper.without_data(trouble, *arguments)
                     keeper.save(*arguments)
         if pending:
             watch.step(*pending, clock)

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import jax
 
 from golf_jax.config import GolfError, parse_json
-from golf_jax.files import json_rows, sealed, write_atomic
+from golf_jax.files import json_rows, read_bytes, sealed, write_atomic
 from golf_jax.processes import from_main
 from golf_jax.training.trackers import Tracker, open_tracker, scalars
 
@@ -35,10 +35,14 @@ def new_path(parent: str | Path, name: str) -> Path:
 def read_json(path: Path) -> Any:
     """JSON of a file of a run. Raises GolfError naming it, FileNotFoundError where it is not there."""
     try:
-        return parse_json(path.read_bytes())
+        if not path.exists():
+            raise FileNotFoundError(path)
+        return parse_json(read_bytes(path))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
+        if isinstance(error, GolfError) and str(path) in str(error):
+            raise
         raise GolfError(f"{path}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
 
 
@@ -83,6 +87,9 @@ class RunDir:
             if resume and not here:
                 return f"--resume {self.path}: no run is there (config.json is missing)"
             self.path.mkdir(parents=True, exist_ok=True)
+            for name in ("run.lock", "log.txt", "metrics.jsonl"):
+                if (file := self.path / name).exists() and not file.is_file():  # opening a pipe would block for ever
+                    return f"{file}: not a regular file; remove it"
             self._lock = open(self.path / "run.lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._log = open(self.path / "log.txt", "a", encoding="utf8")

@@ -253,7 +253,8 @@ def test_a_damaged_embedded_corpus_is_made_anew(tmp_path, monkeypatch, name):
 
 def test_a_manifest_names_nothing_outside_its_directory(built):
     manifest = json.loads((built / "manifest.json").read_text())
-    for change in ({"tokenizer": {**manifest["tokenizer"], "file": "../tokenizer.model"}}, {"train": None}, {"val": {}}):
+    files = [{"tokenizer": {**manifest["tokenizer"], "file": name}} for name in ("../tokenizer.model", "..", "", "a\0b", "\ud800", "c:x")]
+    for change in (*files, {"train": None}, {"val": {}}):
         (built / "manifest.json").write_text(json.dumps({**manifest, **change}))
         with pytest.raises(GolfError, match=r"manifest\.json: "):
             verify_directory(built)

@@ -61,6 +61,18 @@ def test_an_error_of_the_thread_reaches_the_consumer_behind_the_good_batches(mes
                 next(ahead)
 
 
+def test_an_error_is_known_before_its_turn(mesh):
+    """Several processes ask ahead, so that all can stop at one step."""
+    loader = make()
+    good, calls = loader.next_batch, iter(range(100))
+    loader.next_batch = lambda: good() if next(calls) < 5 else next(iter(()))
+    with Prefetcher(loader, mesh, depth=8) as ahead:
+        assert ahead.trouble(5) is None and isinstance(ahead.trouble(6), StopIteration)
+        for _ in range(5):
+            next(ahead)
+        assert ahead.trouble(0) is None and isinstance(ahead.trouble(1), StopIteration)
+
+
 def test_close_ends_the_thread_while_it_waits_for_room(mesh):
     ahead = Prefetcher(make(), mesh)
     ahead.close()

@@ -13,7 +13,8 @@ from golf_jax.config import GolfError
 from golf_jax.data.corpus import documents
 from golf_jax.data.documents import cut, find_files, read_documents
 from golf_jax.data.identity import difference, identify
-from golf_jax.data.proof import prove_text
+from golf_jax.data.overlap import Overlap
+from golf_jax.data.proof import prove_text, vocabulary_use
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard, write_shard
 from golf_jax.data.tokenizer import Tokenizer, check_tables, train_bpe
 from golf_jax.processes import cache_directory
@@ -78,9 +79,38 @@ def test_marker_pieces_are_refused_and_line_end_pieces_are_not(split):
     prove_text(ends, [], np.concatenate(ends.encode_documents(TEXTS[:3])))
 
 
+def test_markers_that_are_ordinary_pieces_or_bytes_are_found_in_the_text(tokenizer):
+    marked = [text[:600].replace("a", "\ue001a") for text in TEXTS[:20]]
+    for one in (tokenizer, Tokenizer(train_bpe(marked, 400))):
+        with pytest.raises(GolfError, match=r"private-use characters, \d+\.\d % of its bytes"):
+            prove_text(one, [], np.concatenate(one.encode_documents(marked)))
+    proof = prove_text(tokenizer, [], np.concatenate(tokenizer.encode_documents([*TEXTS[:20], "an icon \uf0e0"])))
+    assert any(fact.startswith("WARNING: 1 private-use characters") for fact in proof.facts)
+
+
 def test_lossy_normalisation_is_named():
     folding = trained(normalization_rule_name="nmt_nfkc_cf")
     assert len(folding.changes()) == 4 and "case is folded" in folding.changes()
+
+
+def test_any_other_loss_is_named(tmp_path):
+    (tmp_path / "rules.tsv").write_text("E9\t65\nDF\t73 73\n")
+    assert trained(normalization_rule_tsv=str(tmp_path / "rules.tsv")).changes()[-1] == "2 other characters are replaced ('\\xdf' by 'ss')"
+    suffix = trained(treat_whitespace_as_suffix=True)
+    assert suffix.changes()[-1] == "a space is put behind every document and counts 1 byte"
+    assert suffix.decode(suffix.encode("two words")) == "two words "
+
+
+def test_text_without_spaces_trains_a_tokenizer_that_has_one():
+    own = Tokenizer(train_bpe(["天地玄黄宇宙洪荒" * 500], 280))
+    assert own.decode(own.encode("天 地  a")) == "天 地  a"
+    check_tables(own, np.concatenate(own.encode_documents(["天 地  a"])))
+
+
+def test_bad_text_is_told_as_itself_while_a_tokenizer_is_trained(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good\n\xff")
+    with pytest.raises(GolfError, match=r"^\S*a.txt:2: not UTF-8 text \(byte 5\)$"):
+        train_bpe(read_documents([tmp_path / "a.txt"]), 300)
 
 
 def test_unknown_characters_are_refused():
@@ -108,8 +138,37 @@ def test_models_with_spaces_inside_pieces_are_counted(options):
 def test_validation_text_in_training_is_refused(tokenizer, split, change):
     leak = np.concatenate([change(np.array([1, *tokenizer.encode(TEXTS[0])])), [1, 40]]).astype(np.uint16)
     val = np.concatenate(tokenizer.encode_documents(TEXTS[:5]))
-    with pytest.raises(GolfError, match="1 of 5 validation documents"):
+    with pytest.raises(GolfError, match="1 of 5 validation documents are training documents"):
         prove_text(tokenizer, [split[0][0][-1:], leak], val)
+
+
+def test_a_common_header_is_told_and_not_refused(tokenizer):
+    """Source files begin with the same licence; 512 tokens of it, or half of a document, would be trained on."""
+    licence, bodies = TEXTS[0][:600], [part for text in TEXTS for part in cut(text) if len(part) > 5000]
+    train, val = [licence + body for body in bodies[:3]], [licence + body for body in bodies[3:7]]
+    proof = prove_text(tokenizer, [np.concatenate(tokenizer.encode_documents(train))], np.concatenate(tokenizer.encode_documents(val)))
+    assert proof.overlap == Overlap(4, 3, 0, 4)
+    assert proof.facts[-1].startswith("WARNING: overlap: 0 of 4 validation documents are in training, 4 more begin as one there")
+
+
+def test_less_overlap_than_is_refused_is_told(tokenizer, split):
+    parts = [part for text in TEXTS for part in cut(text)]
+    val = np.concatenate(tokenizer.encode_documents([f"{number} {part}" for number in range(8) for part in parts[:30]] + [parts[30]]))
+    proof = prove_text(tokenizer, split[0], val, seconds=60)
+    assert proof.overlap and proof.overlap.leaked == 1 and "WARNING: overlap: 1 of 241" in proof.facts[-1]
+
+
+def test_control_tokens_inside_and_text_without_bytes_are_told(tokenizer, split):
+    proof = prove_text(tokenizer, [], np.concatenate([np.append(d, 2) for d in tokenizer.encode_documents(TEXTS[:4])]))
+    assert any(fact.startswith("WARNING: 4 control tokens besides BOS") for fact in proof.facts)
+    with pytest.raises(GolfError, match="has no bytes"):
+        prove_text(tokenizer, [], np.ones(500, np.uint16))
+
+
+def test_pieces_that_never_occur_are_told_bytes_aside(tokenizer):
+    tokens = np.concatenate(tokenizer.encode_documents(["abab " * 20_000]))
+    assert vocabulary_use(tokenizer, tokens).startswith("WARNING: vocabulary: ")
+    assert not vocabulary_use(tokenizer, np.tile(np.arange(259, 512), 100)).startswith("WARNING")
 
 
 def test_identity_names_what_differs(tmp_path, tokenizer, split):

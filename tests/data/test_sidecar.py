@@ -6,6 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from golf_jax.config import GolfError
 from golf_jax.data.build import build
@@ -13,7 +15,7 @@ from golf_jax.data.caseops import OPERATORS, encode
 from golf_jax.data.download import CASEOPS_REPO, REPO, download, hub_of
 from golf_jax.data.manifest import damage
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard, write_shard
-from golf_jax.data.sidecar import beside, load_sidecar
+from golf_jax.data.sidecar import beside, encode_counted, load_sidecar
 from golf_jax.data.text import open_text
 from golf_jax.data.tokenizer import Tokenizer, split_documents
 from golf_jax.data.verify import verify_directory
@@ -58,6 +60,16 @@ def test_operators_are_pieces_of_their_own_and_no_piece_has_a_capital(built):
     assert tokenizer.caseops and not any(c.isascii() and c.isupper() for piece in tokenizer.pieces[264:] for c in piece)
     assert tokenizer.encode(TEXTS[0]) == tokenizer.processor.encode(encode(TEXTS[0]))
     assert tokenizer.original(tokenizer.encode(TEXTS[0])) == TEXTS[0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(exclude_categories=("Cs",))) | st.text(f"aAB \u2581\n\x00é日{OPERATORS}"))
+@example("\u2581NASA \u2581")
+def test_any_text_comes_back_from_tokens_and_its_bytes_are_counted(built, text):
+    """But for U+2581, which SentencePiece takes for a space, of one byte, in every text."""
+    tokenizer, expected = Tokenizer(built / "tokenizer.model"), text.replace("\u2581", " ")
+    tokens, counts = next(encode_counted(tokenizer, [text]))
+    assert tokenizer.original(tokens) == expected and counts.sum() == len(expected.encode())
 
 
 def test_every_document_comes_back_from_its_tokens_and_its_bytes_are_counted(built):

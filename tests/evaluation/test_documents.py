@@ -1,15 +1,18 @@
 """Test-time training per document: its lists, its order as recorded facts, its legality measured, and the reference run."""
 
+import functools
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from evaluation.reference_models import Tiny
+from tiny_recipes import tiny as made
 
-from golf_jax.config import DocumentsConfig, GolfError, PackedConfig, TiltConfig
+from golf_jax.config import DocumentsConfig, GolfError, ModelConfig, PackedConfig, TiltConfig
 from golf_jax.data.sidecar import Sidecar
 from golf_jax.data.tokenizer import ByteTables
-from golf_jax.evaluation import METHODS, Stream
+from golf_jax.evaluation import METHODS, Stream, packed
 from golf_jax.evaluation.documents import target_order
 from golf_jax.evaluation.legality import changed_before_flip, tilt_breaks_order
 from golf_jax.evaluation.queue import BOS, Documents, Queue
@@ -18,6 +21,7 @@ from golf_jax.interop.checks.documents import check_documents
 from golf_jax.interop.checks.evaluation import check_eval
 from golf_jax.interop.checks.units import check_units
 from golf_jax.mesh import make_mesh
+from golf_jax.model import Model, init_params, nll, resolve
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -28,14 +32,18 @@ RECORD = replace(TTT, tilt=replace(TTT.tilt, state="corpus"))
 LENGTHS = (9, 14, 6, 21, 12, 17, 30)  # tokens, BOS included
 
 
-@pytest.fixture(scope="module")
-def tiny():
+def documents_case() -> Tiny:
     """Seven documents; a passage of a short early one is quoted in the last and longest, which is scored first."""
     case, rng = Tiny(), np.random.default_rng(3)
     documents = [np.append(BOS, rng.integers(2, 40, n - 1)) for n in LENGTHS]
     documents[6][20:26] = documents[0][2:8]
     case.tokens = np.concatenate([*documents, [BOS, 5]]).astype(np.uint16)[: sum(LENGTHS)]
     return case
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return documents_case()
 
 
 def run(tiny, ttt, devices=1, tokens=None):
@@ -121,6 +129,34 @@ def test_adapters_and_the_global_phase_change_scores(tiny, legal):
     assert not np.array_equal(one.scores, legal.scores)
 
 
+def test_documents_may_be_empty_or_longer_than_the_window(tiny):
+    """Nothing but a BOS, one token, five windows; the last batch is not full."""
+    words = lambda n: np.random.default_rng(n).integers(2, 40, n)  # noqa: E731
+    tokens = np.concatenate([[BOS, BOS, BOS], words(1), [BOS], words(40), [BOS], words(3), [BOS, BOS], words(2)]).astype(np.uint16)
+    result = run(tiny, TTT, tokens=tokens)
+    assert result.facts.exactly_once and result.facts.legal and result.score.tokens == len(tokens) - 1
+    assert result.early is not None and 0.01 <= result.early[0] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "heads", "kv", "layers"), [(24, 3, 1, 5), (40, 4, 4, 7)])
+def test_without_steps_every_document_scores_as_alone(width, heads, kv, layers):
+    """Chunks, windows, queue and adapters leave a model of any shape as it is; recurrence, lanes, gates and smear included."""
+    shape = dict(width=width, num_heads=heads, num_kv_heads=kv, num_layers=layers, two_lanes_from=layers - 1, vocab_size=40, rope_dims=2)
+    config = resolve(replace(made("pr2135").model, **shape, gate_window=5, boundary_token=BOS), "cpu")
+    rng = np.random.default_rng(0)
+    start_at = init_params(config, jax.random.key(0))
+    params = {n: np.asarray(p) + 0.2 * rng.standard_normal(p.shape).astype(np.float32) for n, p in start_at.items()}
+    tokens, still = documents_case().tokens, replace(TTT, lr=0.0, prefix=0, seq_len=32, chunk=5, global_chunk=32, tilt=TiltConfig())
+    stream = Stream(tokens, Sidecar(np.ones(len(tokens), np.int64)), 8, keep_scores=True)
+    scores = METHODS["documents"](Model(config, params), stream, make_mesh(2), still).scores
+    documents = Documents.of(tokens)
+    for start, length in zip(documents.start, documents.length, strict=True):
+        x = tokens[start : start + length].astype(np.int32)[None]
+        alone = np.asarray(jax.jit(functools.partial(nll, config))(params, x[:, :-1], x[:, 1:]))[0]
+        np.testing.assert_allclose(scores[start : start + length - 1], alone, atol=2e-4)
+
+
 def test_text_without_documents_is_refused(tiny):
     with pytest.raises(GolfError, match="does not begin with token 1"):
         run(tiny, TTT, tokens=tiny.tokens[1:])
@@ -166,3 +202,12 @@ def test_lists_and_formulas_are_the_records(record, name):
 def test_the_reference_run_is_reproduced(record, section, check):
     for case in record.cases(section):
         assert misses(check, case) == []
+
+
+def test_another_attention_backend_for_the_mask_is_said(monkeypatch):
+    """An artifact that names cuDNN, which has no mask of documents, is scored with another, and the log says so."""
+    monkeypatch.setattr(packed, "platform", lambda mesh: "gpu")
+    said: list[str] = []
+    config = packed.inside_documents(ModelConfig(dtype="bfloat16", attention="cudnn"), make_mesh(1), said.append)
+    assert config.attention == "pallas" and said == ["attention: cudnn cannot stay inside documents on this machine; scored with pallas"]
+    assert packed.inside_documents(config, make_mesh(1), said.append) == config and len(said) == 1

@@ -130,6 +130,11 @@ def test_checkpoints_come_in_many_forms(tmp_path):
         found = read_checkpoint(saved(tmp_path, form))
         assert set(found) == set(state) and all(x.dtype == np.float32 for x in found.values())
         np.testing.assert_array_equal(found["tok_emb.weight"], np.arange(12).reshape(4, 3))
+    whole = saved(tmp_path, state).read_bytes()
+    for name, data in (("trailing", whole + b"x"), ("cut", whole[:-1])):
+        (tmp_path / f"{name}.pt").write_bytes(data)
+        with pytest.raises(GolfError, match=rf"{name}\.pt: is cut off, or has bytes behind its end"):
+            read_checkpoint(tmp_path / f"{name}.pt")
     with pytest.raises(GolfError, match="untied head"):
         read_checkpoint(saved(tmp_path, state | {"lm_head.weight": torch.zeros(4, 3)}))
 

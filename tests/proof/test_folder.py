@@ -7,11 +7,11 @@ import random
 import shutil
 
 import pytest
-from made_logs import BYTES, SCRIPT, records_folder
+from made_logs import BYTES, SCRIPT, bpb_of, log, records_folder
 
 from golf_jax.config import GolfError
 from golf_jax.proof.compare import check_significance
-from golf_jax.proof.folder import check_shared_logs, check_submission, read_submission, unwrap
+from golf_jax.proof.folder import check_shared_logs, check_submission, read_submission, submissions, unwrap
 
 
 def check(path):
@@ -203,3 +203,33 @@ def test_logs_of_published_runs(shared):
             assert any(a[:2] == (status, rule) and text in a[2] for a in alarms), (name, rule)
         allowed = {"pr549": set(), "pr562": {"seeds", "claims"}}.get(name, set()) | {rule for _, rule, _ in facts}
         assert {rule for _, rule, _ in alarms} <= allowed
+
+
+def test_a_score_printed_without_its_nats_is_in_the_log(tmp_path):
+    path = records_folder(tmp_path / "f", claims={"val_bpb": 0.9054}, after="final_ngram neural_bpb:1.1301 blended_bpb:0.9054")
+    assert "val_bpb 0.9054 is the mean of 3 runs' final_ngram blended_bpb (without nats)" in texts(path, "claims", "pass")
+
+
+def test_what_an_ablation_breaks_is_no_fault_of_the_submission(tmp_path):
+    one = {"val_bpb": round(bpb_of(1.89), 4), "seeds": None, "seed_results": None, "compliance": None}
+    path = records_folder(tmp_path / "f", losses={42: 1.8900}, claims=one, hessians=None)
+    (path / "ablation.log").write_text(log(42, 1.93, model=16_500_000))
+    assert not texts(path, "bytes", "fail") and "no claim is about this run" in texts(path, "bytes", "warning")[0]
+    (path / "train_seed7.log").write_text(log(7, 1.93, model=16_500_000))  # another seed is no ablation
+    assert len(texts(path, "bytes", "fail")) == 1
+
+
+def test_folders_without_the_usual_names(tmp_path):
+    """Claims and program under longer names, a seed that only the claims tell to be one, logs without claims."""
+    path = records_folder(tmp_path / "all/a", losses={42: 1.8900}, claims={"seeds": [42], "seed_results": None}, source="")
+    (path / "submission.json").rename(path / "submission_ternary.json")
+    (path / "train_gpt.py").rename(path / "train_gpt_cuda.py")
+    unnamed = (path / "train_seed42.log").read_text().replace("  seed: 42\n", "")
+    (path / "train_seed42.log").unlink()
+    (path / "log_42.txt").write_text(unnamed)
+    (tmp_path / "all/b/logs").mkdir(parents=True)
+    (tmp_path / "all/b/logs/train.log").write_text(unnamed)
+    (tmp_path / "all/b/README.md").write_text("no table\n")
+    s = read_submission(path)
+    assert (s.claims.file, s.runs[0].seed, bool(s.script)) == ("submission_ternary.json", 42, True)
+    assert submissions(tmp_path / "all") == {path, tmp_path / "all/b"}

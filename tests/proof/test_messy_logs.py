@@ -132,3 +132,16 @@ def test_what_is_no_file_is_one_line(kind, tmp_path):
     else:
         odd.write_bytes(b"\xff" * 3000)
     assert alarms(path) == []
+
+
+def test_the_end_of_a_program_whose_beginning_is_lost_is_no_output():
+    ends = "\n".join(["    slot_steps = 24", *(f"def part_{i}(x):\n    return x  # final_slot {i}" for i in range(25)), "=" * 100])
+    run = parse_log(log(after=ends), "x.log")[0]
+    assert "def part_3(x):" in run.sources[-1] and not any("slot" in line for _, line in run.text)
+
+
+def test_the_total_beside_its_parts_is_the_total():
+    text = log(
+        after="Total submission size: 91741200 bytes\nartifact int6+zstd-22: 15697770 bytes + 83709 code = 15781479 total (payload:2)"
+    )
+    assert parse_log(text, "x.log")[0].totals[-1].value == 15_781_479

@@ -10,11 +10,11 @@ from golf_jax.reporting.compare import common_method, compare, conclusion, diffe
 from golf_jax.reporting.record import Record
 
 
-def record(seed, loss, lr=0.03, steps=100, methods=("standard", "sliding")):
+def record(seed, loss, lr=0.03, steps=100, methods=("standard", "sliding"), tokens=1000):
     recipe = replace(load_recipe("quickstart"), seed=seed)
     config = to_dict(recipe)
     config["optim"]["groups"][0]["lr"] = lr
-    evaluations = {m: {"val_loss": loss, "val_bpb": loss / 2, "legal": True} for m in methods}
+    evaluations = {m: {"val_loss": loss, "val_bpb": loss / 2, "legal": True, "tokens": tokens, "bytes": 3000} for m in methods}
     return Record(
         path=None, name=f"{lr}-{seed}", recipe=recipe, config=config, stages={"train": {"steps": steps}, "evaluations": evaluations}
     )
@@ -57,6 +57,9 @@ def test_no_winner_below_the_noise():
 
 def test_what_cannot_be_compared():
     assert rows((2.0, 2.2, 2.1), steps=200)[1].verdict == "not comparable: other numbers of steps"
+    other = rows((2.0, 2.2, 2.1), tokens=1100)[1]  # of another tokenizer
+    assert other.verdict == "not comparable in nats: other tokens or text" and other.gain is None and other.p is None
+    assert rows((2.0, 2.2, 2.1), tokens=1001)[1].gain is not None
     assert rows((2.0,))[1].verdict.startswith("not testable") and rows((2.0,))[1].std is None
 
 

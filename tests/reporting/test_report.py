@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("matplotlib", reason="reports need the extra golf-jax[report
 
 from golf_jax import pipeline, report  # noqa: E402
 from golf_jax.config import GolfError, QuantConfig, QuantRule, ScoreFirstConfig  # noqa: E402
+from golf_jax.opening import load  # noqa: E402
 from golf_jax.reporting import figures, measure  # noqa: E402
 from golf_jax.reporting.record import read_record  # noqa: E402
 
@@ -41,7 +43,7 @@ def folder(tmp_path_factory, quick_compilation):
 
 @pytest.fixture(scope="module")
 def page(folder):
-    assert report.main([str(folder / "a"), "--score-again", "2048", "--figures", str(folder / "figures")]) == 0
+    assert report.main([str(folder / "a"), "--score-again", "2048", "--sample", "8", "--figures", str(folder / "figures")]) == 0
     return folder / "a/report.html"
 
 
@@ -53,6 +55,8 @@ def test_page_is_complete_and_loads_nothing(folder, page):
     assert all((a or b).startswith("#") for a, b in loaded) and "<script" not in html
     for value in json.loads((folder / "a/stages.json").read_text())["evaluations"].values():
         assert f"{value['val_bpb']:.5f}" in html  # readable without pictures
+    sample = re.search(r"<blockquote>(.*?)</blockquote>", html, re.S)
+    assert sample and unescape(sample[1]) == load(folder / "a").generate("", 8)
 
 
 def test_measured_again(folder):
@@ -82,7 +86,7 @@ def test_chunks_of_test_time_training(folder):
 
 def test_several_runs_and_what_they_do_not_hold(folder, capsys):
     out = folder / "all.html"
-    report.main([str(folder), "--out", str(out)])
+    report.main([str(folder), "--sample", "0", "--out", str(out)])
     html, said = out.read_text(), capsys.readouterr().out
     assert "What differs" in html and '<th scope="col">seed</th>' in html
     for sentence in (

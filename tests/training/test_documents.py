@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_recipes import tiny
+from tiny_recipes import SHIPPED, tiny
 
 from golf_jax.config import GolfError, PackedConfig
 from golf_jax.data import make_loader
 from golf_jax.mesh import make_mesh, put_replicated, rows
-from golf_jax.model import init_params, nll, resolve
+from golf_jax.model import init_params, leaves, nll, resolve
 from golf_jax.optim.schedules import Clock
 from golf_jax.plan import border, check_text
 from golf_jax.training.leak import leaked_momentum, momentum_leaks
@@ -128,6 +128,38 @@ def test_the_step_sees_segments(small, tokens):
     _, metrics = make_step(recipe, mesh, phases(recipe)[-1])(state, jax.device_put(batch, rows(mesh)), inputs)
     np.testing.assert_allclose(metrics.loss, losses[0], rtol=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_with_the_fix_a_recipe_does_not_look_over_the_border(small):
+    looks_over_the_border_only_without_the_fix(small.model, training=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [*SHIPPED, "pr2135"])
+def test_with_the_fix_no_recipe_looks_over_the_border(name, training):
+    looks_over_the_border_only_without_the_fix(resolve(tiny(name).model, "cpu", documents=True), training)
+
+
+def looks_over_the_border_only_without_the_fix(model, training):
+    """Another middle document changes no score of the other two, where documents start with the boundary token. Where they start with
+    another one, as if there were no fix, exactly the models leak of which the log says so."""
+    model, rng, segments = replace(model, boundary_token=BOS), np.random.default_rng(0), np.array([[0] * 7 + [1] * 8 + [2] * 9] * 4)
+    params = {  # no gate or map is shut
+        n: (0.3 * rng.standard_normal(leaf.shape) + (leaf.role in ("vector", "softcap"))).astype(np.float32)
+        for n, leaf in leaves(model).items()
+    }
+    x = rng.integers(3, 64, 25)
+    other = x.copy()
+    other[8:15] = (x[8:15] + 17) % 61 + 3
+    rows = np.stack([x, other, x, other])
+    rows[:, [0, 7, 15]] = np.array([BOS, BOS, 2, 2])[:, None]
+    run = jax.jit(lambda p, x: nll(model, p, x[:, :-1], x[:, 1:], segments_BT=segments, training=training))
+    scores = np.asarray(run(params, rows))
+    fixed, as_run = scores[0] != scores[1], scores[2] != scores[3]
+    inside = (np.arange(24) >= 7) & (np.arange(24) < 15)  # the last of them predicts the start of the next document
+    assert fixed[inside].all() and not fixed[~inside].any()
+    assert not as_run[:7].any() and as_run[15:].any() == ("mixes" in border(replace(model, boundary_token=-1), BOS))
 
 
 def test_the_border_between_documents_is_told(recipe):

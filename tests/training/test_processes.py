@@ -14,6 +14,7 @@ from tiny_recipes import SHIPPED, build_text, command, environment, on_text, rec
 
 from golf_jax import pipeline
 from golf_jax.config import Recipe, ScoreFirstConfig
+from golf_jax.training.keep import ASK_EVERY
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -128,6 +129,43 @@ def test_when_one_of_two_dies_the_other_says_so_and_both_go_on(victim, tmp_path,
     assert 0 < int(re.search(r"resumed at step (\d+)", outputs[0][0])[1]) < 150
     assert (tmp_path / "dies/artifact.golf").read_bytes() == (tmp_path / "whole/artifact.golf").read_bytes()
     assert losses(tmp_path / "dies") == losses(tmp_path / "whole")
+
+
+UNREADABLE = """
+import os
+from golf_jax.data.loader import StreamLoader
+if os.environ["JAX_PROCESS_ID"] == "{process}":
+    read = StreamLoader.next_batch
+    def next_batch(self):
+        if self.batches == {batch}:
+            raise GolfError("train_000000.bin: was truncated")
+        return read(self)
+    StreamLoader.next_batch = next_batch
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("process", "batch", "saved"), [(1, 37, True), (0, 37, True), (1, 3, False)])
+def test_when_one_of_two_cannot_read_on_both_save_and_go_on(process, batch, saved, tmp_path, text, programs):
+    """A shard that one process cannot read ends both at one step, with its name and a checkpoint; nothing is lost."""
+    recipe = on_text(tiny("baseline", steps=60, vocab_size=300, seq_len=32), text)
+    file = recipe_file(replace(recipe, checkpoint_every=0), tmp_path / "mine.py")
+    bad = tmp_path / "bad.py"
+    bad.write_text(f"from golf_jax.config import GolfError\n{UNREADABLE.format(process=process, batch=batch)}\n{file.read_text()}")
+    pair = start_pair(["golf_jax.train", bad, "--run-dir", "ends"], programs, tmp_path)
+    outputs = finish(pair)
+    assert [p.returncode for p in pair] == [2, 2], outputs
+    if not saved:  # before anything was trained
+        assert all("error: train_000000.bin: was truncated\n" in said for _, said in outputs)
+        return
+    for _, said in outputs:
+        (step,) = re.findall(r"error: train_000000.bin: was truncated \(saved after step (\d+); then go on with: .*--resume ends\)", said)
+        assert batch - 2 * ASK_EVERY <= int(step) <= batch
+    finish(start_pair(["golf_jax.train", file, "--run-dir", "whole"], programs, tmp_path))
+    again = start_pair(["golf_jax.train", "--resume", "ends"], programs, tmp_path)
+    outputs = finish(again)
+    assert [p.returncode for p in again] == [0, 0] and f"resumed at step {step}," in outputs[0][0], outputs
+    assert (tmp_path / "ends/artifact.golf").read_bytes() == (tmp_path / "whole/artifact.golf").read_bytes()
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import numpy as np
 
 from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe, parse_json
 from golf_jax.config.serialize import from_dict, to_dict
+from golf_jax.files import read_bytes
 from golf_jax.interop.checks.base import CheckResult, Comparison
 from golf_jax.interop.checks.hyperparameters import settings
 from golf_jax.model import from_tensors
@@ -70,7 +71,9 @@ class Set:
             arrays |= {key if portable else f"{file.stem}/{key}": array for key, array in read_npz(file).items()}
         if portable and "reference" not in arrays:
             raise GolfError(f"{self.path}: no entry 'reference': not a portable reference set of format 1")
-        self.json = _read_json(str(arrays.pop("reference")) if portable else (self.path / "reference.json").read_text(), self.path)
+        self.json = _read_json(
+            str(arrays.pop("reference")) if portable else read_bytes(self.path / "reference.json").decode(errors="replace"), self.path
+        )
         for section, about in self.json["sections"].items():
             if section not in INPUTS:
                 raise GolfError(f"{self.path}: unknown section {section!r}; sections are {', '.join(INPUTS)}")
