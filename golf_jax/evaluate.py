@@ -9,6 +9,7 @@ import tyro
 
 from golf_jax import cli
 from golf_jax.files import check_target, json_text
+from golf_jax.progress import to_screen
 
 WINDOWED = ("sliding", "score_first", "adapt_first")
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     keep_compiled_programs()
     initialize_distributed()
     split_cpu(options.devices, sequences=8)
-    say = print if jax.process_index() == 0 else lambda line: None
+    say = (to_screen if options.json else print) if jax.process_index() == 0 else lambda line: None
     model = open_model(options.model, options.recipe, say)
     text = text_for(model, options.val, options.tokenizer)
     mesh, eval = make_mesh(options.devices), replace(model.eval, batch_rows=options.batch_rows or model.eval.batch_rows)

@@ -1,10 +1,17 @@
 """Progress of long work: how much is done, and when it will be."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 
 Log = Callable[[str], None]
 FIRST_SECONDS, NEXT_SECONDS = 5.0, 10.0
+
+
+def to_screen(line: str) -> None:
+    """Print. A screen that is gone (`| head`, a full disk behind it) must not end work whose result goes to a file."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 class Progress:

@@ -22,6 +22,7 @@ import tyro
 from golf_jax import cli
 from golf_jax.config import GolfError
 from golf_jax.files import check_target, json_text
+from golf_jax.progress import to_screen
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def reproduce(path: Path, only: str = "", devices: int = 1, tokenizer: str = "")
     names = [name for name in CHECKS if name in refs.json["sections"] and (not only or name in only.split(","))]
     if not names:
         raise GolfError(f"{path}: no section to check; it has {', '.join(refs.json['sections'])}")
-    print(f"{refs.json['recipe']}: {path}\n{'check':58} {'items':>7} {'max abs':>10} {'max rel':>10} {'tolerance':>18}  ok")
+    to_screen(f"{refs.json['recipe']}: {path}\n{'check':58} {'items':>7} {'max abs':>10} {'max rel':>10} {'tolerance':>18}  ok")
     results, begin = [], time.perf_counter()
     for name in names:
         for r in run(refs, name):
@@ -89,13 +90,13 @@ def reproduce(path: Path, only: str = "", devices: int = 1, tokenizer: str = "")
             tolerance = "equal" if r.measure == "equal" and not r.tolerance else f"{r.tolerance:.1e} {r.measure}"
             miss = "" if r.ok else f" <- {r.worst}"
             row = f"{r.name:58} {r.compared:7d} {r.max_abs:10.2e} {r.max_rel:10.2e} {tolerance:>18}"
-            print(f"{row}  {'ok' if r.ok else 'MISS'}{miss}", flush=True)
+            to_screen(f"{row}  {'ok' if r.ok else 'MISS'}{miss}")
     for name, why in refs.not_checked.items():
-        print(f"{name:58} not checked: {why}")
+        to_screen(f"{name:58} not checked: {why}")
     missed, (compared, held) = sum(not r.ok for r in results), refs.counts(names)
     whole = f"{compared:,} of {held:,} arrays and facts of the set compared"
     outcome = f"{missed or 'none'} missed" if results else "nothing could be checked"
-    print(f"{len(results)} checks, {whole} in {time.perf_counter() - begin:.0f} s, {outcome}")
+    to_screen(f"{len(results)} checks, {whole} in {time.perf_counter() - begin:.0f} s, {outcome}")
     return Report(refs.json["recipe"], results, refs.not_checked, compared, held)
 
 
@@ -112,15 +113,15 @@ def rescore(args: Arguments) -> dict[str, Any]:
     run = read_run(args.log)
     model = open_model(args.artifact, args.recipe)
     text = text_for(model, args.val, args.tokenizer)
-    print(f"{args.artifact}: {args.log}\n{'value':58} {'log':>16} {'here':>16} {'off by':>9} {'at most':>9}  ok")
+    to_screen(f"{args.artifact}: {args.log}\n{'value':58} {'log':>16} {'here':>16} {'off by':>9} {'at most':>9}  ok")
     begin, most = time.perf_counter(), 0
     if args.max_docs:
         most = first_documents(text.val_tokens, text.tokenizer.bos_id, args.max_docs)
     done = rescore(run, model, text, max_targets=most, devices=args.devices)
     for name, why in done.not_checked.items():
-        print(f"{name:58} not checked: {why}")
+        to_screen(f"{name:58} not checked: {why}")
     missed = sum(not row.ok for row in done.rows)
-    print(f"{len(done.rows)} values of the log compared in {time.perf_counter() - begin:.0f} s, {missed or 'none'} missed")
+    to_screen(f"{len(done.rows)} values of the log compared in {time.perf_counter() - begin:.0f} s, {missed or 'none'} missed")
     rows = [dataclasses.asdict(row) | {"ok": row.ok} for row in done.rows]
     return {"log": str(args.log), "artifact": args.artifact, "sha256": model.sha256, "values": rows, "not_checked": done.not_checked}
 

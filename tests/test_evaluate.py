@@ -1,9 +1,11 @@
 """python -m golf_jax.evaluate: from the artifact alone, with the right tokenizer only."""
 
+import contextlib
 import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -77,6 +79,13 @@ def test_every_mode_prints_score_facts_and_time(folder, mode, capsys, tmp_path):
 def test_a_quick_look_is_marked_partial(folder, capsys):
     evaluate.main(arguments(folder, "--max-docs", "8", "--devices", "1"))
     assert "sliding PARTIAL(" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_result_is_kept_where_the_screen_is_full(folder, tmp_path):
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full), contextlib.suppress(OSError):
+        evaluate.main(arguments(folder, "--max-docs", "8", "--devices", "1", "--json", str(tmp_path / "x.json")))
+    assert json.loads((tmp_path / "x.json").read_text())["partial"]
 
 
 def test_documents_are_counted_by_their_first_token():
