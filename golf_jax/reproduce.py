@@ -111,13 +111,13 @@ def rescore(args: Arguments) -> dict[str, Any]:
     if not args.artifact:
         raise GolfError(f"--log {args.log}: give the packed model of that run: --artifact FILE")
     run = read_run(args.log)
-    model = open_model(args.artifact, args.recipe)
+    model = open_model(args.artifact, args.recipe, to_screen)
     text = text_for(model, args.val, args.tokenizer)
     to_screen(f"{args.artifact}: {args.log}\n{'value':58} {'log':>16} {'here':>16} {'off by':>9} {'at most':>9}  ok")
     begin, most = time.perf_counter(), 0
     if args.max_docs:
         most = first_documents(text.val_tokens, text.tokenizer.bos_id, args.max_docs)
-    done = rescore(run, model, text, max_targets=most, devices=args.devices)
+    done = rescore(run, model, text, to_screen, max_targets=most, devices=args.devices)
     for name, why in done.not_checked.items():
         to_screen(f"{name:58} not checked: {why}")
     missed = sum(not row.ok for row in done.rows)
