@@ -122,8 +122,11 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.note("changes", record.get("changes", []) + changes)
     result = run.path / "result.json"
     if from_main("finished" if run.main and result.exists() else ""):  # process 0 has just removed it where it is void
+        found = read_json(result)
+        if not isinstance(found, dict):
+            raise GolfError(f"{result}: holds no result; remove it, and --resume makes it anew")
         run.log(f"finished: see {result}")
-        return read_json(result)
+        return found
     artifact = _packed_before(run)
     run.note("text", plan.text.identity)
     run.write("config.json", to_dict(plan.asked))

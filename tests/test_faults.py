@@ -56,6 +56,7 @@ FAULTS = [  # what is done in a folder that holds `data`, the options, the messa
     (spoil("data/train_000000.bin", b"\0" * 500), {"run_dir": "run"}, "train_000000.bin: truncated, 500 bytes"),
     (spoil("data/tokenizer.model"), {"run_dir": "run"}, "tokenizer.model"),
     (pipe("pipe"), {"run_dir": "pipe"}, "pipe: cannot write the run directory"),
+    (spoil("run/artifact.golf/x"), {"run_dir": "run"}, "run/artifact.golf: is a directory"),
     (pipe("run/config.json"), {"resume": "run"}, r"run/config.json: cannot be read \(a pipe"),
     (pipe("run/log.txt"), {"run_dir": "run"}, "run/log.txt: not a regular file"),
     (pipe("run/metrics.jsonl"), {"run_dir": "run"}, "run/metrics.jsonl: not a regular file"),

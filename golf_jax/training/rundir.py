@@ -24,6 +24,7 @@ from golf_jax.processes import from_main
 from golf_jax.training.trackers import Tracker, open_tracker, scalars
 
 STAGES: dict[str, type] = {"text": dict, "train": dict, "pack": dict, "evaluations": dict, "changes": list}
+REPLACED = ("config.json", "environment.json", "tokenizer.model", "code.pyz", "artifact.golf", "stages.json", "result.json")
 PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 
 
@@ -95,6 +96,9 @@ class RunDir:
             for name in ("run.lock", "log.txt", "metrics.jsonl"):
                 if (file := self.path / name).exists() and not file.is_file():  # opening a pipe would block for ever
                     return f"{file}: not a regular file; remove it"
+            for name in REPLACED:
+                if (file := self.path / name).is_dir():  # else found out when the run is over
+                    return f"{file}: is a directory, and a run writes a file of that name; remove it"
             self._lock = open(self.path / "run.lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._log = open(self.path / "log.txt", "a", encoding="utf8")
