@@ -8,7 +8,8 @@ gaussian: weights independent and normal, so a row's codes have the spread that 
 trained: rows and columns of lognormal spread (0.35 and 0.25 of a natural logarithm) and heavy tails (Student t, 8 degrees of freedom),
 rounded with the record's scale per row.
 Every compressor gets the layout that suits it: ours the matrices of one role, lrzip (where it is installed) the record's, one file of all
-matrices, rows by similarity (natural order in the token table, for time) and column by column, the others that same file.
+matrices, rows by similarity (natural order in the token table, for time) and column by column, the others that same file. Its reader needs
+the order of the rows, too, which the record's frame stores with two bytes per row (`row_order_bytes`); ours has none.
 Seconds are of processor time, one core (lrzip in one block, with one thread: with more it packs blocks apart, and worse).
 """
 
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import brotli
 import numpy as np
@@ -136,11 +138,11 @@ def main() -> None:
         if name.startswith("lrzip") and not shutil.which("lrzip"):
             print("lrzip: not installed, not compared")
             continue
-        row = pack() | {"date": time.strftime("%Y-%m-%d")}
+        row: dict[str, Any] = pack() | {"date": time.strftime("%Y-%m-%d")}
         times = ", ".join(f"{k.split('_')[0]} {v:.1f} s" for k, v in row.items() if k.endswith("seconds"))
         print(f"{args.kind:9} {name:16} {row['bytes']:13,.0f} bytes  {8 * row['bytes'] / count:.4f} bits per code  {times}", flush=True)
         if args.out:
-            write(Path(args.out), args.kind, count, name, row)
+            write(Path(args.out), args.kind, groups, name, row)
 
 
 def general(pack: Callable[[], bytes], unpack: Callable[[bytes], bytes]) -> dict[str, float]:
@@ -149,7 +151,9 @@ def general(pack: Callable[[], bytes], unpack: Callable[[bytes], bytes]) -> dict
     return {"bytes": len(stored), "encode_seconds": encode, "decode_seconds": decode}
 
 
-def write(path: Path, kind: str, count: int, name: str, row: dict[str, float]) -> None:
+def write(path: Path, kind: str, groups: dict[str, list[np.ndarray]], name: str, row: dict[str, Any]) -> None:
+    matrices = [m for ms in groups.values() for m in ms]
+    count = sum(m.size for m in matrices)
     old = json.loads(path.read_text()) if path.exists() else {}
     results = old["results"] if (old.get("kind"), old.get("codes")) == (kind, count) else {}
     version = subprocess.run(["lrzip", "--version"], capture_output=True, text=True) if shutil.which("lrzip") else None
@@ -160,7 +164,7 @@ def write(path: Path, kind: str, count: int, name: str, row: dict[str, float]) -
             "python": platform.python_version(), "numpy": np.__version__, "zstandard": zstandard.__version__,
             "brotli": brotli.__version__, "lrzip": (version.stdout + version.stderr).split()[-1] if version else "",
         },
-        "kind": kind, "codes": count, "results": results | {name: row},
+        "kind": kind, "codes": count, "row_order_bytes": sum(2 * len(m) for m in matrices), "results": results | {name: row},
     }  # fmt: skip
     path.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,7 +1,8 @@
 """Everything that a GPU is needed for, in one call of ten minutes: is it right, how fast is it, what does it take.
 
     python benchmarks/gpu_day.py            one GPU (H100, H200), `pip install -e ".[cuda,torch]"`
-    python benchmarks/gpu_day.py --dry      the same items in miniature on a CPU: finds what a typo would cost on the day
+    python benchmarks/gpu_day.py --dry      the same items in miniature on a CPU: finds what a typo would cost on the day;
+                                            without torch, without the PyTorch peers
 
 Items run one after another, the most wanted first, each in a process of its own with a limit of its own: one that crashes or hangs
 costs only itself. What an item had written when it was cut off counts. After each, `day.jsonl` (one object per item) and `day.md` in
@@ -9,6 +10,7 @@ benchmarks/results/gpu_day/ (or --out DIR) are written anew; a second call does 
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -63,14 +65,15 @@ def items(dry: bool, out: Path) -> list[Item]:
             f"step {name}, {backend}{kind}", seconds, ["step_time.py", recipe, *rest, *size, "--devices", "1", *where, *without, *flags]
         )
 
-    tiny = "--layers 2 --width 32 --seq-len 64 --stride 16 --rows 1 --no-straightforward --peer eager".split()
+    torch = importlib.util.find_spec("torch") is not None or not dry  # on the day it has to be there
+    tiny = "--layers 2 --width 32 --seq-len 64 --stride 16 --rows 1 --no-straightforward".split() + ["--peer", "eager"] * torch
     real = "--rows 32 --repeats 10 --peer compile".split()
 
     def sliding(recipe: str) -> Item:
         size = tiny if dry else real
         return Item(f"sliding {recipe}", 90, ["eval_sliding.py", "--recipes", recipe, "--devices", "1", *size])
 
-    peer, parts = ("--peer", "compile"), ("--parts",)
+    peer, parts = ("--peer", "compile") * torch, ("--parts",)
     first = [attention(b) for b in BACKENDS[:2]] + [step(name, b, *parts) for name in ("pr638", "pr2005 looping") for b in BACKENDS[:2]]
     second = [step("pr638", "cudnn", *peer, seconds=150), sliding("pr638"), step("pr638", "pallas", "--trace", str(out / "trace"))]
     third = [step("pr2005 looping", "cudnn", *peer, seconds=150), step("quickstart", "cudnn", *parts, *peer)]

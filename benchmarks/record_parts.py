@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from step_time import cpu_name
+
 from golf_jax.proof.statistics import LEVEL, paired_test
 
 SMALL = (
@@ -71,6 +73,31 @@ def scores(folder: Path, arm: str) -> tuple[dict[int, float], dict[str, Any]]:
     return found, facts
 
 
+def tabulate(folder: Path, arms: list[str], command: str) -> None:
+    """Prints the table of what is there, and writes parts.json."""
+    compared, rows = sum(bool(ARMS[arm][3]) for arm in arms), []
+    print("| run | seeds | bits/byte | std | nats/token | bits/byte more than its reference | p |\n|---|---|---|---|---|---|---|")
+    for arm in arms:
+        (mine, facts), (_, _, what, reference) = scores(folder, arm), ARMS[arm]
+        row = {"arm": arm, "reference": reference, "bpb": mine, **facts}
+        shown = ["", ""]
+        if reference:
+            base = scores(folder, reference)[0]
+            row["difference"] = statistics.fmean(mine[s] - base[s] for s in mine)
+            test = paired_test(mine, base, margin=0.0)
+            assert test, "two seeds at least"
+            row["p"] = 2 * min(test.p, 1 - test.p)
+            row["verdict"] = f"{'beyond' if row['p'] < LEVEL / compared else 'within'} the noise"
+            shown = [f"{row['difference']:+.4f}", f"{row['p']:.2g}, {row['verdict']}"]
+        rows.append(row)
+        nats = statistics.fmean(facts["nats"].values())
+        cells = [what, ", ".join(map(str, mine)), f"{statistics.fmean(mine.values()):.4f}", f"{statistics.stdev(mine.values()):.4f}"]
+        print("| " + " | ".join([*cells, f"{nats:.4f}", *shown]) + " |")
+    (folder / "parts.json").write_text(
+        json.dumps({"command": command, "device": cpu_name(), "flags": SMALL, "arms": rows}, indent=1) + "\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("documents", help="jsonl or text files, as `golf_jax.data build` takes them")
@@ -84,26 +111,7 @@ def main() -> None:
     build(options.documents, options.folder, {ARMS[arm][0] for arm in arms}, options.sp8192)
     for arm in arms:
         sweep(options.folder, arm, options.steps, options.seeds)
-    compared, rows = sum(bool(ARMS[arm][3]) for arm in arms), []
-    print("| run | seeds | bits/byte | std | nats/token | bits/byte more than its reference | p |\n|---|---|---|---|---|---|---|")
-    for arm in arms:
-        (mine, facts), (_, _, what, reference) = scores(options.folder, arm), ARMS[arm]
-        row = {"arm": arm, "reference": reference, "bpb": mine, **facts}
-        shown = ["", ""]
-        if reference:
-            base = scores(options.folder, reference)[0]
-            row["difference"] = statistics.fmean(mine[s] - base[s] for s in mine)
-            test = paired_test(mine, base, margin=0.0)
-            assert test, "two seeds at least"
-            row["p"] = 2 * min(test.p, 1 - test.p)
-            row["verdict"] = f"{'beyond' if row['p'] < LEVEL / compared else 'within'} the noise"
-            shown = [f"{row['difference']:+.4f}", f"{row['p']:.2g}, {row['verdict']}"]
-        rows.append(row)
-        nats = statistics.fmean(facts["nats"].values())
-        cells = [what, ", ".join(map(str, mine)), f"{statistics.fmean(mine.values()):.4f}", f"{statistics.stdev(mine.values()):.4f}"]
-        print("| " + " | ".join([*cells, f"{nats:.4f}", *shown]) + " |")
-    command = f"python benchmarks/record_parts.py {' '.join(sys.argv[1:])}"
-    (options.folder / "parts.json").write_text(json.dumps({"command": command, "flags": SMALL, "arms": rows}, indent=1) + "\n")
+    tabulate(options.folder, arms, f"python benchmarks/record_parts.py {' '.join(sys.argv[1:])}")
 
 
 if __name__ == "__main__":

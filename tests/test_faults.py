@@ -62,7 +62,7 @@ FAULTS = [  # what is done in a folder that holds `data`, the options, the messa
     (pipe("run/stages.json"), {"run_dir": "run"}, r"run/stages.json: cannot be read \(a pipe"),
     (pipe("data/train_000001.bin"), {"run_dir": "run"}, "train_000001.bin: cannot be read .not a regular file.$"),
     (spoil("run/config.json", '{"seed": 1, "name": "a", "budget": {"seconds": 1' + "0" * 400 + "}}"), {"resume": "run"}, "is not finite"),
-    (spoil("run/config.json", '{"seed": NaN}'), {"resume": "run"}, "run/config.json: .*NaN is no number"),
+    (spoil("run/config.json", '{"seed": NaN}'), {"resume": "run"}, "run/config.json: .*NaN is no finite number"),
 ]
 
 

@@ -1,12 +1,11 @@
 """PR 2135 from documents to a score, as it ran and its legal variant, on one device, several devices and in two processes."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_recipes import build_text, on_text, tiny
-from training.test_processes import two_processes_agree_with_one
+from training.test_processes import losses, two_processes_agree_with_one
 
 from golf_jax import pipeline
 from golf_jax.config import QuantRule, Recipe
@@ -46,8 +45,8 @@ def test_from_caseops_text_to_artifact_to_score(name, text, tmp_path):
     assert recipe.eval.documents.seq_len > recipe.data.seq_len  # as 2560 after 2048
     assert documents["early_projection"]["share"] >= 0.01 and documents["seconds"]["hints"] > 0
     assert load(tmp_path / "run/artifact.golf").config.two_lanes_from == 3
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"train"' in line]
-    assert losses[-1] < losses[0]
+    course = losses(tmp_path / "run")
+    assert course[-1] < course[0]
 
 
 @pytest.mark.parametrize("name", ["pr2135", "pr2135_legal"])

@@ -25,11 +25,13 @@ class GolfError(ValueError):
 def parse_json(text: str | bytes) -> Any:
     """The value in `text`. GolfError (a ValueError) for anything that is not JSON: also NaN, what is nested too deep or not UTF-8."""
 
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no number")
+    def number(literal: str) -> float:
+        if not math.isfinite(value := float(literal)):
+            raise ValueError(f"{literal[:20]} is no finite number")
+        return value
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=number, parse_float=number)
     except (ValueError, RecursionError) as error:
         raise GolfError(f"not JSON ({str(error)[:80]})") from None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from golf_jax.data import caseops
+from golf_jax.data.shards import check_token_range
 from golf_jax.data.tokenizer import Tokenizer
 
 PREFIX = 64  # tokens after BOS; documents that agree in them begin alike
@@ -36,7 +37,11 @@ class Overlap:
 
 
 def without_ends(tokenizer: Tokenizer, document: np.ndarray) -> np.ndarray:
-    """`document` without the control tokens it ends with (EOS of other writers), and without case operators whose word was cut off."""
+    """`document` without the control tokens it ends with (EOS of other writers), and without case operators whose word was cut off.
+
+    GolfError for a token that the tokenizer has not.
+    """
+    check_token_range(document, tokenizer.vocab_size, "text")
     stop, ends = len(document), set(map(tokenizer.processor.piece_to_id, caseops.OPERATORS)) if tokenizer.caseops else set()
     while stop > 1 and (tokenizer.processor.is_control(last := int(document[stop - 1])) or last in ends):
         stop -= 1

@@ -170,43 +170,43 @@ class DocumentScorer:
         self.documents = Documents.of(book.stream.tokens)
         self.sets = 0
         self.kept: Adapters | None = None
-        self.work, self.done = Work(model, ttt), 0.0
+        # Also the last batch has as many rows, some of them empty: it is that of the shortest documents, and programs take long to compile.
+        self.rows = -(-min(ttt.batch, len(self.documents.start)) // mesh.size) * mesh.size
+        self.work, self.done = Work(model, ttt, self.rows), 0.0
 
-    def compile(self, size: int) -> None:
+    def compile(self) -> None:
         for width in widths(self.ttt.chunk, self.ttt.seq_len):
-            self.program(size, width)
+            self.program(width)
 
-    def program(self, size: int, width: int) -> jax.stages.Compiled:
+    def program(self, width: int) -> jax.stages.Compiled:
         same = replace(self.ttt, tilt=TiltConfig(boost=self.ttt.tilt.boost))  # where hints come from is not compiled
-        return chunk_program(self.model.config, self.model.looping, same, self.mesh, self.shapes, self.rows(size), width)
-
-    def rows(self, size: int) -> int:
-        return -(-size // self.mesh.size) * self.mesh.size
+        return chunk_program(self.model.config, self.model.looping, same, self.mesh, self.shapes, self.rows, width)
 
     def sharding(self) -> Adapters:
         """Documents over the devices."""
         split = NamedSharding(self.mesh, ROWS)
         return Adapters(split, split, replicated(self.mesh))
 
-    def new(self, size: int) -> Adapters:
+    def new(self) -> Adapters:
         """Another set, deterministic in its number."""
         number, self.sets = self.sets, self.sets + 1
-        make = functools.partial(fresh, self.model.config, self.model.looping, self.rows(size), self.ttt.rank)
-        made = jax.jit(make, out_shardings=self.sharding())(jax.random.key(number))
+        make = jax.jit(fresh, static_argnums=(0, 1, 2, 3), out_shardings=self.sharding())
+        made = make(self.model.config, self.model.looping, self.rows, self.ttt.rank, jax.random.key(number))
         if self.start is None:
             return made
-        given = {n: np.pad(x, [(0, self.rows(size) - size)] + [(0, 0)] * (x.ndim - 1)) for n, x in self.start(number).items()}
+        given = {n: np.pad(x, [(0, self.rows - len(x))] + [(0, 0)] * (x.ndim - 1)) for n, x in self.start(number).items()}
         return made._replace(leaves=made.leaves | {n: put(self.mesh, x.astype(np.float32)) for n, x in given.items()})
+
+    def reset(self, adapters: Adapters) -> Adapters:
+        """The set for the next documents; it is donated."""
+        return jax.jit(reset, donate_argnums=0, out_shardings=self.sharding())(adapters)
 
     def run(self, params: dict[str, jax.Array], batch: np.ndarray, number: int, observe: Observer | None, progress: Progress) -> None:
         """Score a batch of documents. A full one uses the kept adapters, any other a set of its own."""
         full = len(batch) == self.ttt.batch
-        if not full:
-            adapters = self.new(len(batch))
-        else:
-            adapters = jax.jit(reset, donate_argnums=0, out_shardings=self.sharding())(self.kept or self.new(len(batch)))
+        adapters = self.reset(self.kept or self.new()) if full else self.new()
         if observe:
-            observe("before", number, adapters)
+            observe("before", number, jax.tree.map(lambda x: x[: len(batch)], adapters.leaves))
         start, targets = self.documents.start[batch], self.documents.targets[batch]
         chunks, costs, waiting = -(-targets // self.ttt.chunk), self.work.chunks(targets), None
         for c in range(int(chunks.max())):
@@ -217,7 +217,7 @@ class DocumentScorer:
             inputs = Chunk(*(put(self.mesh, x) for x in chunk))
             if observe:
                 observe("chunk", c, (params, adapters, inputs))
-            adapters, scores = self.program(len(batch), chunk.tokens.shape[1])(params, adapters, inputs, lr)
+            adapters, scores = self.program(chunk.tokens.shape[1])(params, adapters, inputs, lr)
             if goes_on:
                 trained = np.flatnonzero(c < chunks - 1)
                 self.book.update_on((start[trained, None] + c * self.ttt.chunk + np.arange(self.ttt.chunk)).ravel(), 1)
@@ -228,13 +228,13 @@ class DocumentScorer:
         assert waiting is not None
         self._collect(number, *waiting)
         if observe:
-            observe("after", number, adapters)
+            observe("after", number, jax.tree.map(lambda x: x[: len(batch)], adapters.leaves))
         if full:
             self.kept = adapters
 
     def chunk(self, start: np.ndarray, targets: np.ndarray, c: int) -> tuple[Windows, Chunk]:
         """Chunk c of documents that begin at `start`: what it scores, as windows of the stream, and the arrays for the devices."""
-        ttt, rows, tokens = self.ttt, self.rows(len(start)), self.book.stream.tokens
+        ttt, rows, tokens = self.ttt, self.rows, self.book.stream.tokens
         begin, length, offset, count = chunk_window(targets, ttt.chunk, ttt.seq_len, c)
         width = next(w for w in widths(ttt.chunk, ttt.seq_len) if w >= length.max())
         x, y = np.zeros((rows, width), np.uint16), np.zeros((rows, ttt.chunk), np.uint16)
@@ -261,8 +261,8 @@ class Work:
     The unit is a token's pass through the layers; a target's pass through the head counts as many as its matrix is as large.
     """
 
-    def __init__(self, model: Model, ttt: DocumentsConfig) -> None:
-        c = model.config
+    def __init__(self, model: Model, ttt: DocumentsConfig, rows: int) -> None:
+        c, self.rows = model.config, rows
         layer = 2 * c.width * (c.width + c.num_kv_heads * c.head_dim + c.mlp_dim)
         self.ttt, self.head = ttt, c.vocab_size * c.width / (layer * sum(map(len, c.layer_order(model.looping))))
 
@@ -271,7 +271,7 @@ class Work:
         ttt, longest = self.ttt, targets.max()
         length = chunk_window(longest, ttt.chunk, ttt.seq_len, np.arange(-(-longest // ttt.chunk)))[1]
         known = np.array(widths(ttt.chunk, ttt.seq_len))
-        return len(targets) * (known[np.searchsorted(known, length)] + self.head * ttt.chunk)
+        return self.rows * (known[np.searchsorted(known, length)] + self.head * ttt.chunk)
 
     def phase(self, documents: Documents, queue: Queue, pause: int) -> float:
         """Of the global phase, after so many batches."""
@@ -304,8 +304,8 @@ def evaluate_documents(
 ) -> Result:  # fmt: skip
     """Score every document with adapters of its own; `model` is not changed.
 
-    start: the A factors of set number i by leaf, in place of random ones; observe: sees adapters ("before", "after" a batch) and what each
-    chunk is computed from. Raises GolfError for text without documents.
+    start: the A factors of set number i by leaf, in place of random ones; observe: sees the leaves of a batch's adapters ("before",
+    "after") and what each chunk is computed from. Raises GolfError for text without documents.
     """
     if not config.on:
         raise GolfError("eval.documents.rank is 0: this recipe has no test-time training per document")
@@ -319,10 +319,9 @@ def evaluate_documents(
     with watch("compile"):
         params = replicate(mesh, model.params)
         scorer = DocumentScorer(model, mesh, config, book, hint, shapes_of(params), start)
-        for size in {len(batch) for batch in queue.batches}:
-            scorer.compile(size)
+        scorer.compile()
         phase = GlobalPhase(model, mesh, config, shapes_of(params), log) if 0 < pause <= len(queue.batches) else None
-        scorer.kept = scorer.new(config.batch)
+        scorer.kept = scorer.reset(scorer.new())  # which compiles, and changes nothing
     phase_work = scorer.work.phase(documents, queue, pause) if phase else 0.0
     total = phase_work + sum(scorer.work.chunks(documents.targets[batch]).sum() for batch in queue.batches)
     progress = Progress(log, "documents: window tokens", round(total), watch.seconds["hints"])
@@ -337,7 +336,7 @@ def evaluate_documents(
             steps = len(phase.lr)
             if steps:
                 book.update_on(np.concatenate([np.arange(s.start, s.stop - 1) for s in spans]), steps)
-            scorer.kept, scorer.done = scorer.new(config.batch), scorer.done + phase_work
+            scorer.kept, scorer.done = scorer.new(), scorer.done + phase_work
     score, chunks = book.totals()
     trace = Trace(chunks, params=params, order=tuple(book.order))
     if phase:

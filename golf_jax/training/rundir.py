@@ -23,6 +23,7 @@ from golf_jax.files import json_rows, read_bytes, sealed, write_atomic
 from golf_jax.processes import from_main
 from golf_jax.training.trackers import Tracker, open_tracker, scalars
 
+STAGES: dict[str, type] = {"text": dict, "train": dict, "pack": dict, "evaluations": dict, "changes": list}
 PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 
 
@@ -52,7 +53,11 @@ def read_stages(run: Path) -> dict[str, Any]:
         stages = read_json(run / "stages.json")
     except FileNotFoundError:
         return {}
-    if not isinstance(stages, dict) or stages != sealed(stages):
+    if (
+        not isinstance(stages, dict)
+        or stages != sealed(stages)
+        or any(type(stages.get(s, kind())) is not kind for s, kind in STAGES.items())
+    ):
         raise GolfError(f"{run / 'stages.json'}: was altered; remove it to repeat what follows training")
     return {stage: facts for stage, facts in stages.items() if stage != "sha256"}
 

@@ -22,14 +22,15 @@ def day():
 
 @pytest.mark.slow
 def test_every_item_runs_in_miniature(tmp_path):
-    pytest.importorskip("torch", reason="two items run beside PyTorch")
     subprocess.run([sys.executable, SCRIPT, "--dry", "--out", tmp_path], check=True, timeout=600)
     done = {d["item"]: d for d in map(json.loads, (tmp_path / "day.jsonl").read_text().splitlines())}
     assert all(r["ok"] for r in done["attention xla"]["result"])
-    traced, beside = done["step pr638, cudnn, traced"]["result"], done["step pr2005 looping, pallas beside PyTorch"]["result"]
+    torch = importlib.util.find_spec("torch") is not None
+    name = "pr2005 looping, pallas" + " beside PyTorch" * torch
+    traced, second = done["step pr638, cudnn, traced"]["result"], done[f"step {name}"]["result"]
     assert traced["parts"] and traced["mfu"] > 0 and list((tmp_path / "trace").rglob("*.xplane.pb"))
-    assert beside["peers"]["eager"]["jax_over_torch"] > 0
-    assert "| pr2005 looping, pallas beside PyTorch |" in (tmp_path / "day.md").read_text()
+    assert not torch or second["peers"]["eager"]["jax_over_torch"] > 0
+    assert f"| {name} |" in (tmp_path / "day.md").read_text()
 
 
 def test_an_item_that_hangs_or_fails_costs_only_itself(day, tmp_path):

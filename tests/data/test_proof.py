@@ -65,6 +65,11 @@ def test_random_tokens_are_no_text(tokenizer, split):
         prove_text(tokenizer, [], tokens)
 
 
+def test_tokens_that_the_tokenizer_has_not_are_refused(tokenizer, split):
+    with pytest.raises(GolfError, match="text: token 600 is outside a vocabulary of 512"):
+        prove_text(tokenizer, [np.array([1, 5, 600, 1, 5, 600, 1], np.uint16)], split[1])
+
+
 def test_documents_without_a_start_are_refused(tokenizer, split):
     for tokens in (np.where(split[1] == 1, 2, split[1]), split[1][3:]):
         with pytest.raises(GolfError, match="must start with BOS"):

@@ -13,7 +13,7 @@ from golf_jax.config import DocumentsConfig, GolfError, ModelConfig, PackedConfi
 from golf_jax.data.sidecar import Sidecar
 from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation import METHODS, Stream, packed
-from golf_jax.evaluation.documents import target_order
+from golf_jax.evaluation.documents import Work, target_order
 from golf_jax.evaluation.legality import changed_before_flip, tilt_breaks_order
 from golf_jax.evaluation.queue import BOS, Documents, Queue
 from golf_jax.interop.checks import Set
@@ -22,6 +22,7 @@ from golf_jax.interop.checks.evaluation import check_eval
 from golf_jax.interop.checks.units import check_units
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model, init_params, nll, resolve
+from golf_jax.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -155,6 +156,18 @@ def test_without_steps_every_document_scores_as_alone(width, heads, kv, layers):
         x = tokens[start : start + length].astype(np.int32)[None]
         alone = np.asarray(jax.jit(functools.partial(nll, config))(params, x[:, :-1], x[:, 1:]))[0]
         np.testing.assert_allclose(scores[start : start + length - 1], alone, atol=2e-4)
+
+
+def test_work_counts_every_pass_of_every_row(tiny):
+    """Chunks of 4 in windows of 4 and 8, three rows: tokens of the compiled widths, and the head's share for each chunk."""
+    work = Work(tiny.model, TTT, rows=3)
+    layers, head = 2 * (2 * 16 * (16 + 8 + 32)), 16 * 40
+    assert work.chunks(np.array([5, 9])) == pytest.approx([3 * (w + 4 * head / layers) for w in (4, 8, 8)])
+    progress = Progress(None, "", 1000, before=7.0)
+    progress.at(9)
+    assert progress.early is None
+    progress.at(10)
+    assert progress.early is not None and progress.early[0] == 0.01 and progress.early[1] >= 7
 
 
 def test_text_without_documents_is_refused(tiny):

@@ -60,4 +60,5 @@ def test_the_compiled_step_says_what_it_takes(auto):
     assert needed[0] < needed[1]
     found = [fitted(two, mesh, quiet, free=int(n / 0.9) + 1) for n in needed]
     assert [micro_rows(r, 1) for r in found] == [1, 2]
+    assert compile_step(graph(found[0]), mesh, phase).seconds > 0.01, "what was compiled to find out is told with the time it took"
     assert free_bytes(mesh) > 1e6 and jax.default_backend() == "cpu"

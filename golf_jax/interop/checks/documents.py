@@ -113,7 +113,7 @@ def _run(case: Case) -> tuple[Result, dict[Any, Any]]:
                     seen[number, 0] = _gradients(case, ttt, *value)
                 return
             seen["batch"] = number
-            seen[what, number] = {n: np.asarray(x) for n, x in value.leaves.items()}
+            seen[what, number] = {n: np.asarray(x) for n, x in value.items()}
 
         model = replace(Model.open(case.model, case.params, jax.default_backend()), looping=case.looping)
         stream = replace(Stream.of(*stream_of(case), ttt.seq_len), keep_scores=True)
