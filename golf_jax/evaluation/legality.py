@@ -54,7 +54,7 @@ FLIPS, POSITIONS = 3, 4
 
 @kept(8)
 def checking_program(
-    config: ModelConfig, looping: bool, shapes: Shapes, device: jax.Device, flips: int, positions: int, length: int
+    config: ModelConfig, looping: bool, shapes: Shapes, device: Any, flips: int, positions: int, length: int
 ) -> Any:
     """Compiled (params, rows int32 [flips + 1, T], places int32 [positions]) -> (equal bool [flips, T], nll [positions, V]).
 

@@ -64,7 +64,7 @@ def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -
         run.log(f"compiling {phase.name}{times.last(key)}")
         step, seconds[phase.name] = compile_step(graph(recipe), mesh, phase)
         compiled[phase] = step
-        assert_backend(step.as_text(), recipe.model.attention)
+        assert_backend(step.as_text() or "", recipe.model.attention)
         times.keep(key, seconds[phase.name])
         begin = time.perf_counter()
         jax.block_until_ready(step(copy(state), Batch(zeros, zeros, zeros if recipe.data.packed else None), inputs))
