@@ -69,8 +69,8 @@ class StepMetrics(NamedTuple):
 
 
 class CompiledStep(NamedTuple):
-    run: jax.stages.Compiled
-    """(state, batch, inputs) -> (state, metrics); state donated."""
+    run: Any
+    """Compiled (state, batch, inputs) -> (state, metrics); state donated."""
     seconds: float
     """That it took to trace and compile it, or to find it in the cache."""
 
