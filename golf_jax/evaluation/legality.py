@@ -53,9 +53,7 @@ FLIPS, POSITIONS = 3, 4
 
 
 @kept(8)
-def checking_program(
-    config: ModelConfig, looping: bool, shapes: Shapes, device: Any, flips: int, positions: int, length: int
-) -> Any:
+def checking_program(config: ModelConfig, looping: bool, shapes: Shapes, device: Any, flips: int, positions: int, length: int) -> Any:
     """Compiled (params, rows int32 [flips + 1, T], places int32 [positions]) -> (equal bool [flips, T], nll [positions, V]).
 
     equal: states bit-equal to those of the first row. Row by row: the same operations on every row, so bits can be compared.
