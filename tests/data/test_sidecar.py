@@ -24,6 +24,7 @@ TEXTS = [
     f"Report {number}: NASA's iPhone said {number * 7919:X}\n\n  and McDonald {OPERATORS[number % 4]} café É {number * 104729:o}  日本.\n"
     for number in range(160)
 ]
+PLAIN = [text for text in TEXTS if not set(text) & set(OPERATORS)]  # a plain build would count them as text, and refuses
 
 
 def quiet(line):
@@ -129,7 +130,7 @@ def test_counts_of_other_lengths_and_other_shards_are_refused(copy):
 
 
 def test_a_sidecar_of_a_plain_tokenizer_is_refused(tmp_path):
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in PLAIN))
     build([tmp_path / "texts.jsonl"], tmp_path / "data", vocab_size=340, log=quiet)
     shard = find_shards(tmp_path / "data/val_*.bin")[0]
     write_shard(beside(shard), np.ones(len(open_shard(shard)), int))
@@ -141,7 +142,7 @@ def test_a_sidecar_of_a_plain_tokenizer_is_refused(tmp_path):
     ("transform", "message"), [("caseops", "has not the four case operators"), ("rot13", "is unknown; there is caseops")]
 )
 def test_a_transform_needs_its_tokenizer_and_a_tokenizer_its_transform(built, tmp_path, transform, message):
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in PLAIN))
     build([tmp_path / "texts.jsonl"], tmp_path / "plain", vocab_size=340, log=quiet)
     with pytest.raises(GolfError, match=message):
         build([tmp_path / "texts.jsonl"], tmp_path / "data", tokenizer=tmp_path / "plain/tokenizer.model", transform=transform, log=quiet)
