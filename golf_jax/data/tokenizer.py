@@ -226,8 +226,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, markers: str = "") -> bytes
 
     As the challenge's own models: byte fallback, split digits, no dummy prefix, 0 pad, 1 bos, 2 eos, 3 unk. Unlike them: no
     normalization, all white space kept, line ends and indentation may be pieces (a U+2581 in the text alone becomes a space).
-    GolfError when the text is too little for
-    `vocab_size` pieces.
+    GolfError when the text is too little for `vocab_size` pieces.
     """
     met: list[GolfError] = []
 

@@ -24,7 +24,7 @@ TEXTS = [
     f"Report {number}: NASA's iPhone said {number * 7919:X}\n\n  and McDonald {OPERATORS[number % 4]} café É {number * 104729:o}  日本.\n"
     for number in range(160)
 ]
-PLAIN = [text for text in TEXTS if not set(text) & set(OPERATORS)]  # a plain build would count them as text, and refuses
+PLAIN = ["".join(c for c in text if c not in OPERATORS) for text in TEXTS]  # a plain build would count them as text, and refuses
 
 
 def quiet(line):
