@@ -13,16 +13,18 @@ from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
 
-WORKERS = 2  # a program takes one core to compile, most of the time
 _pool: ThreadPoolExecutor | None = None
 _asked: list[Future[None]] = []
 
 
 @contextlib.contextmanager
-def compiling_ahead() -> Iterator[None]:
-    """Within it `ahead` has effect. At its end what has not begun is dropped, and what has is waited for."""
+def compiling_ahead(threads: int) -> Iterator[None]:
+    """Within it `ahead` has effect, if there are any threads. At its end what has not begun is dropped, and what has is waited for."""
     global _pool
-    _pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="compile")
+    if threads < 1:
+        yield
+        return
+    _pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
     try:
         yield
     finally:

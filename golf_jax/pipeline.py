@@ -40,7 +40,7 @@ from golf_jax.model import count, resolve, to_tensors
 from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
 from golf_jax.plan import border, check_data, check_devices, check_plan, check_text
-from golf_jax.processes import from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
+from golf_jax.processes import cores, from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log, Progress, clock_seconds
 from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints, digest_ahead
@@ -102,7 +102,7 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
     path = from_main(options.resume or options.run_dir or str(new_path("runs", recipe.name)))
     with catching() as signals, contextlib.closing(RunDir(path, resume=bool(options.resume))) as directory:
         try:
-            with others_alive(), compiling_ahead():
+            with others_alive(), compiling_ahead(min(4, cores() - 2)):  # two are busy with the run itself
                 return _stages(plan, options, changes, directory, signals)
         except Interrupted as stop:
             kept = any(p.name.isdigit() for p in (directory.path / "checkpoints").glob("*"))

@@ -17,7 +17,7 @@ def test_what_two_threads_ask_for_is_made_once():
         made.append(name)
         return object()
 
-    with compiling_ahead():
+    with compiling_ahead(1):
         ahead(program, "a")
         assert begun.wait(10)  # it is being made while this thread asks for it, too
         threading.Timer(0.05, go.set).start()
@@ -37,7 +37,7 @@ def test_a_failure_is_told_where_the_program_is_asked_for():
         tried.append(name)
         raise ValueError(name)
 
-    with compiling_ahead():
+    with compiling_ahead(1):
         ahead(program, "a")
         all_made()
         assert tried == ["a"]
@@ -48,4 +48,6 @@ def test_a_failure_is_told_where_the_program_is_asked_for():
 
 def test_without_threads_nothing_is_begun():
     ahead(pytest.fail, "was called")
-    all_made()
+    with compiling_ahead(0):
+        ahead(pytest.fail, "was called")
+        all_made()

@@ -160,7 +160,7 @@ def test_what_is_compiled_ahead_is_all_that_scoring_runs(tiny, monkeypatch):
     shapes = {name: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype) for name, x in reversed(tiny.params.items())}
     text = Text("", "", stream.tokens, None, tiny.tables, 0)  # pyright: ignore[reportArgumentType]
     eval = EvalConfig(batch_rows=2, sliding=TINY, score_first=ScoreFirstConfig(epochs=1, chunk_tokens=32, stride=4))
-    with compiling_ahead():
+    with compiling_ahead(1):
         score_ahead(Model(tiny.config, shapes), text, mesh, eval, seq_len=16)
         all_made()
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: pytest.fail("was compiled after that"))
