@@ -20,7 +20,7 @@ from golf_jax.mesh import platform, put_replicated, rows
 from golf_jax.optim import schedules
 from golf_jax.optim.averaging import swa_mean
 from golf_jax.optim.schedules import Clock
-from golf_jax.processes import CompileTimes
+from golf_jax.processes import CompileTimes, from_all
 from golf_jax.training.checkpoints import Found
 from golf_jax.training.clock import TrainingClock
 from golf_jax.training.keep import Keeper
@@ -66,6 +66,7 @@ def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -
         compiled[phase] = step
         assert_backend(step.as_text() or "", recipe.model.attention)
         times.keep(key, seconds[phase.name])
+        from_all(phase.name)  # the first collective gives a process that still compiles half a minute only
         begin = time.perf_counter()
         jax.block_until_ready(step(copy(state), Batch(zeros, zeros, zeros if recipe.data.packed else None), inputs))
         first = time.perf_counter() - begin
