@@ -106,6 +106,7 @@ def test_nothing_compiles_inside_the_clock(tmp_path, text, monkeypatch):
             super().stop()
 
     monkeypatch.setattr(loop, "TrainingClock", Recorded)
+    monkeypatch.setattr(pipeline, "cores", lambda: 4)  # so that there are such threads
     recipe = on_text(tiny("pr2005", steps=8, vocab_size=300, seq_len=32), text)
     rules = (QuantRule("", "float16", max_numel=1024), *recipe.quant.rules[1:])  # so that the tiny matrices meet GPTQ
     recipe = replace(

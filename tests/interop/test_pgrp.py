@@ -1,5 +1,7 @@
 """PR 2135's code frame: written here by its description, read back; damaged ones refused in one line."""
 
+import os
+import resource
 import struct
 
 import brotli
@@ -53,3 +55,14 @@ def test_a_missing_lrzip_is_named(tensors, monkeypatch):
     monkeypatch.setattr(pgrp.shutil, "which", lambda name: None)
     with pytest.raises(pgrp.NoLrzip, match="install lrzip"):
         pgrp.split(frame(tensors, method=1))
+
+
+def test_a_bomb_for_lrzip_ends_at_the_size_of_the_codes(tensors, monkeypatch, tmp_path):
+    """An lrzip that would write 1 GB for 165 codes, -d -q -o OUT IN."""
+    (tmp_path / "lrzip").write_text('#!/bin/sh\nhead -c 1000000000 /dev/zero > "$4"\n')
+    (tmp_path / "lrzip").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN).ru_oublock
+    with pytest.raises(GolfError, match="not a whole lrzip stream"):
+        pgrp.split(frame(tensors, method=1))
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_oublock - begin < 1000

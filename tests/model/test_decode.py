@@ -15,8 +15,6 @@ from golf_jax.model.cache import empty
 from golf_jax.model.decode import CHUNK, Decoder, Sampling, extend, sample
 from golf_jax.model.model import Model
 
-QUICK = {"xla_backend_optimization_level": 0}
-
 
 def noisy(config):
     """Nothing starts at zero, so that every part counts."""
@@ -38,8 +36,8 @@ def test_pieces_and_single_tokens_are_the_row(name):
     """A row longer than the training length of RoPE's rescaling, in pieces of 4, then token by token."""
     config = resolve(replace(tiny("pr2005").model, **PR2135) if name == "pr2135" else replace(tiny(name).model, xsa_last_n=2), "cpu")
     params, row = noisy(config), np.random.default_rng(0).integers(0, config.vocab_size, (2, 20))
-    whole = jax.jit(lambda p, x: logits(config, p, x), compiler_options=QUICK)(params, row)
-    program = jax.jit(lambda p, s, x, at, n: extend(config, p, s, x, at, n), static_argnums=4, compiler_options=QUICK)
+    whole = jax.jit(lambda p, x: logits(config, p, x))(params, row)
+    program = jax.jit(lambda p, s, x, at, n: extend(config, p, s, x, at, n), static_argnums=4)
     store, pieces, at = empty(config, 2, 20, looping=True), [], 0
     for count in (4, 4, *[1] * 12):
         unknown = np.where(np.arange(20) < at + count, row, 0)
@@ -67,7 +65,7 @@ def test_the_likeliest_token_is_that_of_the_whole_row(model, decoder, length):
     tokens = prompt + [next(stream) for _ in range(min(6, CHUNK + 4 - length))]
     row = np.zeros((1, CHUNK + 4), int)
     row[0, : len(tokens)] = tokens
-    best = np.argmax(jax.jit(lambda p, x: logits(model.config, p, x), compiler_options=QUICK)(model.params, row)[0], -1)
+    best = np.argmax(jax.jit(lambda p, x: logits(model.config, p, x))(model.params, row)[0], -1)
     assert tokens[length:] == best[length - 1 : len(tokens) - 1].tolist()
 
 

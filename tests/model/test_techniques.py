@@ -76,22 +76,19 @@ def tokens(batch=2, length=12):
     return rng.integers(0, 40, (batch, length)), rng.integers(0, 40, (batch, length))
 
 
-QUICK = {"xla_backend_optimization_level": 0}
-
-
-def quick(function, *arguments):
-    return np.asarray(jax.jit(function, compiler_options=QUICK)(*arguments))
+def jitted(function, *arguments):
+    return np.asarray(jax.jit(function)(*arguments))
 
 
 @functools.cache
 def output(config):
     """Logits of the noisy parameters."""
-    return quick(lambda p, x: logits(config, p, x), noisy_params(config), tokens()[0])
+    return jitted(lambda p, x: logits(config, p, x), noisy_params(config), tokens()[0])
 
 
 def gradients(config):
     x, y = tokens()
-    return jax.jit(jax.grad(lambda p: jnp.mean(nll(config, p, x, y))), compiler_options=QUICK)(noisy_params(config))
+    return jax.jit(jax.grad(lambda p: jnp.mean(nll(config, p, x, y))))(noisy_params(config))
 
 
 def assert_alive(config, grads, names):
@@ -160,9 +157,9 @@ def test_the_training_loss_keeps_the_one_softcap():
     config, (x, y) = replace(PLAIN, asym_softcap=True), tokens()
     plain = noisy_params(PLAIN)
     params = plain | {"softcap_pos": jnp.float32(5.0), "softcap_neg": jnp.float32(7.0)}
-    training = quick(lambda p: nll(config, p, x, y, training=True), params)
-    np.testing.assert_array_equal(training, quick(lambda p: nll(PLAIN, p, x, y), plain))
-    assert np.abs(training - quick(lambda p: nll(config, p, x, y), params)).max() > 1e-4
+    training = jitted(lambda p: nll(config, p, x, y, training=True), params)
+    np.testing.assert_array_equal(training, jitted(lambda p: nll(PLAIN, p, x, y), plain))
+    assert np.abs(training - jitted(lambda p: nll(config, p, x, y), params)).max() > 1e-4
 
 
 @pytest.mark.parametrize("all_techniques", [ALL, ALL_2135])
@@ -177,7 +174,7 @@ def test_no_position_sees_a_later_token(all_techniques):
     def state(table):
         return hidden(config, params | {"tok_emb": table}, x)[0].sum(-1)
 
-    seen = np.abs(np.asarray(jax.jit(jax.jacrev(state), compiler_options=QUICK)(head))).sum(-1)[:, :12]  # [position, token]
+    seen = np.abs(np.asarray(jax.jit(jax.jacrev(state))(head))).sum(-1)[:, :12]  # [position, token]
     assert (np.triu(seen, 1) == 0).all() and (np.diag(seen) > 0).all()
 
 
@@ -186,7 +183,7 @@ def test_the_hash_uses_no_later_token():
     params, (x, _) = noisy_params(config), tokens()
     changed = x.copy()
     changed[:, 7:] = (changed[:, 7:] + 1) % 40
-    both = quick(lambda p, x: logits(config, p, x), params, np.concatenate([x, changed]))
+    both = jitted(lambda p, x: logits(config, p, x), params, np.concatenate([x, changed]))
     a, b = both[:2], both[2:]
     np.testing.assert_array_equal(a[:, :7], b[:, :7])
     assert np.abs(a[:, 7:] - b[:, 7:]).max() > 1e-3
@@ -214,7 +211,7 @@ LOOKING_BACK = {name: TECHNIQUES[name][0] for name in LOOKING_BACK} | {"all": AL
 def test_documents_of_a_row_do_not_see_each_other(name):
     config = replace(PLAIN, **LOOKING_BACK[name], boundary_token=BOS)
     params, both = noisy_params(config), np.concatenate(packed_rows())
-    out = quick(lambda p, x: logits(config, p, x, segments_BT=np.concatenate([DOCUMENTS] * 2)), params, both)
+    out = jitted(lambda p, x: logits(config, p, x, segments_BT=np.concatenate([DOCUMENTS] * 2)), params, both)
     changed = np.abs(out[:2] - out[2:]).max(-1) > 0
     assert changed[:, 6:9].any() and not changed[:, :6].any() and not changed[:, 9:].any()
 
@@ -223,7 +220,7 @@ def test_documents_of_a_row_do_not_see_each_other(name):
 def test_without_the_boundary_token_it_leaks_into_the_next_document(name):
     config = replace(PLAIN, **LOOKING_BACK[name])
     params, both = noisy_params(config), np.concatenate(packed_rows())
-    out = quick(lambda p, x: logits(config, p, x, segments_BT=np.concatenate([DOCUMENTS] * 2)), params, both)
+    out = jitted(lambda p, x: logits(config, p, x, segments_BT=np.concatenate([DOCUMENTS] * 2)), params, both)
     changed = np.abs(out[:2] - out[2:]).max(-1) > 0
     assert changed[:, 9].all() and not changed[:, :6].any()
 
@@ -231,8 +228,8 @@ def test_without_the_boundary_token_it_leaks_into_the_next_document(name):
 def test_documents_packed_in_a_row_score_as_rows_of_their_own():
     config = replace(PLAIN, **ALL_2135, boundary_token=BOS)
     params, (x, _) = noisy_params(config), packed_rows()
-    packed = quick(lambda p, x: logits(config, p, x, segments_BT=DOCUMENTS), params, x)
-    alone = quick(lambda p, x: logits(config, p, x), params, x[:, 5:9])
+    packed = jitted(lambda p, x: logits(config, p, x, segments_BT=DOCUMENTS), params, x)
+    alone = jitted(lambda p, x: logits(config, p, x), params, x[:, 5:9])
     np.testing.assert_allclose(packed[:, 5:9], alone, atol=1e-4)
 
 
@@ -240,8 +237,8 @@ def test_documents_packed_in_a_row_score_as_rows_of_their_own():
 def test_the_last_positions_alone_are_the_last_positions(all_techniques, segments):
     config = replace(PLAIN, **all_techniques)
     params, (x, y) = noisy_params(config), tokens()
-    whole = quick(lambda p, x, y: nll(config, p, x, y, segments_BT=segments), params, x, y)
-    last = quick(lambda p, x, y: nll(config, p, x, y, segments_BT=segments, last=5), params, x, y[:, -5:])
+    whole = jitted(lambda p, x, y: nll(config, p, x, y, segments_BT=segments), params, x, y)
+    last = jitted(lambda p, x, y: nll(config, p, x, y, segments_BT=segments, last=5), params, x, y[:, -5:])
     np.testing.assert_allclose(last, whole[:, -5:], atol=1e-5)
 
 
@@ -250,9 +247,9 @@ def test_looping_off_is_the_plain_network():
     assert config.layer_order(looping=True) == ((0, 1, 2, 1), (2, 1, 2, 3))
     assert config.layer_order(looping=False) == ((0, 1), (2, 3))
     params, (x, _) = noisy_params(config), tokens()
-    off = quick(lambda p, x: logits(config, p, x, looping=False), params, x)
+    off = jitted(lambda p, x: logits(config, p, x, looping=False), params, x)
     plain, fewer = replace(PLAIN, num_layers=4), params | {"skip_weights": params["skip_weights"][:2]}
-    same = quick(lambda p, x: logits(plain, p, x), fewer, x)
+    same = jitted(lambda p, x: logits(plain, p, x), fewer, x)
     np.testing.assert_allclose(off, same, atol=1e-6)
 
 
