@@ -28,8 +28,8 @@ BOS = 1  # starts every document, in all tokenizers of the challenge
 # Items that a case takes as given; everything else in its section is compared.
 INPUTS = {
     "params": ".+", "model": "tokens|segments|cu_seqlens", "grads": "tokens|segments", "newton_schulz": "input",
-    "optimizer": "start/.+|grad/.+", "init": "", "schedule": "step|seconds", "loader": "shard/.+|shard_lengths", "train": "(warmup_)?(tokens|segments)",
-    "quant": "calibration",
+    "optimizer": "start/.+|grad/.+", "init": "", "schedule": "step|seconds", "loader": "shard/.+|shard_lengths",
+    "train": "(warmup_)?(tokens|segments)", "quant": "calibration",
     "eval": "tokens|base_bytes|leading_space|boundary|target_bytes", "ttt": "tokens|base_bytes|leading_space|boundary|target_bytes",
     "units": "in/.+",
 }  # fmt: skip
