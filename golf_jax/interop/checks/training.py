@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.interop.checks.reference import Arrays, Case, NotComputed
+from golf_jax.interop.checks.reference import Arrays, Case
 from golf_jax.interop.checks.simulate import Batches, History, simulate
 
 
@@ -44,11 +44,8 @@ def history(case: Case) -> History:
 
     def train() -> History:
         recipe, tokens = case.recipe, case.seen["tokens"]
-        if recipe.data.packed:  # a row of any length, of which only a multiple of seq_len has a name in the configuration
-            length, limit = tokens.shape[-1] - 1, recipe.data.seq_len
-            if length % limit:
-                raise NotComputed(f"a packed row of {length} tokens is no multiple of data.seq_len {limit}")
-            recipe = replace(recipe, data=replace(recipe.data, rows_per_rank=length // limit))
+        if recipe.data.packed:  # its segments are stored: here seq_len only bounds how long they are
+            recipe = replace(recipe, data=replace(recipe.data, seq_len=tokens.shape[-1] - 1, rows_per_rank=1))
         ranks, rows = recipe.data.ranks, recipe.data.rank_rows
         if tokens[0].size != ranks * rows * tokens.shape[-1]:
             raise GolfError(f"{case.refs.path}: {case.where}: tokens {tokens.shape} are not cut into {ranks} ranks of {rows} rows")
