@@ -14,6 +14,7 @@ from golf_jax.mesh import make_mesh, put_replicated, rows
 from golf_jax.model import init_params, leaves, nll, resolve
 from golf_jax.optim.schedules import Clock
 from golf_jax.plan import border, check_text
+from golf_jax.training import loop
 from golf_jax.training.leak import leaked_momentum, momentum_leaks
 from golf_jax.training.phases import phases
 from golf_jax.training.state import init_state
@@ -51,18 +52,33 @@ def test_the_shape_of_a_step(recipe):
         micro_rows(recipe, 16)
 
 
+def distance(one, other):
+    """Relative L2 distance of all parameters."""
+    pairs = [(np.asarray(x, np.float64), np.asarray(other.params[name], np.float64)) for name, x in one.params.items()]
+    return np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(a**2) for a, _ in pairs))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 8])
-def test_devices_do_not_change_what_is_learned(recipe, run_training, tmp_path, devices):
-    """Per-rank clips, the momentum of the discarded steps and segments included."""
+def test_devices_change_no_more_than_rounding_does_as_run(recipe, run_training, tmp_path, monkeypatch):
+    """Per-rank clips, the momentum of the discarded steps and segments included.
+
+    The record's bfloat16 gradients and Newton-Schulz make a last bit of a weight grow to 1e-2 of some scales in six steps, on the same
+    device, so the bar is what moving the first weights by 6e-8 does. In float32 it is 1e-5, below.
+    """
     recipe = replace(recipe, numerics="as_run", model=replace(recipe.model, bf16_params=()))
     plain = tuple(replace(g, bf16_momentum=False) if g.kind == "muon" else g for g in recipe.optim.groups)
     recipe = replace(recipe, optim=replace(recipe.optim, groups=plain), schedule=replace(recipe.schedule, leak_momentum_steps=1))
-    one = run_training(recipe, tmp_path / "one", devices=1)
-    many = run_training(recipe, tmp_path / "many", devices=devices)
-    assert "Muon starts with the momentum of 1 discarded steps" in (tmp_path / "many/log.txt").read_text()
-    for name, value in one.params.items():
-        np.testing.assert_allclose(value, many.params[name], atol=2e-3, err_msg=name)  # Newton-Schulz is bfloat16 as_run
+    one, two, eight = (run_training(recipe, tmp_path / str(n), devices=n) for n in (1, 2, 8))
+    assert "Muon starts with the momentum of 1 discarded steps" in (tmp_path / "8/log.txt").read_text()
+
+    def moved(*arguments):
+        state, signs = init_state(*arguments), np.random.default_rng(0)
+        params = {n: x * (1 + 6e-8 * signs.choice([-1, 1], x.shape)).astype(x.dtype) for n, x in state.params.items()}
+        return state._replace(params={n: jax.device_put(x, state.params[n].sharding) for n, x in params.items()})
+
+    monkeypatch.setattr(loop, "init_state", moved)
+    bar = distance(one, run_training(recipe, tmp_path / "moved", devices=1))
+    assert 0 < bar < 0.01 and distance(one, two) < 1.5 * bar and distance(one, eight) < 1.5 * bar
 
 
 @pytest.mark.slow
