@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
-from golf_jax.interrupt import Interrupted
+from golf_jax.interrupt import Interrupted, Signals, catching
 
 WANTED = """The flags most runs want; the full list follows.
 
@@ -60,8 +60,8 @@ def value_of(argv: Sequence[str], flag: str) -> str:
 def run(main: Callable[[list[str]], int]) -> None:
     """Run a command's main and exit with its status. The one door of all commands.
 
-    A GolfError becomes one line on stderr and status 2, Ctrl-C status 130, a reader that went away (`| head`) 141, as of a shell's own
-    tools. What the terminal cannot show is written with backslash escapes. What the system refuses is one line, too.
+    A GolfError becomes one line on stderr and status 2, a signal status 128 + its number (Ctrl-C 130), a reader that went away (`| head`)
+    141, as of a shell's own tools. What the terminal cannot show is written with backslash escapes. What the system refuses is one line.
     """
     for descriptor in range(3):  # closed ones: the next file would get the number, and what libraries print there would land in it
         try:
@@ -71,14 +71,16 @@ def run(main: Callable[[list[str]], int]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    signals = Signals()
     try:
-        status = main(sys.argv[1:])
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        with catching(signals):
+            status = main(sys.argv[1:])
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except GolfError as error:
         status = _fail(f"error: {error}", 2)
-    except Interrupted as stop:
-        status = stop.status
+    except Interrupted as stop:  # a run has said so itself, in its log
+        status = _fail(f"interrupted by {stop}", stop.status) if signals.number else stop.status
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # what XLA calls it
             raise
@@ -86,8 +88,6 @@ def run(main: Callable[[list[str]], int]) -> None:
     except ImportError as error:  # also of a library that finds no memory while it starts
         found = GolfError(f"{error.name or 'a library'} cannot be loaded: {error} (not installed, or too little memory)")
         status = _fail(f"error: {found}", 2)
-    except KeyboardInterrupt:
-        status = _fail("interrupted", 130)
     except BrokenPipeError:
         status = _silent(141)
     except OSError as error:  # a disk that is full, also behind stdout; a file that cannot be written

@@ -1,12 +1,16 @@
 """Signals that ask a run to end: the first one in good order, the second one at once."""
 
 import os
+import select
 import signal
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+ECHO_SECONDS = 1.0  # `timeout`, schedulers and a parent that passes on what its whole group gets send the same notice twice
 
 
 class Interrupted(BaseException):
@@ -17,12 +21,18 @@ class Interrupted(BaseException):
         self.status, self.advice = 128 + number, advice
 
 
+def heard() -> tuple[signal.Signals, ...]:
+    """The signals that end this process: not those that who started it (`nohup`, a shell's background) has it ignore."""
+    return tuple(number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
+
+
 class Signals:
     """What has arrived since `catching` began."""
 
     def __init__(self) -> None:
         self.number = 0
         self._held = False
+        self._first = 0.0
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -35,22 +45,49 @@ class Signals:
         if self.number:
             raise Interrupted(self.number)
 
+    def _second(self, number: int) -> bool:
+        self._first = self._first or time.monotonic()
+        if time.monotonic() - self._first < ECHO_SECONDS:
+            return False
+        os._exit(128 + number)
+
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         del frame
+        self._second(number)
         if self.number:
-            os._exit(128 + number)
+            return
         self.number = number
         if not self._held:
             raise Interrupted(number)
 
+    def _watch(self, pipe: int) -> None:
+        """Python's handlers wait until C code returns, which a compilation does after minutes; this thread does not."""
+        told = False
+        while True:
+            if not select.select([pipe], [], [], ECHO_SECONDS if self._first and not told else None)[0]:
+                told = True
+                with suppress(OSError):  # nobody reads there
+                    os.write(2, b"ending as soon as what runs allows it, to lose nothing; the same signal again ends at once\n")
+            elif not (number := os.read(pipe, 1)):
+                break
+            elif number[0] in SIGNALS:
+                self._second(number[0])
+        os.close(pipe)
+
 
 @contextmanager
-def catching() -> Iterator[Signals]:
-    """Signals that end a process raise `Interrupted` in the main thread, or are noted where `held`."""
-    signals = Signals()
-    before = {number: signal.signal(number, signals._arrived) for number in SIGNALS}
+def catching(signals: Signals | None = None) -> Iterator[Signals]:
+    """Signals that end a process raise `Interrupted` in the main thread, or are noted (in `signals`) where `held`. Main thread only."""
+    signals = signals or Signals()
+    before = {number: signal.signal(number, signals._arrived) for number in heard()}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=signals._watch, args=(reader,), daemon=True).start()
     try:
         yield signals
     finally:
+        signal.set_wakeup_fd(previous)
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(writer)  # ends the thread

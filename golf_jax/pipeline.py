@@ -49,7 +49,7 @@ from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
 from golf_jax.training.phases import phases
 from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
-from golf_jax.training.rundir import RunDir, environment, new_path, read_json
+from golf_jax.training.rundir import RunDir, environment, go_on, kept, new_path, read_json, start_again
 from golf_jax.training.state import graph, state_shapes
 from golf_jax.training.step import compile_step
 from golf_jax.training.trackers import check_tracker
@@ -99,14 +99,13 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
     """
     plan = check(recipe, options)
     changes = changed(stored_recipe(options.resume), plan.asked, options.accept, options.resume) if options.resume else []
-    path = from_main(options.resume or options.run_dir or str(new_path("runs", recipe.name)))
+    path = from_main(options.resume or options.run_dir or (str(new_path("runs", recipe.name)) if jax.process_index() == 0 else ""))
     with catching() as signals, contextlib.closing(RunDir(path, resume=bool(options.resume))) as directory:
         try:
             with others_alive(), compiling_ahead(min(4, cores() - 2)):  # two are busy with the run itself
                 return _stages(plan, options, changes, directory, signals)
         except Interrupted as stop:
-            kept = any(p.name.isdigit() for p in (directory.path / "checkpoints").glob("*"))
-            rest = f"go on with: python -m golf_jax.train --resume {path}" if kept else "nothing was trained yet"
+            rest = f"go on with: {go_on(path)}" if kept(path) else f"nothing was trained yet; start again with: {start_again(path)}"
             directory.log(f"interrupted by {stop}{'' if stop.advice else f': {rest}'}")
             raise
 
@@ -219,7 +218,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
     if options.resume:
         found = checkpoints.restore(state_shapes(recipe, mesh), run.log)
         if found is None:
-            raise GolfError(f"{run.path}: no checkpoint: nothing to go on from; start the run anew in another --run-dir")
+            raise GolfError(f"{run.path}: no checkpoint: nothing to go on from; start it again with: {start_again(run.path)}")
         if what := difference(found.meta["text"], plan.text.identity):
             raise GolfError(f"--resume {run.path}: the data are not those of checkpoint {found.step}: {what}")
         if found.meta["dtype"] != recipe.model.dtype:

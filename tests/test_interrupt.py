@@ -1,4 +1,4 @@
-"""Signals: noted where a stage holds them, raised behind it and elsewhere, and the second one ends at once."""
+"""Signals: noted where a stage holds them, raised behind it and elsewhere; the second one ends at once, its echo does not."""
 
 import signal
 import subprocess
@@ -15,21 +15,46 @@ def test_a_signal_is_noted_where_it_is_held_and_raised_behind_it_or_elsewhere(nu
     with catching() as signals:
         with pytest.raises(Interrupted), signals.held():
             signal.raise_signal(number)
+            signal.raise_signal(number)  # `timeout` and schedulers send one notice to the process and to its group
             assert signals.number == number
     with pytest.raises(Interrupted) as stop, catching():
         signal.raise_signal(number)
     assert stop.value.status == 128 + number and signal.getsignal(number) is before
 
 
-def test_the_second_signal_ends_at_once():
-    program = """
-import signal
-from golf_jax.interrupt import catching
-with catching() as signals, signals.held():
-    signal.raise_signal(signal.SIGTERM)
-    print("noted", flush=True)
-    signal.raise_signal(signal.SIGTERM)
+def test_what_the_starter_ignores_is_ignored():
+    """`nohup python -m ... &`, and a script's background jobs."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with catching() as signals:
+        signal.raise_signal(signal.SIGHUP)
+    assert not signals.number and signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
+PROGRAM = """
+import hashlib, signal, sys, time
+from golf_jax import cli, interrupt
+
+def main(argv):
+    with interrupt.catching() as signals, signals.held():
+        print("here", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)  # minutes of C code, as a compilation
     print("never")
+    return 0
+
+cli.run(main)
 """
+
+
+def test_the_second_signal_ends_at_once_also_in_c_code():
+    child = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout and child.stderr and child.stdout.readline() == "here\n"
+    child.send_signal(signal.SIGTERM)
+    assert "the same signal again ends at once" in child.stderr.readline()  # after the time in which an echo may come
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(10) == 143 and child.stdout.read() == ""
+
+
+def test_every_command_ends_with_the_status_of_its_signal():
+    program = "import os, signal; from golf_jax import cli; cli.run(lambda argv: os.kill(os.getpid(), signal.SIGHUP) or 0)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 143 and done.stdout == "noted\n"
+    assert (done.returncode, done.stdout, done.stderr) == (129, "", "interrupted by SIGHUP\n")
