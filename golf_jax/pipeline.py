@@ -105,7 +105,8 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
             with others_alive(), compiling_ahead(min(4, cores() - 2)):  # two are busy with the run itself
                 return _stages(plan, options, changes, directory, signals)
         except Interrupted as stop:
-            rest = f"go on with: {go_on(path)}" if kept(path) else f"nothing was trained yet; start again with: {start_again(path)}"
+            begin = f"nothing was trained yet; start again with: {start_again(path, plan.mesh.size)}"
+            rest = f"go on with: {go_on(path)}" if kept(path) else begin
             directory.log(f"interrupted by {stop}{'' if stop.advice else f': {rest}'}")
             raise
 
@@ -218,7 +219,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
     if options.resume:
         found = checkpoints.restore(state_shapes(recipe, mesh), run.log)
         if found is None:
-            raise GolfError(f"{run.path}: no checkpoint: nothing to go on from; start it again with: {start_again(run.path)}")
+            raise GolfError(f"{run.path}: no checkpoint: nothing to go on from; start it again with: {start_again(run.path, mesh.size)}")
         if what := difference(found.meta["text"], plan.text.identity):
             raise GolfError(f"--resume {run.path}: the data are not those of checkpoint {found.step}: {what}")
         if found.meta["dtype"] != recipe.model.dtype:

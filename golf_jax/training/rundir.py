@@ -78,9 +78,9 @@ def kept(run: str | Path) -> bool:
     return any((Path(run) / name).exists() for name in made) or any(p.name.isdigit() for p in (Path(run) / "checkpoints").glob("*"))
 
 
-def start_again(run: str | Path) -> str:
-    """The command that starts a run anew, in the same directory, which has kept nothing."""
-    return f"python -m golf_jax.train {shlex.quote(str(Path(run) / 'config.json'))} --run-dir {shlex.quote(str(run))}"
+def start_again(run: str | Path, devices: int) -> str:
+    """The command that starts a run anew on as many devices, in the same directory, which has kept nothing."""
+    return f"python -m golf_jax.train {shlex.quote(str(Path(run) / 'config.json'))} --run-dir {shlex.quote(str(run))} --devices {devices}"
 
 
 def go_on(run: str | Path) -> str:
