@@ -1,13 +1,16 @@
 """Signals that ask a run to end: the first one in good order, the second one at once."""
 
+import _thread
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 ECHO_SECONDS = 1.0  # `timeout`, schedulers and a parent that passes on what its whole group gets send the same notice twice
@@ -33,6 +36,7 @@ class Signals:
         self.number = 0
         self._held = False
         self._first = 0.0
+        self._hook = sys.unraisablehook
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -45,16 +49,9 @@ class Signals:
         if self.number:
             raise Interrupted(self.number)
 
-    def _second(self, number: int) -> bool:
-        self._first = self._first or time.monotonic()
-        if time.monotonic() - self._first < ECHO_SECONDS:
-            return False
-        os._exit(128 + number)
-
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self._second(number)
-        if self.number:
+        if self.number:  # how often it came, and when, `_watch` knows: this may run long afterwards
             return
         self.number = number
         if not self._held:
@@ -71,8 +68,18 @@ class Signals:
             elif not (number := os.read(pipe, 1)):
                 break
             elif number[0] in SIGNALS:
-                self._second(number[0])
+                self._first = self._first or time.monotonic()
+                if time.monotonic() - self._first > ECHO_SECONDS:
+                    os._exit(128 + number[0])
         os.close(pipe)
+
+    def _swallowed(self, unraisable: Any) -> None:
+        """What Python does with an exception of a finaliser or a callback of its garbage collector: a signal may be met there."""
+        if isinstance(unraisable.exc_value, Interrupted):  # arrives once more, when that callback is left
+            number, self.number, self._first = self.number, 0, 0.0
+            threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
+        else:
+            self._hook(unraisable)
 
 
 @contextmanager
@@ -80,6 +87,7 @@ def catching(signals: Signals | None = None) -> Iterator[Signals]:
     """Signals that end a process raise `Interrupted` in the main thread, or are noted (in `signals`) where `held`. Main thread only."""
     signals = signals or Signals()
     before = {number: signal.signal(number, signals._arrived) for number in heard()}
+    sys.unraisablehook = signals._swallowed
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -88,6 +96,7 @@ def catching(signals: Signals | None = None) -> Iterator[Signals]:
         yield signals
     finally:
         signal.set_wakeup_fd(previous)
+        sys.unraisablehook = signals._hook
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(writer)  # ends the thread

@@ -1,8 +1,13 @@
 """Signals: noted where a stage holds them, raised behind it and elsewhere; the second one ends at once, its echo does not."""
 
+import gc
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -37,7 +42,8 @@ from golf_jax import cli, interrupt
 def main(argv):
     with interrupt.catching() as signals, signals.held():
         print("here", flush=True)
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)  # minutes of C code, as a compilation
+        hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))  # C code for seconds or minutes, as a compilation
+        print("in order", flush=True)
     print("never")
     return 0
 
@@ -45,16 +51,42 @@ cli.run(main)
 """
 
 
+@contextmanager
+def started(rounds: int) -> Iterator[Any]:
+    """That program, which got its first signal."""
+    call = [sys.executable, "-c", PROGRAM, str(rounds)]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout and child.stdout.readline() == "here\n"
+        child.send_signal(signal.SIGTERM)
+        yield child
+        child.kill()
+
+
 def test_the_second_signal_ends_at_once_also_in_c_code():
-    child = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout and child.stderr and child.stdout.readline() == "here\n"
-    child.send_signal(signal.SIGTERM)
-    assert "the same signal again ends at once" in child.stderr.readline()  # after the time in which an echo may come
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(10) == 143 and child.stdout.read() == ""
+    with started(1 << 30) as child:
+        assert "the same signal again ends at once" in child.stderr.readline()  # after the time in which an echo may come
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 143 and child.stdout.read() == ""
+
+
+def test_the_first_signal_ends_in_good_order_however_late_c_code_returns():
+    with started(3_000_000) as child:  # 2 s and more
+        assert child.wait(60) == 143 and child.stdout.read() == "in order\n"
 
 
 def test_every_command_ends_with_the_status_of_its_signal():
     program = "import os, signal; from golf_jax import cli; cli.run(lambda argv: os.kill(os.getpid(), signal.SIGHUP) or 0)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (129, "", "interrupted by SIGHUP\n")
+
+
+def test_a_signal_met_in_a_callback_that_swallows_exceptions_is_not_lost(capfd):
+    def callback(phase, info):
+        gc.callbacks.remove(callback)
+        signal.raise_signal(signal.SIGHUP)
+
+    with pytest.raises(Interrupted) as stop, catching():
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(5)
+    assert stop.value.status == 129 and not capfd.readouterr().err
