@@ -41,7 +41,7 @@ from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
 from golf_jax.plan import border, check_data, check_devices, check_plan, check_text
 from golf_jax.processes import cores, from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
-from golf_jax.progress import Log, Progress, clock_seconds
+from golf_jax.progress import Log, Progress, clock_seconds, patience
 from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints, digest_ahead
 from golf_jax.training.keep import Keeper
@@ -268,16 +268,17 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
     data_seconds = trained.seconds + (time.perf_counter() - begin if hessians is not None else 0.0)
     if hessians is not None:  # they read training data, so their time counts with training
         run.log(f"collected {len(hessians)} Hessians; training data read until {data_seconds:.1f} s on the clock")
-    packed = pack_model(
-        plan.asked,  # with its `auto`s: the artifact is scored on other machines, too
-        trained.params,
-        text.tokenizer.sha256,
-        text.identity["digest"],
-        code_bytes=code_bytes,
-        hessians=hessians,
-        score=lambda params: validate(params).score.bpb,
-        log=run.log,
-    )
+    with patience(run.log, "quantizing and packing"):
+        packed = pack_model(
+            plan.asked,  # with its `auto`s: the artifact is scored on other machines, too
+            trained.params,
+            text.tokenizer.sha256,
+            text.identity["digest"],
+            code_bytes=code_bytes,
+            hessians=hessians,
+            score=lambda params: validate(params).score.bpb,
+            log=run.log,
+        )
     seconds = time.perf_counter() - begin
     run.log(f"quantized and packed in {seconds:.1f} s; {packed.fit}")
     run.log(packed.ledger.table())

@@ -1,8 +1,9 @@
 """Progress of long work: how much is done, and when it will be."""
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 Log = Callable[[str], None]
 FIRST_SECONDS, NEXT_SECONDS = 5.0, 10.0
@@ -12,6 +13,18 @@ def to_screen(line: str) -> None:
     """Print. A screen that is gone (`| head`, a full disk behind it) must not end work whose result goes to a file."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
+
+
+@contextlib.contextmanager
+def patience(log: Log | None, what: str) -> Iterator[None]:
+    """Tells `log` after 5 s that `what` goes on: for work that cannot say how far it is."""
+    timer = threading.Timer(FIRST_SECONDS, log or str, (f"{what} ...",))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Progress:

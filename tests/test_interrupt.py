@@ -14,6 +14,15 @@ import pytest
 from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
 
+@pytest.fixture(autouse=True)
+def _heard():
+    """Also where these tests are started with `nohup` or in a shell's background."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_noted_where_it_is_held_and_raised_behind_it_or_elsewhere(number):
     before = signal.getsignal(number)

@@ -40,7 +40,7 @@ def sliding_ahead(model: Model, stream: Stream, mesh: Mesh, config: SlidingConfi
 def _evaluate(name: str, model: Model, stream: Stream, mesh: Mesh, windows: Windows, stride: int, log: Log | None) -> Result:
     if not len(windows):
         raise GolfError(f"{name}: no window for {len(stream.tokens)} tokens and seq_len {stream.seq_len}")
-    watch = Stopwatch()
+    watch = Stopwatch(log)
     with watch("compile"):
         params = replicate(mesh, model.params)
         book = ScoreBook(stream)

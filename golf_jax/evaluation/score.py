@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.progress import clock_seconds
+from golf_jax.progress import Log, clock_seconds, patience
 
 LIMIT_SECONDS = 600.0  # evaluation limit of the challenge on its own hardware
 NORMALIZED = 1e-5  # largest |logsumexp(log p)| of a distribution
@@ -174,15 +174,17 @@ def _finite(value: Any) -> Any:
 
 
 class Stopwatch:
-    """Wall seconds per phase: `with watch("score"): ...` adds to `watch.seconds["score"]`."""
+    """Wall seconds per phase: `with watch("score"): ...` adds to `watch.seconds["score"]`. log hears when one phase takes long: compile."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Log | None = None) -> None:
+        self.log = log
         self.seconds: dict[str, float] = {"compile": 0.0, "score": 0.0, "train": 0.0}
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         begin = time.perf_counter()
-        yield
+        with patience(self.log if phase == "compile" else None, "compiling"):
+            yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
 
