@@ -74,6 +74,7 @@ def run(main: Callable[[list[str]], int]) -> None:
     signals = Signals()
     try:
         with catching(signals):
+            _refuse_empty(sys.argv[1:])
             status = main(sys.argv[1:])
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -94,6 +95,17 @@ def run(main: Callable[[list[str]], int]) -> None:
         found = GolfError(f"{error.filename or 'output'}: {error.strerror or error}")
         status = _silent(_fail(f"error: {found}", 2))
     sys.exit(status)
+
+
+def _refuse_empty(argv: Sequence[str]) -> None:
+    """GolfError for a value that is empty: `--resume "$RUN"` with a variable that is not set must not start another run."""
+    for flag, word in zip(["", *argv], argv, strict=False):
+        name, mark, value = word.partition("=")
+        if name.startswith("--") and mark and not value:
+            flag, word = name, ""
+        if not word and flag != "--prompt":
+            what = flag if flag.startswith("-") else "an argument"
+            raise GolfError(f"{what}: its value is empty (a variable that is not set?); give one, or leave it out")
 
 
 def _fail(message: str, status: int) -> int:

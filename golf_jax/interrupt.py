@@ -1,6 +1,5 @@
 """Signals that ask a run to end: the first one in good order, the second one at once."""
 
-import _thread
 import os
 import select
 import signal
@@ -77,7 +76,7 @@ class Signals:
         """What Python does with an exception of a finaliser or a callback of its garbage collector: a signal may be met there."""
         if isinstance(unraisable.exc_value, Interrupted):  # arrives once more, when that callback is left
             number, self.number, self._first = self.number, 0, 0.0
-            threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
+            threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()  # also out of a sleep
         else:
             self._hook(unraisable)
 

@@ -91,7 +91,7 @@ class Model(Network):
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise GolfError(f"{self.name}: no tokenizer lies beside it; load(path, tokenizer='tokenizer.model')")
+            raise GolfError(f"{self.name}: no tokenizer lies beside it; give --tokenizer MODEL, in Python load(path, tokenizer=MODEL)")
         return self.tokenizer
 
 

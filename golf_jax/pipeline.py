@@ -6,6 +6,7 @@ can start in another process: `--resume` goes on at the first stage that is not 
 
 import contextlib
 import hashlib
+import json
 import lzma
 import platform as host
 import time
@@ -120,14 +121,10 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.remove("result.json")
     if changes:
         run.note("changes", record.get("changes", []) + changes)
-    result = run.path / "result.json"
-    if from_main("finished" if run.main and result.exists() else ""):  # process 0 has just removed it where it is void
-        found = read_json(result)
-        if not isinstance(found, dict):
-            raise GolfError(f"{result}: holds no result; remove it, and --resume makes it anew")
-        run.log(f"finished: see {result}")
-        return found
     artifact = _packed_before(run)
+    if found := json.loads(from_main(json.dumps(_finished_before(run, artifact) if run.main else None))):
+        run.log(f"finished: see {run.path / 'result.json'}")
+        return found
     run.note("text", plan.text.identity)
     run.write("config.json", to_dict(plan.asked))
     run.track(options.tracker, to_dict(plan.asked))
@@ -154,6 +151,22 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         artifact = pack(plan, run, trained, len(code), raw_code_bytes(code)).data  # on every process: only 0 writes the file
     score(plan, run, artifact)
     return finish(plan, run)
+
+
+def _finished_before(run: RunDir, artifact: bytes) -> dict[str, Any] | None:
+    """What result.json says, if it is about this artifact and says what `stages.json` does."""
+    file = run.path / "result.json"
+    try:
+        found = read_json(file)
+    except FileNotFoundError:
+        return None
+    except GolfError as error:
+        found = str(error)
+    if isinstance(found, dict) and artifact and found.get("evaluations") == run.record.get("evaluations"):
+        if found.items() >= run.record["pack"].items():
+            return found
+    run.log(f"{found if isinstance(found, str) else file}: is not the result of what lies here, and is made anew")
+    return None
 
 
 def _packed_before(run: RunDir) -> bytes:

@@ -81,6 +81,19 @@ def test_a_mistake_is_one_line_and_status_2(capsys, monkeypatch):
     assert stopped.value.code == 2 and capsys.readouterr().err == "error: the field, and the fix\n"
 
 
+@pytest.mark.parametrize("argv", [["--resume", ""], ["pr638", "--run-dir="], ["a", ""]])
+def test_an_empty_value_is_refused(argv, capsys, monkeypatch):
+    """`--resume "$RUN"` with a variable that is not set must not start another run."""
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda argv: 0)
+    assert stopped.value.code == 2 and "its value is empty" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["x", "--prompt", ""])  # a document without a beginning
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda argv: 0)
+    assert stopped.value.code == 0
+
+
 def test_memory_that_runs_out_is_one_line_with_the_remedy(capsys, monkeypatch):
     def main(argv):
         raise MemoryError

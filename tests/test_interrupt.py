@@ -1,16 +1,19 @@
 """Signals: noted where a stage holds them, raised behind it and elsewhere; the second one ends at once, its echo does not."""
 
 import gc
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import golf_jax
 from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
 
@@ -81,6 +84,14 @@ def test_the_second_signal_ends_at_once_also_in_c_code():
 def test_the_first_signal_ends_in_good_order_however_late_c_code_returns():
     with started(3_000_000) as child:  # 2 s and more
         assert child.wait(60) == 143 and child.stdout.read() == "in order\n"
+
+
+def test_a_command_that_is_still_imported_ends_without_a_traceback(tmp_path):
+    (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")  # the first that a command imports
+    path = os.pathsep.join([str(tmp_path), str(Path(golf_jax.__file__).parents[1])])
+    call = [sys.executable, "-m", "golf_jax.train"]
+    done = subprocess.run(call, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_every_command_ends_with_the_status_of_its_signal():

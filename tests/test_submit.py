@@ -84,14 +84,21 @@ def test_the_folder_says_what_the_runs_measured(tmp_path, text, capsys):
 
 
 def test_a_run_that_fails_is_no_record(tmp_path, text):
-    bad = finished_run(tmp_path / "bad", text, total_bytes=1)
-    with pytest.raises(GolfError, match="no record: .*the files have .*--non-record"):
-        submit(bad, out=tmp_path / "out", flags=("--no-rerun",))
+    slow = finished_run(tmp_path / "slow", text, train_seconds=900.0, train_and_calibration_seconds=900.0)
+    with pytest.raises(GolfError, match="no record: .*training ended at 900.0 s.*--non-record"):
+        submit(slow, out=tmp_path / "out", flags=("--no-rerun",))
     assert not (tmp_path / "out").exists()
-    assert submit(bad, out=tmp_path / "out") == 0
-    assert re.search(r"^ *fail +claims ", (tmp_path / "out/README.md").read_text(), re.M)
+    assert submit(slow, out=tmp_path / "out") == 0
+    assert re.search(r"^ *fail +training clock ", (tmp_path / "out/README.md").read_text(), re.M)
     with pytest.raises(GolfError, match="is not empty"):
+        submit(slow, out=tmp_path / "out")
+
+
+def test_a_run_that_contradicts_itself_is_no_submission_at_all(tmp_path, text):
+    bad = finished_run(tmp_path / "bad", text, total_bytes=1)
+    with pytest.raises(GolfError, match="no submission: .*the files have "):
         submit(bad, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_text_or_machine_is_no_record(tmp_path, text):

@@ -56,7 +56,7 @@ def check_own(path: Path, rerun: bool = True) -> list[Finding]:
     except GolfError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise GolfError(f"{path / 'result.json'}: not the result of a run ({type(error).__name__}: {error})") from None
+        raise GolfError(f"{path}: result.json or config.json is not that of a run ({type(error).__name__}: {error})") from None
     return fold(found)
 
 

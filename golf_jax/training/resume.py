@@ -17,7 +17,7 @@ def stored_recipe(path: str | Path) -> Recipe:
     try:
         return from_dict(Recipe, read_json(file))
     except FileNotFoundError:
-        raise GolfError(f"--resume {path}: no run is there (config.json is missing)") from None
+        raise GolfError(f"{path}: no run is there (config.json is missing)") from None
     except GolfError as error:
         raise error if str(file) in str(error) else GolfError(f"{file}: {error}") from None
 

@@ -114,7 +114,7 @@ class RunDir:
         try:
             config = self.path / "config.json"
             if resume and not config.exists():
-                return f"--resume {self.path}: no run is there (config.json is missing)"
+                return f"{self.path}: no run is there (config.json is missing)"
             self.path.mkdir(parents=True, exist_ok=True)
             for name in ("run.lock", "log.txt", "metrics.jsonl"):
                 if (file := self.path / name).exists() and not file.is_file():  # opening a pipe would block for ever

@@ -56,5 +56,5 @@ def test_a_damaged_config_is_one_line(tmp_path, damage):
 def test_the_recipe_of_a_run_comes_back(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(RECIPE)))
     assert stored_recipe(tmp_path) == RECIPE
-    with pytest.raises(GolfError, match="--resume .*: no run is there"):
+    with pytest.raises(GolfError, match="nowhere: no run is there"):
         stored_recipe(tmp_path / "nowhere")
