@@ -171,7 +171,8 @@ class EvalConfig:
     documents: DocumentsConfig = DocumentsConfig()
 
     def __post_init__(self):
-        check(self.batch_rows >= 0, f"eval.batch_rows must be >= 0, got {self.batch_rows}")
+        for name in ("batch_rows", "every"):
+            check(getattr(self, name) >= 0, f"eval.{name} must be >= 0, got {getattr(self, name)}")
 
     def check_length(self, seq_len: int) -> None:
         """Raises GolfError unless every method that is asked for can work with windows of `seq_len` tokens."""

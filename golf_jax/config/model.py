@@ -6,6 +6,9 @@ from typing import Literal
 from golf_jax.config.base import check, check_finite
 
 
+MAX_LAYERS = 1024  # executed ones; of artifacts from elsewhere, too
+
+
 @dataclass(frozen=True)
 class FakeQuantConfig:
     """Straight-through fake quantization of weights inside the forward pass (a property of the model in PR 372)."""
@@ -111,6 +114,8 @@ class ModelConfig:
         check_finite(c, "model")
         for name in ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads"):
             check(getattr(c, name) > 0, f"model.{name} must be positive, got {getattr(c, name)}")
+        layers = c.num_layers * (1 + max(c.loop_repeats, 0))
+        check(layers <= MAX_LAYERS, f"model.num_layers {c.num_layers}: with its loops up to {layers} layers; at most {MAX_LAYERS}")
         check(c.width % c.num_heads == 0, f"model.width {c.width} is not divisible by model.num_heads {c.num_heads}")
         check(
             c.num_heads % c.num_kv_heads == 0,
