@@ -5,7 +5,6 @@ from typing import Literal
 
 from golf_jax.config.base import check, check_finite
 
-
 MAX_LAYERS = 1024  # executed ones; of artifacts from elsewhere, too
 
 
