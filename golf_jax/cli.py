@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,6 +69,7 @@ def run(main: Callable[[list[str]], int]) -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(0)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -82,7 +84,12 @@ def run(main: Callable[[list[str]], int]) -> None:
         status = _fail(f"error: {error}", 2)
     except Interrupted as stop:  # a run has said so itself, in its log
         status = _fail(f"interrupted by {stop}", stop.status) if signals.number else stop.status
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, AssertionError) as error:
+        named = os.environ.get("JAX_PLATFORMS")
+        if named and traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+            why = f" ({next(iter(str(error).splitlines()))})" if str(error) else ""
+            found = GolfError(f"JAX_PLATFORMS={named}: jax has no such platform here{why}; unset it, or install jax for it")
+            sys.exit(_fail(f"error: {found}", 2))
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # what XLA calls it
             raise
         status = _fail("error: out of memory; --micro-rows 1 and --eval.batch-rows 1 need the least, --micro-rows auto takes what fits", 2)

@@ -109,6 +109,7 @@ def test_a_wrong_tokenizer_is_refused(folder, tokenizer, message):
     [
         (["nowhere.golf"], "nowhere.golf: cannot be read"),
         (["x.pt"], "x.pt"),
+        (["nowhere.golf", "--max-docs", "-1"], "--max-docs must not be negative"),
         (["nowhere.golf", "--json", "/nowhere/x.json"], "/nowhere/x.json: cannot be written .there is no directory /nowhere"),
     ],
 )
