@@ -48,6 +48,7 @@ class Sampling:
     def __post_init__(self) -> None:
         check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
         check(self.top_k >= 0, f"top-k must not be negative, got {self.top_k}")
+        check(abs(self.seed) < 1 << 53, f"seed {self.seed} is too large a number")
         check(0 < self.top_p <= 1, f"top-p must lie above 0 and be at most 1, got {self.top_p}")
 
 

@@ -76,5 +76,7 @@ def test_refused(artifact, tmp_path):
         main([str(tmp_path / "alone.golf"), "--prompt", "x"])
     with pytest.raises(GolfError, match="character 1 is half a surrogate pair; is it UTF-8"):
         main([str(artifact), "--prompt", "a\udcff", "--max-tokens", "1"])
+    with pytest.raises(GolfError, match="too large a number"):
+        Sampling(seed=2**65)
     with pytest.raises(GolfError, match="--max-tokens must be positive"):
         main([str(artifact), "--max-tokens", "0"])
