@@ -109,7 +109,6 @@ def test_a_wrong_tokenizer_is_refused(folder, tokenizer, message):
     [
         (["nowhere.golf"], "nowhere.golf: cannot be read"),
         (["x.pt"], "x.pt"),
-        (["nowhere.golf", "--max-docs", "-1"], "--max-docs must not be negative"),
         (["nowhere.golf", "--json", "/nowhere/x.json"], "/nowhere/x.json: cannot be written .there is no directory /nowhere"),
     ],
 )
@@ -117,6 +116,12 @@ def test_mistakes_are_told_in_one_line(argv, message):
     with pytest.raises(GolfError, match=message) as caught:
         evaluate.main(argv)
     assert "\n" not in str(caught.value)
+
+
+def test_negative_limits_are_refused():
+    for name in ("max_docs", "max_tokens", "stride", "batch_rows"):
+        with pytest.raises(GolfError, match=f"--{name.replace('_', '-')} must not be negative, got -1"):
+            evaluate.Options("x", **{name: -1})
 
 
 def test_missing_text_and_wide_stride_are_told(folder):

@@ -25,6 +25,7 @@ from golf_jax.progress import Log, Progress
 
 TOKENIZER_SAMPLE = 100_000_000  # characters of training text the tokenizer learns from; more changes little and takes long
 SHARD_TOKENS = 100_000_000  # the official export's
+SMALLEST = 261  # pieces: 256 bytes, 4 of control, and one
 ENCODE_BATCH = 512
 SHOWN = 20  # files named one by one
 TRANSFORMS = ("", "caseops")
@@ -90,6 +91,8 @@ def build_documents(
     directory = Path(directory)
     if directory.exists():
         raise GolfError(f"{directory}: exists already; remove it or name another directory")
+    if tokenizer is None and not SMALLEST <= vocab_size <= 1 << 16:
+        raise GolfError(f"data build: vocab_size={vocab_size} must lie between {SMALLEST} (bytes and control pieces) and 65,536")
     if val_every < 2 or shard_tokens < 2:
         raise GolfError(f"data build: val_every={val_every} and shard_tokens={shard_tokens} must be at least 2")
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
 from golf_jax.data.overlap import Overlap, find_overlap, without_ends
-from golf_jax.data.shards import Shard
+from golf_jax.data.shards import Shard, check_holes
 from golf_jax.data.sidecar import Sidecar, prove_sidecar
 from golf_jax.data.tokenizer import Tokenizer, check_tables, split_documents
 from golf_jax.progress import Log, Progress
@@ -64,6 +64,7 @@ def prove_text(
             f"validation text: every document must start with BOS ({bos}), the file {where}; without document starts the "
             "byte count cannot be proved (write the shards again, as `python -m golf_jax.data build` does)"
         )
+    check_holes(val_tokens, "validation text")
     facts = []
     if changes := tokenizer.changes():
         facts.append(f"tokenizer changes text: {'; '.join(changes)}")
@@ -226,6 +227,7 @@ def sampled_documents(shards: Sequence[np.ndarray | Shard], bos_id: int, seconds
             return
         shard, start = blocks[number * step % len(blocks)]
         tokens = shard[start : start + SAMPLED_TOKENS + OVERHANG]
+        check_holes(tokens[:SAMPLED_TOKENS], getattr(shard, "path", "training text"), start)
         bounds = [*np.flatnonzero(tokens == bos_id).tolist(), *([len(tokens)] if start + len(tokens) == len(shard) else [])]
         for first, stop in zip(bounds, bounds[1:], strict=False):
             if first < SAMPLED_TOKENS:

@@ -11,7 +11,7 @@ from golf_jax.config import GolfError
 from golf_jax.data.manifest import NAME, read_manifest, sha256_file
 from golf_jax.data.overlap import find_overlap
 from golf_jax.data.proof import prove_text
-from golf_jax.data.shards import Shard, check_token_range, find_shards, open_shard
+from golf_jax.data.shards import Shard, check_holes, check_token_range, find_shards, open_shard
 from golf_jax.data.sidecar import Sidecar, find_sidecars, load_sidecar
 from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.progress import Log, Progress
@@ -95,6 +95,7 @@ def _verify_split(report: Report, split: str, pattern: str, model: Tokenizer, en
             shard = open_shard(path)
             tokens = shard[:]
             check_token_range(tokens, model.vocab_size, path)
+            check_holes(tokens, path)
         except GolfError as error:
             report.problems.append(str(error))
             continue
@@ -153,6 +154,8 @@ def _verify_text(
 def verify_directory(directory: str | Path, tokenizer: str | Path | None = None, log: Log | None = None) -> Report:
     """`verify` on a directory that `build` or `download` wrote, or on any with *train*.bin, *val*.bin and a given tokenizer."""
     directory = Path(directory)
+    if not directory.is_dir():
+        raise GolfError(f"{directory}: no such directory")
     manifest = read_manifest(directory / NAME) if (directory / NAME).exists() else None
     if tokenizer is None:
         if manifest is None:

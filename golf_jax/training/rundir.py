@@ -130,7 +130,8 @@ class RunDir:
             self._log = open(self.path / "log.txt", "w" if here and not resume else "a", encoding="utf8")
             self._repair_metrics(lambda row: resume)
             self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf8")
-            self.record = read_stages(self.path) if resume else {}
+            record = read_stages(self.path)
+            self.record = record if resume else {}
         except BlockingIOError:
             return f"{self.path}: another process works in this directory"
         except GolfError as error:

@@ -227,6 +227,15 @@ def test_the_cache_has_a_place(tmp_path, monkeypatch, capsys):
     assert cache_directory().parent == tmp_path and "GOLF_JAX_CACHE" in capsys.readouterr().err
 
 
+def test_room_that_was_never_written_to_is_no_text(tokenizer, split):
+    """A download that had reserved its room and ended early has the right size and header."""
+    holed = np.concatenate([split[0][0], np.zeros(3 << 16, np.uint16)])
+    with pytest.raises(GolfError, match="training text: the 65,536 tokens from .* are all 0: part of the file was never written"):
+        prove_text(tokenizer, [holed], split[1])
+    with pytest.raises(GolfError, match="validation text: the 65,536 tokens"):
+        prove_text(tokenizer, [], np.concatenate([split[1], np.zeros(3 << 16, np.uint16)]))
+
+
 class Long(np.ndarray):
     """Tokens that count what is read of them."""
 
@@ -239,7 +248,7 @@ class Long(np.ndarray):
 
 def test_a_shard_in_which_no_document_ends_costs_no_more_time_than_others(tokenizer, split, monkeypatch):
     """4 GB of a single document, or of none: reading stops when the time is over, and what could not be proved is told or refused."""
-    shard = np.full(1 << 24, 40, np.uint16).view(Long)
+    shard = np.random.default_rng(0).integers(300, 500, 1 << 24, np.uint16).view(Long)
     now = iter(np.arange(0, 1000, 0.5))
     monkeypatch.setattr(proof, "time", SimpleNamespace(monotonic=lambda: next(now)))
     with pytest.raises(GolfError, match="training text: no document start"):
