@@ -22,6 +22,8 @@ def test_what_cannot_change_what_was_trained_is_taken():
     fields = {c["field"] for c in changed(RECIPE, other, (), "run")}
     assert fields == {"log_every", "checkpoint_every", "micro_rows", "eval.batch_rows"}
     assert changed(RECIPE, RECIPE, (), "run") == []
+    moved = replace(RECIPE, data=replace(RECIPE.data, train="elsewhere/*.bin"))  # the text itself is compared by content
+    assert [c["field"] for c in changed(RECIPE, moved, (), "run")] == ["data.train"]
 
 
 def test_anything_else_is_refused_with_field_and_both_values():
