@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
-from golf_jax.interrupt import Interrupted, Signals, catching
+from golf_jax.interrupt import Interrupted, catching
 
 WANTED = """The flags most runs want; the full list follows.
 
@@ -73,17 +73,16 @@ def run(main: Callable[[list[str]], int]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signals = Signals()
     try:
-        with catching(signals):
+        with catching():
             _refuse_empty(sys.argv[1:])
             status = main(sys.argv[1:])
             if sys.stdout is not None:
                 sys.stdout.flush()
     except GolfError as error:
         status = _fail(f"error: {error}", 2)
-    except Interrupted as stop:  # a run has said so itself, in its log
-        status = _fail(f"interrupted by {stop}", stop.status) if signals.number else stop.status
+    except Interrupted as stop:
+        status = stop.status if stop.told else _fail(f"interrupted by {stop}", stop.status)
     except (MemoryError, RuntimeError, AssertionError) as error:
         named = os.environ.get("JAX_PLATFORMS")
         if named and traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):

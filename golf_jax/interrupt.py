@@ -21,6 +21,8 @@ class Interrupted(BaseException):
     def __init__(self, number: int, advice: str = "") -> None:
         super().__init__(f"{signal.Signals(number).name}{': ' if advice else ''}{advice}")
         self.status, self.advice = 128 + number, advice
+        self.told = False
+        """Whether the user has read it already."""
 
 
 def heard() -> tuple[signal.Signals, ...]:
@@ -32,7 +34,7 @@ class Signals:
     """What has arrived since `catching` began."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.raised = 0, False
         self._held = False
         self._first = 0.0
         self._hook = sys.unraisablehook
@@ -54,6 +56,7 @@ class Signals:
             return
         self.number = number
         if not self._held:
+            self.raised = True
             raise Interrupted(number)
 
     def _watch(self, pipe: int) -> None:
@@ -82,9 +85,9 @@ class Signals:
 
 
 @contextmanager
-def catching(signals: Signals | None = None) -> Iterator[Signals]:
-    """Signals that end a process raise `Interrupted` in the main thread, or are noted (in `signals`) where `held`. Main thread only."""
-    signals = signals or Signals()
+def catching() -> Iterator[Signals]:
+    """Signals that end a process raise `Interrupted` in the main thread, or are noted where `held`. Main thread only."""
+    signals = Signals()
     before = {number: signal.signal(number, signals._arrived) for number in heard()}
     sys.unraisablehook = signals._swallowed
     reader, writer = os.pipe()
@@ -93,6 +96,10 @@ def catching(signals: Signals | None = None) -> Iterator[Signals]:
     threading.Thread(target=signals._watch, args=(reader,), daemon=True).start()
     try:
         yield signals
+    except Exception as error:  # C++ that calls Python makes an error of its own of what is raised there
+        if signals.raised:
+            raise Interrupted(signals.number) from error
+        raise
     finally:
         signal.set_wakeup_fd(previous)
         sys.unraisablehook = signals._hook

@@ -109,6 +109,7 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
             begin = f"nothing was trained yet; start again with: {start_again(path, plan.mesh.size)}"
             rest = f"go on with: {go_on(path)}" if kept(path) else begin
             directory.log(f"interrupted by {stop}{'' if stop.advice else f': {rest}'}")
+            stop.told = True
             raise
 
 

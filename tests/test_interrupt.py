@@ -39,6 +39,18 @@ def test_a_signal_is_noted_where_it_is_held_and_raised_behind_it_or_elsewhere(nu
     assert stop.value.status == 128 + number and signal.getsignal(number) is before
 
 
+def test_an_error_that_a_signal_was_made_to_is_the_signal():
+    """SentencePiece asks Python for the next sentence, and says RuntimeError to whatever comes instead."""
+    with pytest.raises(Interrupted) as stop, catching():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted as raised:
+            raise RuntimeError("INTERNAL") from raised
+    assert stop.value.status == 143
+    with pytest.raises(RuntimeError), catching():
+        raise RuntimeError
+
+
 def test_what_the_starter_ignores_is_ignored():
     """`nohup python -m ... &`, and a script's background jobs."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
