@@ -64,11 +64,11 @@ def check_packing(recipe: Recipe) -> None:
         head_gate="linear",
         skip="gated",
     )
-    check_quant(rules_for(recipe.model, recipe.quant), _shapes(recipe.model), _shapes(everything), calibrated(recipe.model))
+    check_quant(rules_for(recipe.model, recipe.quant), tensor_shapes(recipe.model), tensor_shapes(everything), calibrated(recipe.model))
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor by name."""
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model, by name."""
     table = leaves(config)
     return {tensor: table[name].tensor_shape() for tensor, (name, _) in tensor_names(config).items()}
 
@@ -169,7 +169,7 @@ def _check_header(loaded: Loaded, found: Mapping[str, tuple[int, ...]]) -> None:
     check(0 < loaded.seq_len < 1 << 24, f"header.seq_len {loaded.seq_len} is no sequence length")
     check(bool(re.fullmatch("[0-9a-f]{64}", loaded.tokenizer_sha256)), "header.tokenizer_sha256 is no SHA-256")
     loaded.eval.check_length(loaded.seq_len)
-    needed = _shapes(c)
+    needed = tensor_shapes(c)
     for name in [*found, *needed]:
         check(name in needed, f"the tensors do not fit the model configuration: unknown {name}")
         check(name in found, f"the tensors do not fit the model configuration: missing {name}")

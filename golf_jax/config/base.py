@@ -1,4 +1,4 @@
-"""The one error users see, and the cap."""
+"""The one error users see, the challenge's limits, and checks that configurations share."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 CAP_BYTES = 16_000_000  # artifact cap of the challenge, decimal, code + model
+LIMIT_SECONDS = 600.0  # of the challenge, for training, and again for evaluation
 MAX_LINE = 1000  # characters of an error
 
 
@@ -39,6 +40,16 @@ def parse_json(text: str | bytes) -> Any:
 def check(ok: bool, message: str) -> None:
     if not ok:
         raise GolfError(message)
+
+
+def not_negative(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        check(getattr(config, name) >= 0, f"{section}.{name} must be >= 0, got {getattr(config, name)}")
+
+
+def positive(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        check(getattr(config, name) > 0, f"{section}.{name} must be positive, got {getattr(config, name)}")
 
 
 def check_finite(config: Any, path: str = "") -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from golf_jax.artifact.model import tensor_shapes
 from golf_jax.config import GolfError, ModelConfig, load_recipe, recipe_names
 from golf_jax.files import read_bytes
 from golf_jax.interop.hparams import model_config
 from golf_jax.interop.packed import BANKS, canonical_state, read_checkpoint, read_packed
 from golf_jax.interop.safetensors import read_safetensors, write_safetensors
-from golf_jax.model.params import from_tensors, leaves, to_tensors
+from golf_jax.model.params import from_tensors, to_tensors
 from golf_jax.progress import Log
 
 
@@ -93,12 +94,6 @@ def guess_recipe(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
         odd = differing[nearest]
         raise GolfError(f"{where}: the tensors are of no shipped recipe; nearest is {nearest}, where {len(odd)} differ ({odd[0]}, ...)")
     return [name for name, odd in differing.items() if not odd]
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a model, by name."""
-    table = leaves(config)
-    return {leaf.tensor.format(i=i): leaf.tensor_shape() for leaf in table.values() for i in range(leaf.shape[0] if leaf.stacked else 1)}
 
 
 def export_safetensors(config: ModelConfig, params: Mapping[str, Any], path: str | Path) -> None:

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from golf_jax.artifact.model import tensor_shapes
 from golf_jax.config import GolfError, load_recipe, recipe_names
 from golf_jax.interop import export_safetensors, from_torch, import_safetensors, model_config, to_torch
 from golf_jax.interop.checks import Set
 from golf_jax.interop.hparams import RECIPES
-from golf_jax.interop.torch_names import guess_recipe, pr_names, tensor_shapes
+from golf_jax.interop.torch_names import guess_recipe, pr_names
 from golf_jax.model.params import count, to_tensors
 
 

@@ -197,7 +197,7 @@ class Case:
         layers = [self.settings.get("config", {})]
         if not self.settings.get("shipped"):
             source = self.refs.case(f"params/{self._params_case()}").settings if self._has_params() else {}
-            by_name = settings(self.refs.json["recipe"], self.refs.json.get("hyperparameters", {}))
+            by_name = settings(self.refs.json["recipe"], self.refs.json.get("hyperparameters", {}), self.where)
             layers = [by_name, self.refs.json["config"], source.get("config", {}), *layers]
         document = to_dict(self.refs.recipe)
         try:
