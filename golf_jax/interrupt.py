@@ -1,10 +1,14 @@
 """Signals that ask a run to end: the first one in good order, the second one at once."""
 
+import _thread
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -23,6 +27,7 @@ class Signals:
     def __init__(self) -> None:
         self.number = 0
         self._held = False
+        self._hook = sys.unraisablehook
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -43,14 +48,24 @@ class Signals:
         if not self._held:
             raise Interrupted(number)
 
+    def _swallowed(self, unraisable: Any) -> None:
+        """What Python does with an exception of a finaliser or a callback of its garbage collector: a signal may be met there."""
+        if isinstance(unraisable.exc_value, Interrupted):  # arrives once more, when that callback is left
+            number, self.number = self.number, 0
+            threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
+        else:
+            self._hook(unraisable)
+
 
 @contextmanager
 def catching() -> Iterator[Signals]:
     """Signals that end a process raise `Interrupted` in the main thread, or are noted where `held`."""
     signals = Signals()
     before = {number: signal.signal(number, signals._arrived) for number in SIGNALS}
+    sys.unraisablehook = signals._swallowed
     try:
         yield signals
     finally:
+        sys.unraisablehook = signals._hook
         for number, handler in before.items():
             signal.signal(number, handler)

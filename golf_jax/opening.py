@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.artifact.model import load_model
-from golf_jax.config import EvalConfig, GolfError, ModelConfig
+from golf_jax.config import EvalConfig, GolfError, ModelConfig, named
 from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.evaluation import Result
@@ -116,10 +116,8 @@ def load(path: str | Path, tokenizer: str | Path = "") -> Model:
 
 def open_artifact(data: bytes, name: str, tokenizer: Tokenizer | None) -> Model:
     """The model of an artifact's bytes; `name` stands in errors. Raises GolfError as `load` does."""
-    try:
+    with named(name):
         m = load_model(data)
-    except GolfError as error:
-        raise GolfError(f"{name}: {error}") from None
     facts = {"eval": m.eval, "seq_len": m.seq_len, "tokenizer_sha256": m.tokenizer_sha256, "embedded": m.embedded}
     model = opened_here(m.config, m.params, name=name, sha256=hashlib.sha256(data).hexdigest(), **facts)
     return replace(model, tokenizer=tokenizer and fitting(model, tokenizer))

@@ -1,8 +1,10 @@
 """Signals: noted where a stage holds them, raised behind it and elsewhere, and the second one ends at once."""
 
+import gc
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -33,3 +35,15 @@ with catching() as signals, signals.held():
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 143 and done.stdout == "noted\n"
+
+
+def test_a_signal_met_in_a_callback_that_swallows_exceptions_is_not_lost(capfd):
+    def callback(phase, info):
+        gc.callbacks.remove(callback)
+        signal.raise_signal(signal.SIGHUP)
+
+    with pytest.raises(Interrupted) as stop, catching():
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(5)
+    assert stop.value.status == 129 and not capfd.readouterr().err

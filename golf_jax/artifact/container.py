@@ -28,6 +28,7 @@ import numpy as np
 
 from golf_jax.artifact.codecs import ArtifactError, exactly
 from golf_jax.artifact.compressors import COMPRESSORS, Compressor, compressor
+from golf_jax.config import named
 from golf_jax.files import read_bytes
 from golf_jax.quant import QTensor
 from golf_jax.quant.schemes import FLOATS, WIDTHS
@@ -194,10 +195,8 @@ def tensors_of(opened: "Opened") -> dict[str, QTensor]:
 def read_artifact(path: str | Path) -> tuple[dict[str, Any], dict[str, QTensor]]:
     """`unpack` of a file; errors name the file."""
     data = read_bytes(path, MAX_FILE_BYTES)
-    try:
+    with named(path):
         return unpack(data)
-    except ArtifactError as e:
-        raise ArtifactError(f"{path}: {e}") from None
 
 
 @dataclass(frozen=True)

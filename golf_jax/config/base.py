@@ -1,8 +1,11 @@
 """The one error users see, the challenge's limits, and checks that configurations share."""
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 CAP_BYTES = 16_000_000  # artifact cap of the challenge, decimal, code + model
@@ -21,6 +24,15 @@ class GolfError(ValueError):
     def __str__(self) -> str:
         line = escape(super().__str__())  # of a hostile file it may hold anything, of any length
         return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 200]} ... {line[-190:]}"
+
+
+@contextlib.contextmanager
+def named(where: str | Path) -> Iterator[None]:
+    """A GolfError from within says in front where it happened."""
+    try:
+        yield
+    except GolfError as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -64,16 +64,18 @@ def submissions(path: Path) -> set[Path]:
     """The submissions below a folder: those with claims, and what else has logs, by the README or program that they belong to."""
     found = {p.parent for p in path.rglob(CLAIMS)}
     for log in path.rglob("*"):
-        named = log.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.match(log.name) and log.is_file()
-        if named and not found & set(log.parents) and parse_log(read_text(log), log.name):
+        if _is_log(log) and not found & set(log.parents) and parse_log(read_text(log), log.name):
             above = [p for p in log.parents if p.is_relative_to(path)]
             found.add(next((p for p in above if (p / README).is_file() or _only(p, PROGRAM)), log.parent))
     return found
 
 
 def _logs(path: Path) -> list[Path]:
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.match(p.name)]
-    return [p for p in files if p.parent == path or _only(p.parent, CLAIMS) is None]
+    return [p for p in sorted(path.rglob("*")) if _is_log(p) and (p.parent == path or _only(p.parent, CLAIMS) is None)]
+
+
+def _is_log(path: Path) -> bool:
+    return path.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.match(path.name) and path.is_file()
 
 
 def read_submission(path: Path) -> Submission:

@@ -30,6 +30,9 @@ _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("steps", re.compile(r"^(?:train(?:ing|ed)? )?steps?(?: completed| reached)?$", re.I)),
     ("bytes", re.compile(r"\bartifact\b|\btotal(?: submission)?(?: size| bytes)?$|\bsubmission size\b|^(?:size|bytes)\b", re.I)),
 )
+_OWN_COLUMN = re.compile(
+    r"(?:this|our)s?(?: (?:run|work|pr|pull request|submission|record|entry|result|value))?|values?|results?|measured", re.I
+)
 _EARLY = re.compile(r"\bpre\b|\bema\b|\bswa\b|\braw\b|\btrain|\bfloat|\bfp\d|\bbf16|\bunquant|\bfull|\bstandard|\bin training", re.I)
 _VALUE = re.compile(r"(?<![\w.])(\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?)\s*(bytes|[KM]i?B)?(?![\w%]|[.,]\d)", re.I)
 _ROUGH = re.compile(r"^[^\d]*[~≈<>≤≥∼]")
@@ -112,8 +115,10 @@ def _values(header: tuple[int, list[str]], rows: Sequence[tuple[int, list[str]]]
             if len(cells) == len(names):
                 owned = ((cell, owner) for name, cell in zip(names, cells, strict=True) if (owner := _owner(name)))
                 yield from (s for cell, owner in owned if (s := _said(cells[0], cell, number, *owner)))
-    elif len(names) == 2 and _kind(names[1]) is None:
-        yield from (s for number, cells in rows if len(cells) == 2 and (s := _said(cells[0], cells[1], number, None, False)))
+    elif own := [i for i, name in enumerate(names) if i and (_OWN_COLUMN.fullmatch(name) or (len(names) == 2 and _kind(name) is None))]:
+        for number, cells in rows:
+            if len(cells) == len(names) and (said := _said(cells[0], cells[own[0]], number, None, False)):
+                yield said
 
 
 def _owner(cell: str) -> tuple[int | None, bool] | None:

@@ -63,3 +63,14 @@ def test_seeds_that_only_the_readme_claims(tmp_path):
     findings = {(f.rule, f.status): f.text for f in check_submission(read_submission(path))}
     assert findings["seeds", "fail"] == "3 seeds are claimed, 2 finished runs in the logs"
     assert findings["input", "warning"] == "no line of training or scoring in it" and ("claims", "fail") not in findings
+
+
+@pytest.mark.parametrize("bpb, status", [("1.1194", "pass"), ("1.0500", "warning")])
+def test_of_a_table_of_metrics_the_column_of_this_run_is_read(tmp_path, bpb, status):
+    """Beside the column of another program and remarks."""
+    path = records_folder(tmp_path / "f", losses=LOSSES, hessians=None)
+    (path / "README.md").write_text(
+        f"| Metric | Baseline | This run | Notes |\n|---|---|---|---|\n| val_bpb | 1.2244 | {bpb} | three seeds |\n"
+    )
+    (finding,) = (f for f in check_submission(read_submission(path)) if f.text.startswith("README"))
+    assert finding.status == status

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe, parse_json
+from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe, named, parse_json
 from golf_jax.config.serialize import from_dict, to_dict
 from golf_jax.files import read_bytes
 from golf_jax.interop.checks.base import CheckResult, Comparison
@@ -129,10 +129,8 @@ def read_npz(path: Path) -> Arrays:
 
 
 def _read_json(text: str, path: Path) -> dict[str, Any]:
-    try:
+    with named(f"{path}: reference.json"):
         found = parse_json(text)
-    except GolfError as e:
-        raise GolfError(f"{path}: reference.json: {e}") from None
     try:
         if found.get("format") != 1:
             raise GolfError(f"{path}: format is {found.get('format')!r}, this reader knows 1")
