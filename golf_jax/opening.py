@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from golf_jax.artifact.container import MAX_FILE_BYTES
 from golf_jax.artifact.model import load_model
 from golf_jax.config import EvalConfig, GolfError, ModelConfig, named
 from golf_jax.data.text import Text, open_text
@@ -109,7 +110,7 @@ def load(path: str | Path, tokenizer: str | Path = "") -> Model:
     file = folder / "artifact.golf" if folder.is_dir() else folder
     if folder.is_dir() and not file.exists():
         raise GolfError(f"{folder}: holds no artifact.golf; go on with the run first: python -m golf_jax.train --resume {folder}")
-    data = read_bytes(file)
+    data = read_bytes(file, MAX_FILE_BYTES)
     beside = file.with_name("tokenizer.model")
     return open_artifact(data, str(file), Tokenizer(tokenizer) if tokenizer else Tokenizer(beside) if beside.is_file() else None)
 

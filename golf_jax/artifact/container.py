@@ -21,15 +21,12 @@ import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from golf_jax.artifact.codecs import ArtifactError, exactly
 from golf_jax.artifact.compressors import COMPRESSORS, Compressor, compressor
-from golf_jax.config import named
-from golf_jax.files import read_bytes
 from golf_jax.quant import QTensor
 from golf_jax.quant.schemes import FLOATS, WIDTHS
 
@@ -190,13 +187,6 @@ def tensors_of(opened: "Opened") -> dict[str, QTensor]:
             _require(finite, f"{e.name}: a value is NaN or infinite")
         result[e.name] = QTensor(e.kind, e.dtype, parts.get("codes"), parts.get("scale"), parts.get("values"))
     return _fold(result)
-
-
-def read_artifact(path: str | Path) -> tuple[dict[str, Any], dict[str, QTensor]]:
-    """`unpack` of a file; errors name the file."""
-    data = read_bytes(path, MAX_FILE_BYTES)
-    with named(path):
-        return unpack(data)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """C1 and C2 of legal evaluation as measurements (issue 1017 of the challenge); C3 and C4 are counted by the score book.
 
-The tests run them on every engine; `score` runs `check_model` on a small sample of the real stream.
+`score` runs `check_model` on a small sample of the real stream.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,36 +18,6 @@ from golf_jax.evaluation.scorer import Shapes, shapes_of
 from golf_jax.evaluation.tilt import tilted
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.model import Model, Params, head_softcap, hidden
-
-
-def changed_before_flip(
-    scores: Callable[[np.ndarray], np.ndarray],
-    tokens: np.ndarray,
-    flips: Sequence[int],
-    vocab_size: int,
-    order: np.ndarray | None = None,
-) -> int:
-    """C1 of a whole engine: number of scores that change although their target lies before the flipped token.
-
-    scores: tokens [n + 1] -> nll of every target [n]. flips: token indices, one run of the engine each. order: the targets in the order
-    in which the engine predicts them (default: as they stand). 0 is legal; raises ValueError if a flip changes nothing at all, since then
-    the test proves nothing.
-    """
-    base, changed = _bits(scores(tokens)), 0
-    rank = np.argsort(np.arange(len(base)) if order is None else order)
-    for s in flips:
-        other = tokens.copy()
-        other[s] = (int(other[s]) + 1) % vocab_size
-        flipped = _bits(scores(other))
-        if np.array_equal(base, flipped):
-            raise ValueError(f"flipping token {s} changed no score: the test has no power")
-        changed += int(np.count_nonzero((base != flipped) & (rank < (rank[s - 1] if s else 0))))  # target p is token p + 1
-    return changed
-
-
-def _bits(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x, np.float32).view(np.uint32)
-
 
 FLIPS, POSITIONS = 3, 4  # tokens flipped and distributions summed in one window
 TILT_FLIPS = 16

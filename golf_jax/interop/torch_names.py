@@ -16,7 +16,6 @@ from golf_jax.config import GolfError, ModelConfig, load_recipe, named, recipe_n
 from golf_jax.files import read_bytes
 from golf_jax.interop.hparams import model_config
 from golf_jax.interop.packed import BANKS, canonical_state, read_checkpoint, read_packed
-from golf_jax.interop.safetensors import read_safetensors, write_safetensors
 from golf_jax.model.params import from_tensors, to_tensors
 from golf_jax.progress import Log
 
@@ -88,14 +87,3 @@ def guess_recipe(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
         odd = differing[nearest]
         raise GolfError(f"{where}: the tensors are of no shipped recipe; nearest is {nearest}, where {len(odd)} differ ({odd[0]}, ...)")
     return [name for name, odd in differing.items() if not odd]
-
-
-def export_safetensors(config: ModelConfig, params: Mapping[str, Any], path: str | Path) -> None:
-    """Write parameters by the challenge's names, linear weights (out, in), in their dtypes."""
-    write_safetensors(to_tensors(config, params), path)
-
-
-def import_safetensors(config: ModelConfig, path: str | Path) -> dict[str, np.ndarray]:
-    """Inverse of `export_safetensors`, bit for bit. Raises GolfError naming what does not fit."""
-    with named(path):
-        return from_tensors(config, read_safetensors(path))

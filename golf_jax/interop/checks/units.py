@@ -159,7 +159,7 @@ def _caseops_bad(case: Case, given: Arrays) -> Outputs:
 
 KINDS: dict[str, Callable[[Case, Arrays], Outputs]] = {
     "rope_tables": lambda case, given: dict(zip(("cos", "sin"), _tables(case, case.settings["length"]), strict=True)),
-    "rope": lambda case, given: {"y": ops.rope(given["x"], *_tables(case, given["x"].shape[1], given["x"].shape[-1]))},
+    "rope": lambda case, given: {"y": ops.rope(jnp.asarray(given["x"]), *_tables(case, given["x"].shape[1], given["x"].shape[-1]))},
     "xsa": lambda case, given: {"y": exclude_self_value(given["y"], given["v"])},
     "hash_ids": lambda case, given: {k.removeprefix("ids/"): v for k, v in hash_ids(case.model, given["tokens"]).items()},
     "quantile": lambda case, given: {"rows": np.stack([torch_quantile(sorted_rows(given["w"]), q) for q in case.settings["q"]])},
