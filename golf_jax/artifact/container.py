@@ -27,6 +27,7 @@ import numpy as np
 
 from golf_jax.artifact.codecs import ArtifactError, exactly
 from golf_jax.artifact.compressors import COMPRESSORS, Compressor, compressor
+from golf_jax.config import GolfError, parse_json
 from golf_jax.quant import QTensor
 from golf_jax.quant.schemes import FLOATS, WIDTHS
 
@@ -254,12 +255,9 @@ def _require(ok: Any, message: str) -> None:
 
 
 def _parse_table(raw: bytes) -> tuple[dict[str, Any], list[Entry], list[int]]:
-    def refuse(constant: str):
-        raise ValueError(constant)
-
     try:
-        table = json.loads(raw.decode(), parse_constant=refuse)
-    except (ValueError, RecursionError):
+        table = parse_json(raw)
+    except GolfError:
         raise ArtifactError("the header is not valid JSON") from None
     _require(isinstance(table, dict) and set(table) == {"header", "tensors", "sections"}, "the header lacks its three parts")
     header, rows, lengths = table["header"], table["tensors"], table["sections"]

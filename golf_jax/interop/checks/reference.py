@@ -19,7 +19,7 @@ import numpy as np
 from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe, named, parse_json
 from golf_jax.config.serialize import from_dict, to_dict
 from golf_jax.files import read_bytes
-from golf_jax.interop.checks.base import CheckResult, Comparison
+from golf_jax.interop.checks.base import CheckResult
 from golf_jax.interop.checks.hyperparameters import settings
 from golf_jax.model import from_tensors
 
@@ -150,7 +150,7 @@ class Case:
         about = refs.json["sections"][self.section]
         self.settings: dict[str, Any] = about["cases"][self.name]
         self._given = (self.settings.get("tolerances", {}), about.get("tolerances", {}))
-        self._rows: dict[Any, Comparison] = {}
+        self._rows: dict[Any, CheckResult] = {}
         self.added: set[str] = set()
         """Items and facts that were compared."""
 
@@ -272,7 +272,10 @@ class Case:
         """Compare one array or fact under the set's tolerance for it."""
         self.added.add(item)
         done, name, reference = 0, tensor_of(item), np.asarray(reference)
-        key, bars = self._tolerance(item)
+        if not (found := self.tolerated(item)):
+            raise GolfError(f"{self.refs.path}: {self.where}: no tolerance for {item}")
+        given, key = found
+        bars = given[key] if isinstance(given[key], list) else [given[key]]
         ours = np.asarray(ours)
         for bar in bars:
             if "names" in bar and not any(part in name for part in bar["names"].split("|")):
@@ -280,19 +283,13 @@ class Case:
             part = slice(done, bar.get("until")) if "until" in bar or done else ()
             done = bar.get("until", done)
             label = f"{key}[:{done}]" if "until" in bar else f"{key} of {bar['names']}" if "names" in bar else key
-            row = self._rows.setdefault((key, id(bar)), Comparison(f"{self.where}: {label}", bar["value"], bar["measure"]))
+            row = self._rows.setdefault((key, id(bar)), CheckResult(f"{self.where}: {label}", bar["value"], bar["measure"]))
             if ours.shape != reference.shape:
                 row.add(item, ours, reference)
             elif reference[part].size or not part:
                 row.add(item, ours[part], reference[part], start)
             if "until" not in bar:
                 return
-
-    def _tolerance(self, item: str) -> tuple[str, list[dict[str, Any]]]:
-        if found := self.tolerated(item):
-            given, key = found
-            return key, given[key] if isinstance(given[key], list) else [given[key]]
-        raise GolfError(f"{self.refs.path}: {self.where}: no tolerance for {item}")
 
     def tolerated(self, item: str) -> tuple[dict[str, Any], str] | None:
         """The tolerances of the case, or of its section, and the longest key in them that the item begins with."""
@@ -331,7 +328,7 @@ class Case:
         return len({*self.held} & self.added), len(self.held)
 
     def results(self) -> list[CheckResult]:
-        return [row.result() for row in self._rows.values()]
+        return [*self._rows.values()]
 
 
 def _fact(ours: Mapping[str, Any], item: str) -> Any:
