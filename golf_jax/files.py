@@ -61,14 +61,15 @@ def check_target(path: str | Path) -> None:
 
 def json_text(value: Any) -> str:
     """`value` as JSON text; numbers that are not finite, which JSON has not, are null."""
-    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """JSON data with None for every number that is not finite."""
     if isinstance(value, dict):
-        return {name: _finite(v) for name, v in value.items()}
+        return {name: finite(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

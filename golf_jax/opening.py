@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from golf_jax.artifact.container import MAX_FILE_BYTES
 from golf_jax.artifact.model import load_model
-from golf_jax.config import EvalConfig, GolfError, ModelConfig
+from golf_jax.config import EvalConfig, GolfError, ModelConfig, named
 from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.evaluation import Result
@@ -24,8 +26,8 @@ from golf_jax.kernels.attention import supported_backends
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model as Network
 from golf_jax.model import logits, nll, resolve
-from golf_jax.model.decode import Decoder, Sampling
 from golf_jax.model.inputs import check_tokens
+from golf_jax.options import Sampling
 from golf_jax.progress import Log
 from golf_jax.training.resume import stored_recipe
 
@@ -66,8 +68,8 @@ class Model(Network):
         return check_tokens(self.config, tokens)
 
     @cached_property
-    def _decoder(self) -> Decoder:
-        return Decoder(self, self.seq_len)
+    def _decoder(self) -> Any:
+        return import_module("golf_jax.model.decode").Decoder(self, self.seq_len)  # by name: the code of a run does not write text
 
     def stream(self, tokens: Sequence[int], sampling: Sampling = Sampling()) -> Iterator[int]:  # noqa: B008 - frozen
         """Tokens that follow `tokens`, without an end."""
@@ -76,7 +78,7 @@ class Model(Network):
     def generate(self, prompt: str = "", max_tokens: int = 256, **sampling: Any) -> str:
         """Text that follows the prompt, to the end of the document or `max_tokens`.
 
-        sampling: temperature, top_k, top_p, seed (`golf_jax.model.decode.Sampling`).
+        sampling: temperature, top_k, top_p, seed (`golf_jax.options.Sampling`).
         """
         tokens = islice(self.stream(self.encode(prompt), Sampling(**sampling)), max_tokens)
         return self.decode(list(takewhile(lambda token: token != self._tokenizer().bos_id, tokens)))
@@ -121,17 +123,15 @@ def load(path: str | Path, tokenizer: str | Path = "") -> Model:
     file = folder / "artifact.golf" if folder.is_dir() else folder
     if folder.is_dir() and not file.exists():
         raise GolfError(f"{folder}: holds no artifact.golf; go on with the run first: python -m golf_jax.train --resume {folder}")
-    data = read_bytes(file)
+    data = read_bytes(file, MAX_FILE_BYTES)
     beside = file.with_name("tokenizer.model")
     return open_artifact(data, str(file), Tokenizer(tokenizer) if tokenizer else Tokenizer(beside) if beside.is_file() else None)
 
 
 def open_artifact(data: bytes, name: str, tokenizer: Tokenizer | None) -> Model:
     """The model of an artifact's bytes; `name` stands in errors. Raises GolfError as `load` does."""
-    try:
+    with named(name):
         m = load_model(data)
-    except GolfError as error:
-        raise GolfError(f"{name}: {error}") from None
     facts = {"eval": m.eval, "seq_len": m.seq_len, "tokenizer_sha256": m.tokenizer_sha256, "embedded": m.embedded}
     model = opened_here(m.config, m.params, name=name, sha256=hashlib.sha256(data).hexdigest(), **facts)
     return replace(model, tokenizer=tokenizer and fitting(model, tokenizer))

@@ -133,7 +133,8 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         "environment.json", environment() | {"devices_used": plan.mesh.size, "text": plan.text.identity, "data": to_dict(recipe.data)}
     )
     run.write("tokenizer.model", plan.text.tokenizer.model)
-    code = bundle("golf_jax.train", *([f"golf_jax.configs.{recipe.name}"] if recipe.name in recipe_names() else []))
+    by_name = {f"golf_jax.configs.{recipe.name}": recipe.name in recipe_names(), "golf_jax.data.corpus": recipe.data.train == "embedded"}
+    code = bundle("golf_jax.train", *(module for module, needed in by_name.items() if needed))
     if not artifact:  # what was counted with an artifact stays what lies beside it
         run.write("code.pyz", code)
     run.log(f"golf_jax {recipe.name} in {run.path}")

@@ -67,10 +67,7 @@ def from_main(text: str) -> str:
     """Process 0's `text`, on every process; each must call it equally often. Goes by the coordinator, so no device waits for it."""
     if jax.process_count() == 1:
         return text
-    from jax._src import distributed  # no public way to the coordinator's key-value store
-
-    client: Any = distributed.global_state.client
-    key = f"golf_jax/{next(_messages)}"
+    client, key = _coordinator(), f"golf_jax/{next(_messages)}"
     if jax.process_index() == 0:
         client.key_value_set(key, text)
         return text
@@ -81,10 +78,7 @@ def from_all(text: str) -> list[str]:
     """The `text` of every process, on every process; waits for all of them, so each must call it equally often."""
     if jax.process_count() == 1:
         return [text]
-    from jax._src import distributed
-
-    client: Any = distributed.global_state.client
-    key = f"golf_jax/{next(_messages)}"
+    client, key = _coordinator(), f"golf_jax/{next(_messages)}"
     client.key_value_set(f"{key}/{jax.process_index()}", text)
     return [client.blocking_key_value_get(f"{key}/{index}", MESSAGE_MILLISECONDS) for index in range(jax.process_count())]
 
@@ -96,10 +90,7 @@ def agreed(number: int, due: bool, trouble: str = "") -> tuple[int, bool, str]:
     """
     if jax.process_count() == 1:
         return number, due, trouble
-    from jax._src import distributed
-
-    client: Any = distributed.global_state.client
-    said = {"signal": str(number or ""), "trouble": trouble}
+    client, said = _coordinator(), {"signal": str(number or ""), "trouble": trouble}
     for name, mine in said.items():
         if mine and jax.process_index():
             client.key_value_set(f"golf_jax/{name}", mine, True)
@@ -108,6 +99,13 @@ def agreed(number: int, due: bool, trouble: str = "") -> tuple[int, bool, str]:
                 said[name] = client.key_value_try_get(f"golf_jax/{name}")
     first, second, third = from_main(f"{said['signal'] or 0} {int(due)} {said['trouble']}").split(" ", 2)
     return int(first), second == "1", third
+
+
+def _coordinator() -> Any:
+    """Its key-value store."""
+    from jax._src import distributed  # there is no public way to it
+
+    return distributed.global_state.client
 
 
 def cache_directory() -> Path:

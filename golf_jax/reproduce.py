@@ -69,7 +69,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         facts = {"recipe": self.recipe, "compared": self.compared, "held": self.held, "not_checked": self.not_checked}
-        return facts | {"checks": [dataclasses.asdict(r) for r in self.results]}
+        return facts | {"checks": [dataclasses.asdict(r) | {"ok": r.ok} for r in self.results]}
 
 
 def reproduce(path: Path, only: str = "", devices: int = 1, tokenizer: str = "") -> Report:

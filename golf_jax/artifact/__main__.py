@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from golf_jax import cli
-from golf_jax.config import GolfError, escape
+from golf_jax.config import escape, named
 from golf_jax.files import read_bytes
 
 
@@ -38,12 +38,10 @@ def main(argv: Sequence[str]) -> int:
     code_path = options.code or (beside if beside.is_file() else None)
     data = read_bytes(path, MAX_FILE_BYTES)
     code = read_bytes(code_path) if code_path else b""
-    try:
+    with named(path):
         opened = inspect(data)
         tensors_of(opened)
         table = ledger(data, len(code)).table()
-    except GolfError as error:
-        raise GolfError(f"{path}: {error}") from None
     print(f"{path}: {len(data):,} bytes, {opened.compressor}, {len(opened.entries)} tensors, whole and unaltered")
     print(json.dumps(opened.header, indent=1))
     if options.tensors:

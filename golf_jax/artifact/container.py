@@ -21,14 +21,13 @@ import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from golf_jax.artifact.codecs import ArtifactError, exactly
 from golf_jax.artifact.compressors import COMPRESSORS, Compressor, compressor
-from golf_jax.files import read_bytes
+from golf_jax.config import GolfError, parse_json
 from golf_jax.quant import QTensor
 from golf_jax.quant.schemes import FLOATS, WIDTHS
 
@@ -191,15 +190,6 @@ def tensors_of(opened: "Opened") -> dict[str, QTensor]:
     return _fold(result)
 
 
-def read_artifact(path: str | Path) -> tuple[dict[str, Any], dict[str, QTensor]]:
-    """`unpack` of a file; errors name the file."""
-    data = read_bytes(path, MAX_FILE_BYTES)
-    try:
-        return unpack(data)
-    except ArtifactError as e:
-        raise ArtifactError(f"{path}: {e}") from None
-
-
 @dataclass(frozen=True)
 class Opened:
     """A checked file whose streams are still compressed."""
@@ -265,12 +255,9 @@ def _require(ok: Any, message: str) -> None:
 
 
 def _parse_table(raw: bytes) -> tuple[dict[str, Any], list[Entry], list[int]]:
-    def refuse(constant: str):
-        raise ValueError(constant)
-
     try:
-        table = json.loads(raw.decode(), parse_constant=refuse)
-    except (ValueError, RecursionError):
+        table = parse_json(raw)
+    except GolfError:
         raise ArtifactError("the header is not valid JSON") from None
     _require(isinstance(table, dict) and set(table) == {"header", "tensors", "sections"}, "the header lacks its three parts")
     header, rows, lengths = table["header"], table["tensors"], table["sections"]

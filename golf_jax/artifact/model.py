@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,10 @@ import numpy as np
 from golf_jax.artifact.calibration import calibrated
 from golf_jax.artifact.codecs import ArtifactError
 from golf_jax.artifact.compressors import compressor
-from golf_jax.artifact.container import FACTORS, MAX_FILE_BYTES, inspect, pack, tensors_of
+from golf_jax.artifact.container import FACTORS, inspect, pack, tensors_of
 from golf_jax.artifact.ledger import ByteLedger, estimate_bytes, ledger
 from golf_jax.config import CAP_BYTES, EvalConfig, ModelConfig, QuantConfig, Recipe, from_dict, to_dict
 from golf_jax.config.base import check
-from golf_jax.files import read_bytes
 from golf_jax.model.params import from_tensors, leaves, tensor_names, to_tensors
 from golf_jax.progress import Log
 from golf_jax.quant import QTensor, check_quant, dequantize_all, rules_for
@@ -62,11 +60,11 @@ def check_packing(recipe: Recipe) -> None:
         head_gate="linear",
         skip="gated",
     )
-    check_quant(rules_for(recipe.model, recipe.quant), _shapes(recipe.model), _shapes(everything), calibrated(recipe.model))
+    check_quant(rules_for(recipe.model, recipe.quant), tensor_shapes(recipe.model), tensor_shapes(everything), calibrated(recipe.model))
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor by name."""
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model, by name."""
     table = leaves(config)
     return {tensor: table[name].tensor_shape() for tensor, (name, _) in tensor_names(config).items()}
 
@@ -122,13 +120,12 @@ def pack_model(
     return Packed(data, ledger(data, code_bytes), quant, fit)
 
 
-def load_model(source: str | Path | bytes) -> Loaded:
-    """The model of an artifact file or its bytes.
+def load_model(data: bytes) -> Loaded:
+    """The model of an artifact's bytes.
 
-    Raises ArtifactError naming what is wrong with it, GolfError for a file that cannot be read. The configuration is compared with the
-    tensor table before a tensor is decompressed.
+    Raises ArtifactError naming what is wrong with it. The configuration is compared with the tensor table before a tensor is decompressed.
     """
-    opened = inspect(source if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES))
+    opened = inspect(data)
     loaded = describe(opened.header, {e.name: e.shape for e in opened.entries if not e.name.endswith(FACTORS)})
     return replace(loaded, params=from_tensors(loaded.config, dequantize_all(tensors_of(opened))))
 
@@ -165,7 +162,7 @@ def _check_header(loaded: Loaded, found: Mapping[str, tuple[int, ...]]) -> None:
     check(0 < loaded.seq_len < 1 << 24, f"header.seq_len {loaded.seq_len} is no sequence length")
     check(bool(re.fullmatch("[0-9a-f]{64}", loaded.tokenizer_sha256)), "header.tokenizer_sha256 is no SHA-256")
     loaded.eval.check_length(loaded.seq_len)
-    needed = _shapes(c)
+    needed = tensor_shapes(c)
     for name in [*found, *needed]:
         check(name in needed, f"the tensors do not fit the model configuration: unknown {name}")
         check(name in found, f"the tensors do not fit the model configuration: missing {name}")

@@ -4,7 +4,7 @@ A recipe is a file in `configs/` with a function `recipe() -> Recipe`. Every fie
 refused here, before anything is compiled, in one line that names the field and the fix.
 """
 
-from golf_jax.config.base import CAP_BYTES, GolfError, escape, parse_json
+from golf_jax.config.base import CAP_BYTES, LIMIT_SECONDS, GolfError, escape, named, parse_json
 from golf_jax.config.evaluation import (
     AdaptFirstConfig,
     DocumentsConfig,
@@ -31,6 +31,7 @@ from golf_jax.config.serialize import differences, from_dict, load_recipe, recip
 
 __all__ = [
     "CAP_BYTES",
+    "LIMIT_SECONDS",
     "AdaptFirstConfig",
     "BudgetConfig",
     "DataConfig",
@@ -55,6 +56,7 @@ __all__ = [
     "escape",
     "from_dict",
     "load_recipe",
+    "named",
     "parse_json",
     "recipe_names",
     "to_dict",

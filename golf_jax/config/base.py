@@ -1,11 +1,15 @@
-"""The one error users see, and the cap."""
+"""The one error users see, the challenge's limits, and checks that configurations share."""
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 CAP_BYTES = 16_000_000  # artifact cap of the challenge, decimal, code + model
+LIMIT_SECONDS = 600.0  # of the challenge, for training, and again for evaluation
 MAX_LINE = 1000  # characters of an error
 
 
@@ -20,6 +24,15 @@ class GolfError(ValueError):
     def __str__(self) -> str:
         line = escape(super().__str__())  # of a hostile file it may hold anything, of any length
         return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 200]} ... {line[-190:]}"
+
+
+@contextlib.contextmanager
+def named(where: str | Path) -> Iterator[None]:
+    """A GolfError from within says in front where it happened."""
+    try:
+        yield
+    except GolfError as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -39,6 +52,16 @@ def parse_json(text: str | bytes) -> Any:
 def check(ok: bool, message: str) -> None:
     if not ok:
         raise GolfError(message)
+
+
+def not_negative(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        check(getattr(config, name) >= 0, f"{section}.{name} must be >= 0, got {getattr(config, name)}")
+
+
+def positive(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        check(getattr(config, name) > 0, f"{section}.{name} must be positive, got {getattr(config, name)}")
 
 
 def check_finite(config: Any, path: str = "") -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from golf_jax.config.base import check
+from golf_jax.config.base import check, not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ class PackedConfig:
     """Ranks whose split of the rows is reproduced."""
 
     def __post_init__(self):
-        check(self.rows >= 0, f"eval.packed.rows must be >= 0, got {self.rows}")
-        for name in ("seq_len", "ranks"):
-            check(getattr(self, name) > 0, f"eval.packed.{name} must be positive, got {getattr(self, name)}")
+        not_negative(self, "eval.packed", "rows")
+        positive(self, "eval.packed", "seq_len", "ranks")
 
     @property
     def on(self) -> bool:
@@ -141,15 +140,12 @@ class DocumentsConfig:
     tilt: TiltConfig = TiltConfig()
 
     def __post_init__(self):
-        for name in ("rank", "prefix", "lr", "weight_decay", "global_lr", "clip_norm"):
-            check(getattr(self, name) >= 0, f"eval.documents.{name} must be >= 0, got {getattr(self, name)}")
-        for name in ("chunk", "seq_len", "batch", "global_chunk", "ranks", "alpha", "eps"):
-            check(getattr(self, name) > 0, f"eval.documents.{name} must be positive, got {getattr(self, name)}")
-        check(
-            self.chunk <= self.seq_len, f"eval.documents.chunk {self.chunk} exceeds the window of {self.seq_len} (eval.documents.seq_len)"
-        )
-        long = not self.prefix or self.global_chunk >= self.seq_len
-        check(long, f"eval.documents.global_chunk {self.global_chunk} is less than one sequence of {self.seq_len}")
+        where, window = "eval.documents", self.seq_len
+        not_negative(self, where, "rank", "prefix", "lr", "weight_decay", "global_lr", "clip_norm")
+        positive(self, where, "chunk", "seq_len", "batch", "global_chunk", "ranks", "alpha", "eps")
+        check(self.chunk <= window, f"{where}.chunk {self.chunk} exceeds the window of {window} ({where}.seq_len)")
+        long = not self.prefix or self.global_chunk >= window
+        check(long, f"{where}.global_chunk {self.global_chunk} is less than one sequence of {window}")
 
     @property
     def on(self) -> bool:
@@ -171,8 +167,7 @@ class EvalConfig:
     documents: DocumentsConfig = DocumentsConfig()
 
     def __post_init__(self):
-        for name in ("batch_rows", "every"):
-            check(getattr(self, name) >= 0, f"eval.{name} must be >= 0, got {getattr(self, name)}")
+        not_negative(self, "eval", "batch_rows", "every")
 
     def check_length(self, seq_len: int) -> None:
         """Raises GolfError unless every method that is asked for can work with windows of `seq_len` tokens."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from golf_jax.config.base import check, check_finite
+from golf_jax.config.base import check, check_finite, not_negative, positive
 
 MAX_LAYERS = 1024  # executed ones; of artifacts from elsewhere, too
 
@@ -111,8 +111,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         c = self
         check_finite(c, "model")
-        for name in ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads"):
-            check(getattr(c, name) > 0, f"model.{name} must be positive, got {getattr(c, name)}")
+        positive(c, "model", "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "rope_base", "softcap")
+        not_negative(c, "model", "embed_init_std", "bigram_dim", "trigram_dim", "value_embed_dim", "rope_train_len", "xsa_last_n")
         layers = c.num_layers * (1 + max(c.loop_repeats, 0))
         check(layers <= MAX_LAYERS, f"model.num_layers {c.num_layers}: with its loops up to {layers} layers; at most {MAX_LAYERS}")
         check(c.width % c.num_heads == 0, f"model.width {c.width} is not divisible by model.num_heads {c.num_heads}")
@@ -121,22 +121,14 @@ class ModelConfig:
             f"model.num_heads {c.num_heads} is not divisible by model.num_kv_heads {c.num_kv_heads}",
         )
         check(c.head_dim % 2 == 0, f"model.width / model.num_heads = {c.head_dim} must be even for RoPE")
-        for name in ("rope_base", "softcap"):
-            check(getattr(c, name) > 0, f"model.{name} must be positive, got {getattr(c, name)}")
-        for name in ("embed_init_std", "bigram_dim", "trigram_dim", "value_embed_dim", "rope_train_len"):
-            check(getattr(c, name) >= 0, f"model.{name} must not be negative, got {getattr(c, name)}")
         check(c.mlp_dim > 0, f"model.mlp_ratio {c.mlp_ratio} gives no hidden unit at width {c.width}")
         check(
             c.rope_dims % 2 == 0 and 0 <= c.rope_dims <= c.head_dim,
             f"model.rope_dims {c.rope_dims} must be even and at most the head dimension {c.head_dim}",
         )
-        check(c.xsa_last_n >= 0, f"model.xsa_last_n must be >= 0, got {c.xsa_last_n}")
         check(c.bigram_buckets == 0 or c.bigram_buckets > 1, "model.bigram_buckets must be 0 (off) or at least 2")
         check(c.trigram != "shared" or c.bigram_buckets > 0, "model.trigram 'shared' needs model.bigram_buckets > 0")
-        check(
-            (c.trigram == "table") == (c.trigram_buckets > 1),
-            "model.trigram 'table' and model.trigram_buckets >= 2 go together",
-        )
+        check((c.trigram == "table") == (c.trigram_buckets > 1), "model.trigram 'table' and model.trigram_buckets >= 2 go together")
         check(
             all(0 <= i < c.num_layers for i in c.value_embed_layers),
             f"model.value_embed_layers {c.value_embed_layers} must lie in 0..{c.num_layers - 1}",
@@ -165,10 +157,7 @@ class ModelConfig:
                 0 <= c.loop_start <= c.loop_end < c.num_layers,
                 f"model.loop_start..loop_end {c.loop_start}..{c.loop_end} must lie in 0..{c.num_layers - 1}",
             )
-        check(
-            not (c.value_residual_first and not c.value_residual),
-            "model.value_residual_first needs model.value_residual",
-        )
+        check(c.value_residual or not c.value_residual_first, "model.value_residual_first needs model.value_residual")
 
     @property
     def head_dim(self) -> int:

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
-from golf_jax.config.base import check, check_finite
+from golf_jax.config.base import check, check_finite, not_negative, positive
 from golf_jax.config.evaluation import EvalConfig
 from golf_jax.config.model import ModelConfig
 
@@ -29,8 +29,7 @@ class DataConfig:
     """Sequences per rank and step; batch tokens = ranks * rows_per_rank * seq_len. `documents`: one row, so many times seq_len."""
 
     def __post_init__(self):
-        for name in ("seq_len", "ranks", "rows_per_rank"):
-            check(getattr(self, name) > 0, f"data.{name} must be positive, got {getattr(self, name)}")
+        positive(self, "data", "seq_len", "ranks", "rows_per_rank")
         if self.train != "embedded":
             check(bool(self.val), "data.val is empty: give the glob of the validation shards")
             check(bool(self.tokenizer), "data.tokenizer is empty: give the SentencePiece model file")
@@ -53,16 +52,6 @@ class DataConfig:
     def rank_rows(self) -> int:
         """Sequences of one rank, as the model sees them."""
         return 1 if self.packed else self.rows_per_rank
-
-
-def _not_negative(config: Any, section: str, *names: str) -> None:
-    for name in names:
-        check(getattr(config, name) >= 0, f"{section}.{name} must be >= 0, got {getattr(config, name)}")
-
-
-def _in_unit(config: Any, section: str, *names: str) -> None:
-    for name in names:
-        check(0 <= getattr(config, name) <= 1, f"{section}.{name} must be in 0..1, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -95,30 +84,19 @@ class GroupConfig:
         where = f"optim.groups ({self.name})"
         for f in fields(self):
             check_finite(getattr(self, f.name), f"{where}.{f.name}")
-            kinds = _READ_BY.get(f.name, (self.kind,))
-            check(self.kind in kinds or getattr(self, f.name) == f.default, f"{where}: kind {self.kind!r} does not read {f.name}")
-        _not_negative(self, where, "lr", "weight_decay", "momentum_warmup_steps")
+            read = f.name in ("name", "roles", "kind", *_READS.get(self.kind, ()))
+            check(read or getattr(self, f.name) == f.default, f"{where}: kind {self.kind!r} does not read {f.name}")
+        not_negative(self, where, "lr", "weight_decay", "momentum_warmup_steps")
         for name, values in (("betas", self.betas), ("momentum", (self.momentum,)), ("momentum_start", (self.momentum_start,))):
             check(all(0 <= v < 1 for v in values), f"{where}.{name} must be in 0..1 and below 1, got {getattr(self, name)}")
-        check(self.eps > 0, f"{where}.eps must be positive, got {self.eps}")
-        check(self.newton_schulz_steps > 0, f"{where}.newton_schulz_steps must be positive, got {self.newton_schulz_steps}")
+        positive(self, where, "eps", "newton_schulz_steps")
         given, steps = len(self.newton_schulz_coefficients), self.newton_schulz_steps
         check(given in (1, steps), f"{where}.newton_schulz_coefficients: give one triple, or one for each of {steps} steps, not {given}")
 
 
-_READ_BY: dict[str, tuple[str, ...]] = {
-    "lr": ("muon", "adamw"),
-    "weight_decay": ("muon", "adamw"),
-    "betas": ("adamw",),
-    "eps": ("adamw",),
-    "momentum": ("muon",),
-    "momentum_start": ("muon",),
-    "momentum_warmup_steps": ("muon",),
-    "newton_schulz_steps": ("muon",),
-    "newton_schulz_coefficients": ("muon",),
-    "row_normalize": ("muon",),
-    "bf16_momentum": ("muon",),
-}
+_MOMENTUM = ("momentum", "momentum_start", "momentum_warmup_steps")
+_NEWTON_SCHULZ = ("newton_schulz_steps", "newton_schulz_coefficients", "row_normalize", "bf16_momentum")
+_READS = {"muon": ("lr", "weight_decay", *_MOMENTUM, *_NEWTON_SCHULZ), "adamw": ("lr", "weight_decay", "betas", "eps"), "frozen": ()}
 
 
 @dataclass(frozen=True)
@@ -143,7 +121,7 @@ class OptimConfig:
             check(names.count(name) == 1, f"optim.groups: two groups have the name {name!r}")
         for r in roles:
             check(roles.count(r) == 1, f"optim.groups: role {r!r} is claimed by two groups")
-        _not_negative(self, "optim", "clip_norm")
+        not_negative(self, "optim", "clip_norm")
         check(not (self.clip_per_rank and self.clip_norm <= 0), "optim.clip_per_rank needs optim.clip_norm > 0")
 
     @property
@@ -162,7 +140,7 @@ class BudgetConfig:
     """Training clock: excludes compilation, evaluation and pauses. PR 2005 trains 588 s and keeps 12 s for GPTQ."""
 
     def __post_init__(self):
-        _not_negative(self, "budget", "steps", "seconds")
+        not_negative(self, "budget", "steps", "seconds")
         check(self.steps > 0 or self.seconds > 0, "budget: give budget.steps or a positive budget.seconds")
 
 
@@ -198,9 +176,10 @@ class ScheduleConfig:
     and `data.ranks` above 1, as in its distributed runs."""
 
     def __post_init__(self):
-        _in_unit(self, "schedule", "warmdown_frac", "lr_floor", "loop_from", "ema_decay")
-        _not_negative(self, "schedule", "warmdown_steps", "swa_every", "swa_below", "fake_quant_below")
-        _not_negative(self, "schedule", "leak_warmup_steps", "leak_momentum_steps")
+        for name in ("warmdown_frac", "lr_floor", "loop_from", "ema_decay"):
+            check(0 <= getattr(self, name) <= 1, f"schedule.{name} must be in 0..1, got {getattr(self, name)}")
+        not_negative(self, "schedule", "warmdown_steps", "swa_every", "swa_below", "fake_quant_below")
+        not_negative(self, "schedule", "leak_warmup_steps", "leak_momentum_steps")
         check(self.ema_decay < 1, f"schedule.ema_decay must be below 1, got {self.ema_decay}")
         starts = [start for start, _ in self.seq_lens]
         ramp = not starts or (starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < 1)
@@ -245,9 +224,8 @@ class LowRankConfig:
     """Consecutive elements of the second factor per scale; what it does not divide gets a scale per row in both factors."""
 
     def __post_init__(self):
-        check(self.rank >= 0, f"quant.lowrank.rank must be >= 0, got {self.rank}")
-        for name in ("top", "group"):
-            check(getattr(self, name) > 0, f"quant.lowrank.{name} must be positive, got {getattr(self, name)}")
+        not_negative(self, "quant.lowrank", "rank")
+        positive(self, "quant.lowrank", "top", "group")
 
 
 @dataclass(frozen=True)
@@ -277,8 +255,7 @@ class QuantConfig:
 
     def __post_init__(self):
         check(0 <= self.prune_fraction < 1, f"quant.prune_fraction must be in 0..1, got {self.prune_fraction}")
-        for name in ("prune_min_numel", "gptq_batches"):
-            check(getattr(self, name) >= 0, f"quant.{name} must be >= 0, got {getattr(self, name)}")
+        not_negative(self, "quant", "prune_min_numel", "gptq_batches")
         check(self.margin >= -1, f"quant.margin must be -1 or a number of bytes, got {self.margin}")
 
 

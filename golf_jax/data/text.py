@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import jax
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.data.corpus import build_embedded
 from golf_jax.data.identity import identify
 from golf_jax.data.overlap import Overlap
 from golf_jax.data.proof import prove_text
@@ -52,7 +52,8 @@ def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: in
     here (`golf_jax.data.proof`). Raises GolfError.
     """
     if train == "embedded":
-        directory = Path(build_embedded(cache_directory(), vocab_size)["directory"])
+        corpus = import_module("golf_jax.data.corpus")  # by name: it ships with the recipes that train on it alone
+        directory = Path(corpus.build_embedded(cache_directory(), vocab_size)["directory"])
         train, val, tokenizer = (str(directory / n) for n in ("train_*.bin", "val_*.bin", "tokenizer.model"))
     if not Path(tokenizer).is_file():
         raise GolfError(f"tokenizer {tokenizer}: no such file; the export has it: python -m golf_jax.data download --help")

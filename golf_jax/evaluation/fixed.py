@@ -13,34 +13,17 @@ from golf_jax.model import Model
 from golf_jax.progress import Log
 
 
-def evaluate_standard(model: Model, stream: Stream, mesh: Mesh, config: None = None, log: Log | None = None) -> Result:
-    """Score rows of `seq_len` targets, side by side, each target with the context of its row; an incomplete row is left out."""
-    windows = standard_windows(stream.targets, stream.seq_len)
-    return _evaluate("standard", model, stream, mesh, windows, stream.seq_len, log)
+def evaluate_fixed(model: Model, stream: Stream, mesh: Mesh, config: SlidingConfig | None = None, log: Log | None = None) -> Result:
+    """Score with the weights as they are.
 
-
-def evaluate_sliding(model: Model, stream: Stream, mesh: Mesh, config: SlidingConfig, log: Log | None = None) -> Result:
-    """Score with a window of `seq_len` that moves by `stride`: every target but the first has almost a full window of context."""
-    if not config.on:
-        raise GolfError("eval.sliding.stride is 0: this recipe has no sliding evaluation; give --stride")
-    windows = sliding_windows(config.windows, stream.targets, stream.seq_len, config.stride)
-    return _evaluate("sliding", model, stream, mesh, windows, config.stride, log)
-
-
-def standard_ahead(model: Model, stream: Stream, mesh: Mesh, config: None = None) -> None:
-    """Begin to compile what `evaluate_standard` runs. Of the parameters only shapes and dtypes count."""
-    score_ahead(model, stream, mesh, standard_windows(stream.targets, stream.seq_len), stream.seq_len)
-
-
-def sliding_ahead(model: Model, stream: Stream, mesh: Mesh, config: SlidingConfig) -> None:
-    """The same of `evaluate_sliding`."""
-    score_ahead(model, stream, mesh, sliding_windows(config.windows, stream.targets, stream.seq_len, config.stride), config.stride)
-
-
-def _evaluate(name: str, model: Model, stream: Stream, mesh: Mesh, windows: Windows, stride: int, log: Log | None) -> Result:
+    Without a config the standard evaluation: rows of `seq_len` targets, side by side, each target with the context of its row; an
+    incomplete row is left out. With one, a window of `seq_len` that moves by the stride: every target but the first has almost a full
+    window of context.
+    """
+    windows, stride = windows_of(stream, config)
+    name, watch = "standard" if config is None else "sliding", Stopwatch(log)
     if not len(windows):
         raise GolfError(f"{name}: no window for {len(stream.tokens)} tokens and seq_len {stream.seq_len}")
-    watch = Stopwatch(log)
     with watch("compile"):
         params = replicate(mesh, model.params)
         book = ScoreBook(stream)
@@ -48,3 +31,17 @@ def _evaluate(name: str, model: Model, stream: Stream, mesh: Mesh, windows: Wind
     with watch("score"):
         scorer.run(params, windows)
     return Result(name, book.totals()[0], book.facts(), watch.seconds, stream.share, scores=book.scores)
+
+
+def fixed_ahead(model: Model, stream: Stream, mesh: Mesh, config: SlidingConfig | None = None) -> None:
+    """Begin to compile what `evaluate_fixed` runs. Of the parameters only shapes and dtypes count."""
+    score_ahead(model, stream, mesh, *windows_of(stream, config))
+
+
+def windows_of(stream: Stream, config: SlidingConfig | None) -> tuple[Windows, int]:
+    """(windows, targets by which one follows the other) of the standard evaluation, or of the sliding one. Raises GolfError."""
+    if config is None:
+        return standard_windows(stream.targets, stream.seq_len), stream.seq_len
+    if not config.on:
+        raise GolfError("eval.sliding.stride is 0: this recipe has no sliding evaluation; give --stride")
+    return sliding_windows(config.windows, stream.targets, stream.seq_len, config.stride), config.stride

@@ -1,9 +1,9 @@
 """C1 and C2 of legal evaluation as measurements (issue 1017 of the challenge); C3 and C4 are counted by the score book.
 
-The tests run them on every engine; `score` runs `check_model` on a small sample of the real stream.
+`score` runs `check_model` on a small sample of the real stream.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,37 +19,8 @@ from golf_jax.evaluation.tilt import tilted
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.model import Model, Params, head_softcap, hidden
 
-
-def changed_before_flip(
-    scores: Callable[[np.ndarray], np.ndarray],
-    tokens: np.ndarray,
-    flips: Sequence[int],
-    vocab_size: int,
-    order: np.ndarray | None = None,
-) -> int:
-    """C1 of a whole engine: number of scores that change although their target lies before the flipped token.
-
-    scores: tokens [n + 1] -> nll of every target [n]. flips: token indices, one run of the engine each. order: the targets in the order
-    in which the engine predicts them (default: as they stand). 0 is legal; raises ValueError if a flip changes nothing at all, since then
-    the test proves nothing.
-    """
-    base, changed = _bits(scores(tokens)), 0
-    rank = np.argsort(np.arange(len(base)) if order is None else order)
-    for s in flips:
-        other = tokens.copy()
-        other[s] = (int(other[s]) + 1) % vocab_size
-        flipped = _bits(scores(other))
-        if np.array_equal(base, flipped):
-            raise ValueError(f"flipping token {s} changed no score: the test has no power")
-        changed += int(np.count_nonzero((base != flipped) & (rank < (rank[s - 1] if s else 0))))  # target p is token p + 1
-    return changed
-
-
-def _bits(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x, np.float32).view(np.uint32)
-
-
-FLIPS, POSITIONS = 3, 4
+FLIPS, POSITIONS = 3, 4  # tokens flipped and distributions summed in one window
+TILT_FLIPS = 16
 
 
 @kept(8)
@@ -75,42 +46,40 @@ def checking_program(config: ModelConfig, looping: bool, shapes: Shapes, device:
     return jax.jit(measure).lower(params, rows, places).compile()
 
 
-def _check_of(model: Model, mesh: Mesh, length: int, flips: int, positions: int) -> tuple[Any, ...]:
+def _check_of(model: Model, mesh: Mesh, length: int) -> tuple[Any, ...]:
     """Arguments of `checking_program` for a window of `length` tokens."""
-    counts = min(flips, length - 1), min(positions, length)
+    counts = min(FLIPS, length - 1), min(POSITIONS, length)
     return model.config, model.looping, shapes_of(model.params), mesh.local_devices[0], *counts, length
 
 
 def check_ahead(model: Model, mesh: Mesh, length: int) -> None:
     """Begin to compile what `check_model` runs. Of the parameters only shapes and dtypes count."""
-    ahead(checking_program, *_check_of(model, mesh, length, FLIPS, POSITIONS))
+    ahead(checking_program, *_check_of(model, mesh, length))
 
 
-def check_model(
-    model: Model, tokens: np.ndarray, mesh: Mesh, seq_len: int, flips: int = FLIPS, positions: int = POSITIONS
-) -> tuple[bool, float]:
+def check_model(model: Model, tokens: np.ndarray, mesh: Mesh, seq_len: int) -> tuple[bool, float]:
     """C1 and C2 on the first window of `tokens`, on one device, in one program: (causal, largest |logsumexp(log p)|).
 
-    C1: states before each of `flips` flipped tokens are bit-equal; the head acts on one state at a time, so distributions are too.
-    C2: at `positions` sampled places every vocabulary entry is scored by the very function that scores the evaluation. What is not
+    C1: states before each of `FLIPS` flipped tokens are bit-equal; the head acts on one state at a time, so distributions are too.
+    C2: at `POSITIONS` sampled places every vocabulary entry is scored by the very function that scores the evaluation. What is not
     finite comes back as not causal and NaN.
     """
     config, device = model.config, mesh.local_devices[0]
     window = np.asarray(tokens[: min(seq_len, len(tokens) - 1)], np.int32)
     length, rng = len(window), np.random.default_rng(0)
-    at = rng.choice(np.arange(1, length), min(flips, length - 1), replace=False)
-    places = rng.choice(length, min(positions, length), replace=False)
+    at = rng.choice(np.arange(1, length), min(FLIPS, length - 1), replace=False)
+    places = rng.choice(length, min(POSITIONS, length), replace=False)
     rows = np.tile(window, (len(at) + 1, 1))  # as it is, and with one token flipped
     rows[np.arange(1, len(rows)), at] = (window[at] + 1) % config.vocab_size
     params = {name: np.asarray(value) for name, value in model.params.items()}
-    measure = checking_program(*_check_of(model, mesh, length, flips, positions))
+    measure = checking_program(*_check_of(model, mesh, length))
     equal, nll_PV = (np.asarray(x) for x in measure(*jax.device_put((params, rows, places.astype(np.int32)), device)))
     causal = all(before[:s].all() and not before[s:].all() for before, s in zip(equal, at, strict=True))
     error = np.abs(np.log(np.exp(-nll_PV.astype(np.float64)).sum(-1)))
     return bool(causal), float(error.max())  # NaN, if there is one
 
 
-def tilt_breaks_order(hints: Callable[[np.ndarray, np.ndarray], np.ndarray], tokens: np.ndarray, order: np.ndarray, flips: int = 16) -> int:
+def tilt_breaks_order(hints: Callable[[np.ndarray, np.ndarray], np.ndarray], tokens: np.ndarray, order: np.ndarray) -> int:
     """C1 of a tilt: how many hints change although their target lies before a flipped token in the predictor's order.
 
     hints: (tokens, order) -> hint of every target; order: the targets in the predictor's order. Tokens are flipped that hints are likely to
@@ -125,9 +94,9 @@ def tilt_breaks_order(hints: Callable[[np.ndarray, np.ndarray], np.ndarray], tok
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     before, rng = hints(tokens, order), np.random.default_rng(0)
-    candidates = [rng.integers(0, len(order), flips // 2)]
+    candidates = [rng.integers(0, len(order), TILT_FLIPS // 2)]
     gated = np.flatnonzero(before >= 0)
-    for target in rng.permutation(gated)[: flips // 2]:
+    for target in rng.permutation(gated)[: TILT_FLIPS // 2]:
         same = np.flatnonzero(tokens[1:target] == tokens[target])  # where the token before the hinted one stood before
         same = same[tokens[np.minimum(same + 2, len(tokens) - 1)] == before[target]] + 1
         later = same[rank[same] > rank[target]]
@@ -141,8 +110,9 @@ def tilt_breaks_order(hints: Callable[[np.ndarray, np.ndarray], np.ndarray], tok
     return changed
 
 
-def tilt_normalization(boost: float, vocab_size: int = 64) -> float:
+def tilt_normalization(boost: float) -> float:
     """C2 of a tilt: largest |ln sum p'| over all entries, for distributions from flat to peaked and every kind of hint."""
+    vocab_size = 64
     logits_PV = (
         np.random.default_rng(0).normal(size=(8, vocab_size)).astype(np.float32) * np.geomspace(0.1, 10, 8, dtype=np.float32)[:, None]
     )

@@ -10,7 +10,7 @@ from golf_jax.config import EvalConfig, GolfError
 from golf_jax.data.text import Text
 from golf_jax.evaluation.adapt_first import evaluate_adapt_first
 from golf_jax.evaluation.documents import evaluate_documents
-from golf_jax.evaluation.fixed import evaluate_sliding, evaluate_standard, sliding_ahead, standard_ahead
+from golf_jax.evaluation.fixed import evaluate_fixed, fixed_ahead
 from golf_jax.evaluation.legality import check_ahead, check_model
 from golf_jax.evaluation.packed import evaluate_packed
 from golf_jax.evaluation.score import Result
@@ -20,8 +20,8 @@ from golf_jax.model import Model
 from golf_jax.progress import Log, patience
 
 METHODS: dict[str, Callable[..., Result]] = {
-    "standard": evaluate_standard,
-    "sliding": evaluate_sliding,
+    "standard": evaluate_fixed,
+    "sliding": evaluate_fixed,
     "score_first": evaluate_score_first,
     "adapt_first": evaluate_adapt_first,
     "packed": evaluate_packed,
@@ -30,7 +30,7 @@ METHODS: dict[str, Callable[..., Result]] = {
 """name -> function of (model, stream, mesh, `eval.<name>`, log)."""
 
 
-AHEAD: dict[str, Callable[..., None]] = {"standard": standard_ahead, "sliding": sliding_ahead, "score_first": score_first_ahead}
+AHEAD: dict[str, Callable[..., None]] = {"standard": fixed_ahead, "sliding": fixed_ahead, "score_first": score_first_ahead}
 """What can begin to compile before there are weights, by the same name: function of (model, stream, mesh, `eval.<name>`)."""
 
 

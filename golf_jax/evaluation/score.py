@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from golf_jax.config import GolfError
+from golf_jax.config import LIMIT_SECONDS, GolfError
+from golf_jax.files import finite
 from golf_jax.progress import Log, clock_seconds, patience
 
-LIMIT_SECONDS = 600.0  # evaluation limit of the challenge on its own hardware
 NORMALIZED = 1e-5  # largest |logsumexp(log p)| of a distribution
 
 
@@ -154,23 +154,21 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able summary for result.json (without per-target scores and traces). None stands for what is not finite."""
-        return {
-            "mode": self.mode,
-            **{name: _finite(value) for name, value in asdict(self.score).items()},
-            "val_loss": _finite(self.score.loss),
-            "val_bpb": _finite(self.score.bpb),
-            "legal": self.facts.legal,
-            "partial": self.partial,
-            "share": self.share,
-            "facts": {n: _finite(v) for n, v in asdict(self.facts).items()} | {"exactly_once": self.facts.exactly_once},
-            "seconds": self.seconds,
-            "projected_seconds": self.projected_seconds,
-            **({"early_projection": {"share": self.early[0], "seconds": self.early[1]}} if self.early else {}),
-        }
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return finite(
+            {
+                "mode": self.mode,
+                **asdict(self.score),
+                "val_loss": self.score.loss,
+                "val_bpb": self.score.bpb,
+                "legal": self.facts.legal,
+                "partial": self.partial,
+                "share": self.share,
+                "facts": asdict(self.facts) | {"exactly_once": self.facts.exactly_once},
+                "seconds": self.seconds,
+                "projected_seconds": self.projected_seconds,
+                **({"early_projection": {"share": self.early[0], "seconds": self.early[1]}} if self.early else {}),
+            }
+        )
 
 
 class Stopwatch:

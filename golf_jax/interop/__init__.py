@@ -2,8 +2,6 @@
 
 from golf_jax.interop.hparams import model_config
 from golf_jax.interop.opened import export_artifact, open_model
-from golf_jax.interop.torch_names import export_safetensors, from_torch, import_safetensors, open_torch, to_torch
+from golf_jax.interop.torch_names import from_torch, open_torch, to_torch
 
-__all__ = [
-    "export_artifact", "export_safetensors", "from_torch", "import_safetensors", "model_config", "open_model", "open_torch", "to_torch",
-]  # fmt: skip
+__all__ = ["export_artifact", "from_torch", "model_config", "open_model", "open_torch", "to_torch"]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from golf_jax.artifact.model import describe, load_model
-from golf_jax.config import GolfError, load_recipe, parse_json
+from golf_jax.config import GolfError, load_recipe, named, parse_json
 from golf_jax.files import read_bytes
 from golf_jax.interop.packed import read_checkpoint
 from golf_jax.interop.safetensors import read_metadata, write_safetensors
@@ -38,11 +38,9 @@ def open_model(path: str, recipe: str = "", log: Log = print) -> Model:
 
 def _exported(path: str, header: str) -> Model:
     tensors = read_checkpoint(path)
-    try:
+    with named(f"{path}: its metadata are not those of a model"):
         about = describe(parse_json(header), {name: x.shape for name, x in tensors.items()})
         params = from_tensors(about.config, tensors)
-    except GolfError as error:
-        raise GolfError(f"{path}: its metadata are not those of a model: {error}") from None
     facts = {"eval": about.eval, "seq_len": about.seq_len, "tokenizer_sha256": about.tokenizer_sha256, "embedded": about.embedded}
     return opened_here(about.config, params, name=path, sha256=_sha256(path), **facts)
 

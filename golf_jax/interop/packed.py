@@ -145,12 +145,8 @@ def _decompress(data: bytes, where: str) -> bytes:
             complete = zstandard.get_frame_parameters(data).content_size <= MAX_RAW_BYTES
             raw = decoder.decompress(data) if complete else b""
             complete, rest = complete and decoder.eof, decoder.unused_data
-        elif packing == "xz":
-            decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_RAW_BYTES)
-            raw = decoder.decompress(data, max_length=MAX_RAW_BYTES)
-            complete, rest = decoder.eof, decoder.unused_data
-        elif packing == "zlib":
-            decoder = zlib.decompressobj()
+        elif packing in ("xz", "zlib"):
+            decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_RAW_BYTES) if packing == "xz" else zlib.decompressobj()
             raw = decoder.decompress(data, MAX_RAW_BYTES)
             complete, rest = decoder.eof, decoder.unused_data
         else:
@@ -170,7 +166,7 @@ def _torch_load(source: Any, where: str) -> Any:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise GolfError(f"{where}: reading PyTorch files needs torch; install the extra: pip install 'golf-jax[torch]'") from None
+        raise pgrp.NotInstalled(f"{where}: reading PyTorch files needs torch; install the extra: pip install 'golf-jax[torch]'") from None
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's own advice is to run whatever code the file holds

@@ -22,8 +22,8 @@ MAGIC = b"PGRP"
 MAX_CODES = 1 << 28
 
 
-class NoLrzip(GolfError):
-    """The codes are packed by a program that is not installed."""
+class NotInstalled(GolfError):
+    """A program or library that reads this file is not there."""
 
 
 def row_order(codes_RC: np.ndarray) -> np.ndarray:
@@ -62,7 +62,7 @@ def sizes(data: bytes) -> list[int]:
 
 
 def split(data: bytes) -> tuple[dict[str, np.ndarray], bytes]:
-    """(codes int8 [R, C] by the names in the frame, compressed remainder). Raises GolfError; NoLrzip where lrzip is absent."""
+    """(codes int8 [R, C] by the names in the frame, compressed remainder). Raises GolfError; NotInstalled where lrzip is absent."""
     frame = parse(data)
     raw = (_lrzip if frame.method else _brotli)(frame.stored, frame.size)
     if len(raw) != frame.size:
@@ -114,7 +114,7 @@ def _brotli(stored: bytes, size: int) -> bytes:
 
 def _lrzip(stored: bytes, size: int) -> bytes:
     if not shutil.which("lrzip"):
-        raise NoLrzip("packed file: its codes are packed with lrzip, which is not installed: install lrzip")
+        raise NotInstalled("packed file: its codes are packed with lrzip, which is not installed: install lrzip")
     with tempfile.TemporaryDirectory() as folder:
         packed, raw = Path(folder, "codes.lrz"), Path(folder, "codes")
         packed.write_bytes(stored)

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from golf_jax.config import GolfError, parse_json
+from golf_jax.config import GolfError, named, parse_json
 from golf_jax.files import read_bytes
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -52,10 +52,8 @@ def _header(data: bytes, path: str | Path) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER, len(data) - 8):
         raise GolfError(f"{path}: not a safetensors file, or cut short")
-    try:
+    with named(f"{path}: damaged safetensors header"):
         header = parse_json(data[8 : 8 + length])
-    except GolfError as e:
-        raise GolfError(f"{path}: damaged safetensors header: {e}") from None
     if not isinstance(header, dict):
         raise GolfError(f"{path}: damaged safetensors header (it is no object)")
     return header, length

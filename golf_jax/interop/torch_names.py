@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from golf_jax.config import GolfError, ModelConfig, load_recipe, recipe_names
+from golf_jax.artifact.model import tensor_shapes
+from golf_jax.config import GolfError, ModelConfig, load_recipe, named, recipe_names
 from golf_jax.files import read_bytes
 from golf_jax.interop.hparams import model_config
 from golf_jax.interop.packed import BANKS, canonical_state, read_checkpoint, read_packed
-from golf_jax.interop.safetensors import read_safetensors, write_safetensors
-from golf_jax.model.params import from_tensors, leaves, to_tensors
+from golf_jax.model.params import from_tensors, to_tensors
 from golf_jax.progress import Log
 
 
@@ -42,10 +42,8 @@ def from_torch(recipe: str, config: Mapping[str, Any], state: Mapping[str, Any])
     """
     model = model_config(recipe, config)
     arrays = {name: np.asarray(value, dtype=np.float32) for name, value in state.items()}
-    try:
+    with named(recipe):
         return model, from_tensors(model, canonical_state(arrays, "state_dict"))
-    except GolfError as e:
-        raise GolfError(f"{recipe}: {e}") from None
 
 
 def to_torch(recipe: str, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -63,10 +61,8 @@ def open_torch(path: str | Path, recipe: str = "", log: Log = print) -> tuple[Mo
     if path.suffix == ".ptz":
         if not path.is_file():
             raise GolfError(f"{path}: no such packed file")
-        try:
+        with named(path):
             tensors = canonical_state(read_packed(read_bytes(path)), str(path))
-        except GolfError as e:
-            raise GolfError(f"{path}: {e}") from None
     else:
         tensors = {n: x.astype(np.float32) for n, x in read_checkpoint(path).items()}
     name = recipe
@@ -75,10 +71,8 @@ def open_torch(path: str | Path, recipe: str = "", log: Log = print) -> tuple[Mo
         same = f", and of {', '.join(others)}: choose with --recipe" if others else ""
         log(f"{path}: the tensors are those of recipe {name}{same}")
     config = replace(load_recipe(name).model, dtype="auto", attention="auto")
-    try:
+    with named(f"{path}: as {name}"):
         return config, from_tensors(config, tensors), name
-    except GolfError as e:
-        raise GolfError(f"{path}: as {name}: {e}") from None
 
 
 def guess_recipe(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
@@ -93,22 +87,3 @@ def guess_recipe(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
         odd = differing[nearest]
         raise GolfError(f"{where}: the tensors are of no shipped recipe; nearest is {nearest}, where {len(odd)} differ ({odd[0]}, ...)")
     return [name for name, odd in differing.items() if not odd]
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a model, by name."""
-    table = leaves(config)
-    return {leaf.tensor.format(i=i): leaf.tensor_shape() for leaf in table.values() for i in range(leaf.shape[0] if leaf.stacked else 1)}
-
-
-def export_safetensors(config: ModelConfig, params: Mapping[str, Any], path: str | Path) -> None:
-    """Write parameters by the challenge's names, linear weights (out, in), in their dtypes."""
-    write_safetensors(to_tensors(config, params), path)
-
-
-def import_safetensors(config: ModelConfig, path: str | Path) -> dict[str, np.ndarray]:
-    """Inverse of `export_safetensors`, bit for bit. Raises GolfError naming what does not fit."""
-    try:
-        return from_tensors(config, read_safetensors(path))
-    except GolfError as e:
-        raise GolfError(f"{path}: {e}") from None

@@ -67,9 +67,7 @@ class Claims:
     @property
     def seed_count(self) -> int:
         """How many seeds are claimed: by number, or by `3-seed mean` in the texts. 0: nothing is said."""
-        texts = " ".join(str(self.fields.get(n, "")) for n in ("blurb", "name", "technique_summary"))
-        words = {"three": 3, "five": 5}
-        said = [words.get(m.lower()) or int(m) for m in re.findall(r"\b(\d|three|five)[- ]seed (?:mean|average|avg|val)", texts, re.I)]
+        said = seeds_said(" ".join(str(self.fields.get(n, "")) for n in ("blurb", "name", "technique_summary")), "|val")
         listed = self.fields.get("seeds")
         if isinstance(listed, int) and not isinstance(listed, bool) and 0 < listed < 100:
             said.append(listed)
@@ -78,6 +76,12 @@ class Claims:
     @property
     def non_record(self) -> bool:
         return "non" in str(self.fields.get("track", "")).lower().replace("-", "_").split("_")
+
+
+def seeds_said(text: str, more: str = "") -> list[int]:
+    """The numbers in `3-seed mean`, `five seed average`; more: words that may follow besides, as a pattern."""
+    words = {"three": 3, "five": 5}
+    return [words.get(n.lower()) or int(n) for n in re.findall(rf"\b(\d|three|five)[- ]seed (?:mean|average|avg{more})", text, re.I)]
 
 
 def read_claims(path: Path, name: str) -> Claims:

@@ -17,7 +17,7 @@ import brotli
 from golf_jax.config import GolfError
 from golf_jax.proof.claims import Claims, read_claims
 from golf_jax.proof.compare import check_claims, is_variant, select
-from golf_jax.proof.finding import Finding, fold
+from golf_jax.proof.finding import Finding, Status, fold
 from golf_jax.proof.logs import Run, digest, parse_log, read_text
 from golf_jax.proof.readme import README, check_readme, seeds_claimed
 from golf_jax.proof.rules import check_run
@@ -64,16 +64,18 @@ def submissions(path: Path) -> set[Path]:
     """The submissions below a folder: those with claims, and what else has logs, by the README or program that they belong to."""
     found = {p.parent for p in path.rglob(CLAIMS)}
     for log in path.rglob("*"):
-        named = log.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.match(log.name) and log.is_file()
-        if named and not found & set(log.parents) and parse_log(read_text(log), log.name):
+        if _is_log(log) and not found & set(log.parents) and parse_log(read_text(log), log.name):
             above = [p for p in log.parents if p.is_relative_to(path)]
             found.add(next((p for p in above if (p / README).is_file() or _only(p, PROGRAM)), log.parent))
     return found
 
 
 def _logs(path: Path) -> list[Path]:
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.match(p.name)]
-    return [p for p in files if p.parent == path or _only(p.parent, CLAIMS) is None]
+    return [p for p in sorted(path.rglob("*")) if _is_log(p) and (p.parent == path or _only(p.parent, CLAIMS) is None)]
+
+
+def _is_log(path: Path) -> bool:
+    return path.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.match(path.name) and path.is_file()
 
 
 def read_submission(path: Path) -> Submission:
@@ -262,12 +264,15 @@ def check_seeds(s: Submission) -> list[Finding]:
     if repeated and len(s.runs) > 1:
         found.append(Finding("warning", "seeds", f"more than one run with seed {', '.join(map(str, repeated))}"))
     if finished and all(f.status == "pass" for f in found):
-        if have >= 3:
-            found.append(Finding("pass", "seeds", f"{have} runs, seeds {', '.join(str(x) for x in seeds)}"))
-        else:
-            status = "warning" if s.path.is_dir() else "not checkable"
-            found.append(Finding(status, "seeds", f"{have} run{'s' * (have != 1)}; three seeds are customary"))
+        found.append(customary(seeds, "warning" if s.path.is_dir() else "not checkable"))
     return found + check_settings(finished)
+
+
+def customary(seeds: Sequence[int | None], fewer: Status = "warning") -> Finding:
+    """Are there three? fewer: the status where there are not."""
+    if len(seeds) >= 3:
+        return Finding("pass", "seeds", f"{len(seeds)} runs, seeds {', '.join(map(str, seeds))}")
+    return Finding(fewer, "seeds", f"{len(seeds)} run{'s' * (len(seeds) != 1)}; three seeds are customary")
 
 
 def _same_course(a: Run, b: Run) -> bool:

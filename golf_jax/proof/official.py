@@ -3,12 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from golf_jax.config import CAP_BYTES
 from golf_jax.data.verify import OFFICIAL_BYTES, OFFICIAL_DOCUMENTS
 
-__all__ = ["CAP_BYTES", "FAMILIES", "LIMIT_SECONDS", "OFFICIAL_BYTES", "OFFICIAL_DOCUMENTS", "Family", "by_tokens", "by_words"]
-
-LIMIT_SECONDS = 600.0  # for training, and again for evaluation
 CUT = 32_768  # programs cut the last targets off to fill rows: at most one row, of up to this many
 
 

@@ -10,18 +10,18 @@ from typing import Any
 
 from golf_jax.artifact.code import raw_code_bytes, unbundle
 from golf_jax.artifact.container import inspect
-from golf_jax.config import CAP_BYTES, GolfError, parse_json
+from golf_jax.config import CAP_BYTES, LIMIT_SECONDS, GolfError
 from golf_jax.data.corpus import build_embedded
 from golf_jax.data.manifest import sha256_file
 from golf_jax.data.shards import find_shards
 from golf_jax.data.verify import OFFICIAL_BYTES, verify
-from golf_jax.files import read_bytes
+from golf_jax.evaluation.score import NORMALIZED
 from golf_jax.processes import cache_directory
 from golf_jax.progress import clock_seconds
 from golf_jax.proof.finding import Finding, fold
-from golf_jax.proof.folder import check_settings
+from golf_jax.proof.folder import check_settings, customary
 from golf_jax.proof.logs import Run, parse_log, read_text
-from golf_jax.proof.official import LIMIT_SECONDS
+from golf_jax.training.rundir import read_json
 
 READ_AT_MOST = 1 << 29  # bytes of shards that are read again here; more is left to `golf_jax.data verify`
 SCORE_AT_MOST = 300.0  # recorded seconds of an evaluation that is done again here
@@ -67,18 +67,13 @@ def check_together(paths: list[Path]) -> list[Finding]:
     seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):
         first = Finding("fail", "seeds", f"runs with the same seed: {', '.join(map(str, seeds))}")
-    elif len(seeds) < 3:
-        first = Finding("warning", "seeds", f"{len(seeds)} run{'s' * (len(seeds) != 1)}; three seeds are customary")
     else:
-        first = Finding("pass", "seeds", f"{len(seeds)} runs, seeds {', '.join(map(str, seeds))}")
+        first = customary(seeds)
     return [first, *check_settings(runs)]
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(read_bytes(path))
-    except GolfError as error:
-        raise error if str(path) in str(error) else GolfError(f"{path}: {error}") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise GolfError(f"{path}: holds {type(value).__name__}, not an object")
     return value
@@ -208,7 +203,7 @@ def _legality(result: dict[str, Any]) -> list[Finding]:
         if error is None:
             found.append(Finding("not checkable", "C2", f"{name}: not measured", where))
         else:
-            found.append(Finding("pass" if error <= 1e-5 else "fail", "C2", f"|logsumexp(log p)| <= {error:.1e}", where))
+            found.append(Finding("pass" if error <= NORMALIZED else "fail", "C2", f"|logsumexp(log p)| <= {error:.1e}", where))
         late = f["order_violations"]
         text = f"{name}: {f['updates']} updates, {late} targets trained on before they were scored"
         found.append(Finding("fail" if late else "pass", "C3", text, where))

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Literal
 
 from golf_jax.config import CAP_BYTES
-from golf_jax.proof.claims import Claim, Claims
+from golf_jax.proof.claims import Claim, Claims, seeds_said
 from golf_jax.proof.compare import IMMATERIAL, equal, select
 from golf_jax.proof.finding import Finding
 from golf_jax.proof.logs import LONGEST, Run
@@ -33,7 +33,6 @@ _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
 _OWN_COLUMN = re.compile(
     r"(?:this|our)s?(?: (?:run|work|pr|pull request|submission|record|entry|result|value))?|values?|results?|measured", re.I
 )
-_SEEDS = re.compile(r"\b(\d|three|five)[- ]seed (?:mean|average|avg)\b", re.I)
 _EARLY = re.compile(r"\bpre\b|\bema\b|\bswa\b|\braw\b|\btrain|\bfloat|\bfp\d|\bbf16|\bunquant|\bfull|\bstandard|\bin training", re.I)
 _VALUE = re.compile(r"(?<![\w.])(\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?)\s*(bytes|[KM]i?B)?(?![\w%]|[.,]\d)", re.I)
 _ROUGH = re.compile(r"^[^\d]*[~≈<>≤≥∼]")
@@ -79,9 +78,7 @@ def check_readme(text: str, runs: Sequence[Run], claims: Claims) -> list[Finding
 
 def seeds_claimed(text: str) -> int:
     """Over how many seeds the README says that its own score is a mean; 0 if it does not say."""
-    lines = (line for line in _plain(text) if _OWN.match(line))
-    found = [match[1].lower() for line in lines if (match := _SEEDS.search(line))]
-    return max([{"three": 3, "five": 5}.get(n) or int(n) for n in found], default=0)
+    return max((n for line in _plain(text) if _OWN.match(line) for n in seeds_said(line)), default=0)
 
 
 def _plain(text: str) -> list[str]:

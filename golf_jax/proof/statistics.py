@@ -20,8 +20,8 @@ class Test:
     degrees: float
 
 
-def t_test(candidate: Sequence[float], baseline: Sequence[float], margin: float = MARGIN_NATS) -> Test | None:
-    """One-sided test that mean(baseline) - mean(candidate) > margin, variances unequal (Welch 1947).
+def t_test(candidate: Sequence[float], baseline: Sequence[float]) -> Test | None:
+    """One-sided test that mean(baseline) - mean(candidate) > MARGIN_NATS, variances unequal (Welch 1947).
 
     A baseline of one number is taken as exact. None where nothing can be tested: fewer than two candidates, or no spread at all.
     """
@@ -33,7 +33,7 @@ def t_test(candidate: Sequence[float], baseline: Sequence[float], margin: float 
         return None
     weights = [part**2 / (len(x) - 1) for part, x in zip(parts, (candidate, baseline), strict=True) if len(x) > 1]
     gain = statistics.fmean(baseline) - statistics.fmean(candidate)
-    return _test(gain, error, sum(parts) ** 2 / sum(weights), margin)
+    return _test(gain, error, sum(parts) ** 2 / sum(weights), MARGIN_NATS)
 
 
 def paired_test(candidate: Mapping[int, float], baseline: Mapping[int, float], margin: float = MARGIN_NATS) -> Test | None:

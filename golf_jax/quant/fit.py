@@ -12,6 +12,7 @@ from golf_jax.quant.rules import quantize, without_hessians
 from golf_jax.quant.schemes import FLOATS, SCHEMES, QTensor, dequantize
 
 MAX_STEP = 16.0
+MAX_TRIALS = 8
 MIN_SIGMAS = 8.0
 WIDER = {"gptq_int6": "gptq_int7", "int6_sdclip": "int7_sdclip"}
 
@@ -76,7 +77,6 @@ def fit_to_cap(
     score: Callable[[dict[str, QTensor]], float] | None = None,
     estimate: Callable[[dict[str, QTensor]], int] | None = None,
     slack: float = 0.002,
-    max_trials: int = 8,
     log: Log | None = None,
 ) -> tuple[QuantConfig, bytes, FitReport]:
     """(config, encoded, report): the tensors quantized by `config` and encoded, in at most `budget_bytes`.
@@ -108,7 +108,7 @@ def fit_to_cap(
         else:
             low, low_size = now, size
         full = high_size >= budget_bytes * (1 - slack) or (math.isinf(low) and config.margin < 0)
-        if len(trials) >= max_trials or not codes or (high_size and full):
+        if len(trials) >= MAX_TRIALS or not codes or (high_size and full):
             break
         if len(trials) == 1 and estimate:
             guess = _by_entropy(tensors, config, target * _over(estimate, tensors, config, size), estimate)

@@ -1,7 +1,8 @@
 """What a report says: sections made of records and of what was measured again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -9,7 +10,7 @@ from golf_jax.config import CAP_BYTES
 from golf_jax.options import Sampling
 from golf_jax.proof.statistics import LEVEL
 from golf_jax.reporting import compare, figures
-from golf_jax.reporting.measure import Again, Measured, TensorError
+from golf_jax.reporting.measure import Again, Measured, Portion, TensorError
 from golf_jax.reporting.page import Picture, Section, Table
 from golf_jax.reporting.record import Record
 
@@ -73,20 +74,13 @@ def results(records: Sequence[Record]) -> Section:
     rows, notes = [], []
     for r in records:
         trained = r.stages.get("train", {})
-        first = [
-            r.name,
-            r.recipe.name,
-            str(r.recipe.seed),
-            f"{trained['steps']:,}" if trained else "",
-            f"{trained['seconds']:.1f}" if trained else "",
-        ]
+        first = [r.name, r.recipe.name, str(r.recipe.seed), *(_cells(trained, steps=",", seconds=".1f") if trained else ["", ""])]
         size = [f"{r.ledger.total_bytes:,}", f"{r.ledger.headroom_bytes:,}"] if r.ledger else ["", ""]
         scores = {"before quantization": r.stages["pack"]["pre_quantization"]} if "pack" in r.stages else {}
         for method, e in (scores | r.evaluations).items():
             remark = "" if e["legal"] else "ILLEGAL (C1 to C4)"
-            rows.append(
-                [*first, method, f"{e['val_bpb']:.5f}", f"{e['val_loss']:.5f}", *(size if method in r.evaluations else ["", ""]), remark]
-            )
+            packed = size if method in r.evaluations else ["", ""]
+            rows.append([*first, method, *_cells(e, val_bpb=".5f", val_loss=".5f"), *packed, remark])
         if not r.evaluations:
             notes.append(f"{r.name} is not finished: {'trained, not yet scored' if trained else f'{len(r.steps):,} steps so far'}.")
     return Section("Results", notes, (), [Table(heads, rows)] if rows else ())
@@ -120,22 +114,11 @@ def training(records: Sequence[Record], pictures: Sequence[Picture]) -> Section:
         if r.steps:
             chosen = r.steps[:: max(len(r.steps) // ROWS, 1)]
             chosen = chosen if chosen[-1] is r.steps[-1] else [*chosen, r.steps[-1]]
-            rows = [
-                [
-                    f"{w['step']:,}",
-                    f"{w['seconds']:.1f}",
-                    f"{w['loss']:.4f}",
-                    f"{w['lr_factor']:.3f}",
-                    f"{w['momentum']:.3f}",
-                    f"{w['grad_norm']:.3g}",
-                ]
-                for w in chosen
-            ]
-            tables.append(
-                Table(("step", "seconds", "loss", "lr factor", "momentum", "gradient norm"), rows, f"{r.name}: training as numbers")
-            )
+            formats = {"step": ",", "seconds": ".1f", "loss": ".4f", "lr_factor": ".3f", "momentum": ".3f", "grad_norm": ".3g"}
+            heads = ("step", "seconds", "loss", "lr factor", "momentum", "gradient norm")
+            tables.append(Table(heads, [_cells(w, **formats) for w in chosen], f"{r.name}: training as numbers"))
         if r.validations:
-            rows = [[f"{v['step']:,}", f"{v['seconds']:.1f}", f"{v['val_bpb']:.5f}", f"{v['val_loss']:.5f}"] for v in r.validations]
+            rows = [_cells(v, step=",", seconds=".1f", val_bpb=".5f", val_loss=".5f") for v in r.validations]
             tables.append(Table(("step", "seconds", "bits/byte", "nats/token"), rows, f"{r.name}: validations as numbers"))
     silent = [r.name for r in records if not r.validations]
     notes = [f"No validation during training in {', '.join(silent)} (eval.every)."] if silent else []
@@ -143,35 +126,27 @@ def training(records: Sequence[Record], pictures: Sequence[Picture]) -> Section:
     return Section("Training", notes, pictures, tables)
 
 
+def _cells(row: Mapping[str, Any], **formats: str) -> list[str]:
+    """What a row holds under these names, each in its format."""
+    return [format(row[name], how) for name, how in formats.items()]
+
+
 def byte_budget(records: Sequence[Record], pictures: Sequence[Picture]) -> Section:
     tables = []
     for r in records:
         if r.ledger:
-            rows = [
-                [
-                    w.label,
-                    str(w.tensors),
-                    f"{w.items:,}",
-                    f"{w.entropy_bytes:,.0f}",
-                    f"{w.stored_bytes:,}",
-                    f"{8 * w.stored_bytes / w.items:.3f}",
-                ]
-                for w in r.ledger.lines
-            ]
-            totals = {
-                "header": r.ledger.header_bytes,
-                "code": r.ledger.code_bytes,
-                "total": r.ledger.total_bytes,
-                "left of the cap": r.ledger.headroom_bytes,
-            }
-            rows += [[name, "", "", "", f"{count:,}", ""] for name, count in totals.items()]
+            formats = {"label": "", "tensors": "", "items": ",", "entropy_bytes": ",.0f", "stored_bytes": ","}
+            rows = [[*_cells(asdict(w), **formats), f"{8 * w.stored_bytes / w.items:.3f}"] for w in r.ledger.lines]
+            for name in ("header", "code", "total", "headroom"):
+                said = "left of the cap" if name == "headroom" else name
+                rows.append([said, "", "", "", f"{getattr(r.ledger, f'{name}_bytes'):,}", ""])
             heads = ("stream", "tensors", "values", "entropy", "stored", "bits/value")
             tables.append(Table(heads, rows, f"{r.name}: {r.ledger.total_bytes:,} of {CAP_BYTES:,} bytes"))
     return Section("Bytes", [f"{r.name} has no artifact yet." for r in records if not r.ledger], pictures, tables)
 
 
 def _error_table(name: str, errors: Sequence[TensorError]) -> Table:
-    rows = [[e.name, e.kind, f"{e.values:,}", f"{e.relative:.5f}"] for e in errors]
+    rows = [_cells(asdict(e), name="", kind="", values=",", relative=".5f") for e in errors]
     return Table(("tensor", "kind", "values", "relative RMS error"), rows, f"{name}: quantization error as numbers")
 
 
@@ -181,24 +156,21 @@ def text(measured: Mapping[str, Measured], pictures: Sequence[Picture]) -> Secti
         notes.append(
             f"{name}: scored again through its artifact, standard evaluation of the first {m.targets:,} targets: {m.bpb:.5f} bits per byte."
         )
-        rows = [[p.label, f"{p.tokens:,}", f"{p.bpb:.5f}"] for p in m.positions]
-        tables.append(Table(("tokens of context", "targets", "bits/byte"), rows, f"{name}: by position as numbers"))
+        tables.append(_portions("tokens of context", m.positions, f"{name}: by position as numbers"))
         hardest = sorted(m.documents, key=lambda d: -d.bpb)
         chosen = hardest if len(hardest) <= 2 * ROWS else hardest[:ROWS] + hardest[-ROWS:]
-        rows = [[d.label, f"{d.tokens:,}", f"{d.bpb:.5f}"] for d in chosen]
-        tables.append(
-            Table(("document begins", "targets", "bits/byte"), rows, f"{name}: the hardest and the easiest of {len(hardest):,} documents")
-        )
+        tables.append(_portions("document begins", chosen, f"{name}: the hardest and the easiest of {len(hardest):,} documents"))
     return Section("Where the bits go", notes, pictures, tables)
+
+
+def _portions(what: str, portions: Sequence[Portion], summary: str) -> Table:
+    return Table((what, "targets", "bits/byte"), [_cells(asdict(p), label="", tokens=",", bpb=".5f") for p in portions], summary)
 
 
 def ttt(records: Sequence[Record], measured: Mapping[str, Measured], pictures: Sequence[Picture]) -> Section | None:
     """For recipes with score-first test-time training."""
     if not any(r.recipe.eval.score_first.on for r in records):
         return None
-    tables = []
-    for name, m in measured.items():
-        rows = [[c.label, f"{c.tokens:,}", f"{c.bpb:.5f}"] for c in m.chunks]
-        tables += [Table(("chunk", "targets", "bits/byte"), rows, f"{name}: chunks as numbers")] if rows else []
+    tables = [_portions("chunk", m.chunks, f"{name}: chunks as numbers") for name, m in measured.items() if m.chunks]
     notes = [] if tables else ["A run keeps no score by chunk; --score-again measures it."]
     return Section("Test-time training", notes, pictures, tables)

@@ -9,7 +9,7 @@ import numpy as np
 from golf_jax.artifact.container import unpack
 from golf_jax.config import GolfError
 from golf_jax.data.text import Text, open_text
-from golf_jax.evaluation.fixed import evaluate_standard
+from golf_jax.evaluation.fixed import evaluate_fixed
 from golf_jax.evaluation.score_first import evaluate_score_first
 from golf_jax.evaluation.stream import Stream
 from golf_jax.mesh import make_mesh, platform
@@ -109,7 +109,7 @@ def score_again(record: Record, targets: int) -> Measured:
     tokenizer = "" if embedded else str(record.path / "tokenizer.model")
     text = open_text("embedded" if embedded else "", data.val, tokenizer, model.config.vocab_size, data.seq_len)
     stream = Stream.of(text.val_tokens, text.tables, data.seq_len, record.recipe.eval.batch_rows, targets)
-    result = evaluate_standard(model, replace(stream, keep_scores=True), mesh)
+    result = evaluate_fixed(model, replace(stream, keep_scores=True), mesh)
     assert result.scores is not None
     tokens = stream.tokens
     bits = result.scores.astype(np.float64) / np.log(2)

@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from golf_jax.artifact.container import read_bytes
 from golf_jax.artifact.ledger import ByteLedger, ledger
 from golf_jax.config import GolfError, Recipe, from_dict
-from golf_jax.files import json_rows
+from golf_jax.files import json_rows, read_bytes
 from golf_jax.training.rundir import read_json, read_stages
 
 

@@ -5,7 +5,6 @@ import fcntl
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import platform
 import shlex
@@ -20,7 +19,7 @@ from typing import Any, TextIO
 import jax
 
 from golf_jax.config import GolfError, parse_json
-from golf_jax.files import json_rows, read_bytes, sealed, write_atomic
+from golf_jax.files import finite, json_rows, read_bytes, sealed, write_atomic
 from golf_jax.processes import from_main
 from golf_jax.training.trackers import Tracker, open_tracker, scalars
 
@@ -186,8 +185,7 @@ class RunDir:
     def metrics(self, event: str, **values: Any) -> None:
         """One row: event `train` (a step), `validation` or `score`. Numbers that are not finite are null."""
         if self.main:
-            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self._append(self._metrics, json.dumps({"event": event, **clean}, allow_nan=False))
+            self._append(self._metrics, json.dumps({"event": event, **finite(values)}, allow_nan=False))
             self._step = values.get("step", self._step)
             self._tracked(lambda tracker: tracker.row(self._step, scalars(event, values)))
 

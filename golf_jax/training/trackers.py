@@ -9,47 +9,38 @@ import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from golf_jax.config import GolfError
 
 LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
-class Tracker(Protocol):
-    def row(self, step: int, scalars: dict[str, float]) -> None:
-        """Numbers of one event at a step of training, by tag (`train/loss`)."""
+class Tracker(NamedTuple):
+    row: Callable[[int, dict[str, float]], None]
+    """Takes the numbers of one event at a step of training, by tag (`train/loss`)."""
+    close: Callable[[], None]
 
-    def close(self) -> None: ...
 
+def _tensorboard(library: Any, path: Path, config: dict[str, Any]) -> Tracker:
+    writer = library.SummaryWriter(str(path / "tensorboard"))
+    writer.add_text("config", textwrap.indent(json.dumps(config, indent=1), "    "))
 
-class TensorBoard:
-    def __init__(self, library: Any, path: Path, config: dict[str, Any]) -> None:
-        self._writer = library.SummaryWriter(str(path / "tensorboard"))
-        self._writer.add_text("config", textwrap.indent(json.dumps(config, indent=1), "    "))
-
-    def row(self, step: int, scalars: dict[str, float]) -> None:
+    def row(step: int, scalars: dict[str, float]) -> None:
         for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, step)
+            writer.add_scalar(tag, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandB:
-    def __init__(self, library: Any, path: Path, config: dict[str, Any]) -> None:
-        # One run there for one directory here: a resumed run goes on in it, on our count of steps.
-        self._run = library.init(project="golf_jax", id=path.name, name=path.name, dir=str(path), config=config, resume="allow")
-        self._run.define_metric("*", step_metric="step")
-
-    def row(self, step: int, scalars: dict[str, float]) -> None:
-        self._run.log({"step": step, **scalars})
-
-    def close(self) -> None:
-        self._run.finish()
+    return Tracker(row, writer.close)
 
 
-KINDS: dict[str, Callable[[Any, Path, dict[str, Any]], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+def _wandb(library: Any, path: Path, config: dict[str, Any]) -> Tracker:
+    # One run there for one directory here: a resumed run goes on in it, on our count of steps.
+    run = library.init(project="golf_jax", id=path.name, name=path.name, dir=str(path), config=config, resume="allow")
+    run.define_metric("*", step_metric="step")
+    return Tracker(lambda step, scalars: run.log({"step": step, **scalars}), run.finish)
+
+
+KINDS: dict[str, Callable[[Any, Path, dict[str, Any]], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
 def check_tracker(name: str) -> None:

@@ -1,5 +1,6 @@
 """The code bundle is reproducible, reversible, complete enough to run alone, and holds nothing it does not need."""
 
+import lzma
 import subprocess
 import sys
 import zipfile
@@ -63,6 +64,15 @@ def test_bundle_follows_imports_and_takes_nothing_else():
     assert "golf_jax/configs/pr372.py" not in sources
 
 
+def test_a_run_ships_neither_the_corpus_nor_what_writes_text():
+    """Both are loaded by name; a recipe that trains on the embedded corpus names it."""
+    sources, optional = (
+        module_sources(["golf_jax.train"]),
+        {"golf_jax/data/corpus.py", "golf_jax/data/build.py", "golf_jax/model/decode.py"},
+    )
+    assert not optional & set(sources) and "golf_jax/pipeline.py" in sources
+
+
 def test_bundle_runs_on_its_own(tmp_path):
     """From an empty folder, without this checkout on the path: only its dependencies are installed."""
     q = QTensor("int6", "float32", codes=np.ones((2, 3), np.int8), scale=np.ones(2, np.float16))
@@ -83,3 +93,9 @@ def test_wrong_bundles_are_named(tmp_path):
         z.writestr("other", "x")
     with pytest.raises(ArtifactError, match="not a code bundle"):
         unbundle((tmp_path / "z").read_bytes())
+
+
+def test_a_bundle_of_an_earlier_version_is_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "z", "w") as z:
+        z.writestr("source.xz", lzma.compress(b'{"a.py": "x = 1"}'))
+    assert unbundle((tmp_path / "z").read_bytes()) == {"a.py": "x = 1"}

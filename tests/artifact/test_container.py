@@ -12,11 +12,12 @@ import pytest
 import zstandard
 from reference_quant import RECIPES, quant_case, stored
 
-from golf_jax.artifact import ArtifactError, pack, read_artifact, unpack
+from golf_jax.artifact import ArtifactError, pack, unpack
 from golf_jax.artifact.codecs import exactly
 from golf_jax.artifact.compressors import COMPRESSORS as TABLE
 from golf_jax.artifact.container import _PREFIX, section_plan
 from golf_jax.config import GolfError
+from golf_jax.opening import load
 from golf_jax.quant import QTensor
 
 COMPRESSORS = {"zstd": 22, "lzma": 6, "brotli": 11, "rans": 11}
@@ -155,10 +156,10 @@ def test_messages_say_what_is_wrong():
 def test_files_are_named_in_errors(tmp_path):
     path = tmp_path / "x.golf"
     with pytest.raises(GolfError, match="x.golf: cannot be read"):
-        read_artifact(path)
+        load(path)
     path.write_bytes(pack({}, small_model(), "zstd", 3)[:-5])
     with pytest.raises(ArtifactError, match="x.golf: truncated"):
-        read_artifact(path)
+        load(path)
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)

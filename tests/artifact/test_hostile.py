@@ -18,6 +18,7 @@ from golf_jax.artifact import ArtifactError, unpack
 from golf_jax.artifact.model import load_model
 from golf_jax.config import GolfError
 from golf_jax.files import read_bytes
+from golf_jax.opening import load
 
 
 def test_mutated_artifacts_are_refused_or_loaded():
@@ -109,12 +110,13 @@ def test_pipes_devices_and_large_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(GolfError, match="a pipe, socket or device, not a file"):
-            load_model(path)
+            load(path)
+    (tmp_path / "artifact.golf").mkdir()
     with pytest.raises(GolfError, match="a directory"):
-        load_model(tmp_path)
+        load(tmp_path)
     with open(tmp_path / "sparse", "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(GolfError, match="at most"):
-        load_model(tmp_path / "sparse")
+        load(tmp_path / "sparse")
     with pytest.raises(GolfError, match="cannot be read"):
         read_bytes("a\0b")

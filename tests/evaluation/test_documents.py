@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from evaluation.flips import changed_before_flip
 from evaluation.reference_models import Tiny
 from tiny_recipes import tiny as made
 
@@ -14,7 +15,7 @@ from golf_jax.data.sidecar import Sidecar
 from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation import METHODS, Stream, packed
 from golf_jax.evaluation.documents import Work, target_order
-from golf_jax.evaluation.legality import changed_before_flip, tilt_breaks_order
+from golf_jax.evaluation.legality import tilt_breaks_order
 from golf_jax.evaluation.queue import BOS, Documents, Queue
 from golf_jax.interop.checks import Set
 from golf_jax.interop.checks.documents import check_documents

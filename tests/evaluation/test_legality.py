@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from evaluation.flips import changed_before_flip
 from evaluation.reference_models import Portable, Tiny
 
 from golf_jax.evaluation import Facts, legality
-from golf_jax.evaluation.legality import changed_before_flip
 from golf_jax.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from evaluation.flips import changed_before_flip
 from evaluation.reference_models import Tiny
 from tiny_recipes import some
 
@@ -11,7 +12,6 @@ from golf_jax.config import AdaptFirstConfig, GolfError, ModelConfig, ScoreFirst
 from golf_jax.evaluation import METHODS, Stream
 from golf_jax.evaluation.adapt_first import adam_rule
 from golf_jax.evaluation.adapter import Plan
-from golf_jax.evaluation.legality import changed_before_flip
 from golf_jax.interop.checks import Set
 from golf_jax.interop.checks.evaluation import check_ttt
 from golf_jax.mesh import make_mesh

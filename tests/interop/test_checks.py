@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from golf_jax.interop.checks.base import Comparison
+from golf_jax.interop.checks.base import CheckResult
 from golf_jax.interop.checks.reference import _fact, matches
 
 
@@ -11,9 +11,9 @@ from golf_jax.interop.checks.reference import _fact, matches
 def test_each_measure_is_relative_to_its_own_thing(measure, error):
     """Ours [10, 1] for [10, 0], which began at [8, 0]: the start matters to the measure of the change alone."""
     for bar, ok in ((error * 1.001, True), (error * 0.999, False)):
-        row = Comparison("x", bar, measure)
+        row = CheckResult("x", bar, measure)
         row.add("w", np.array([10.0, 1.0]), np.array([10.0, 0.0]), start=np.array([8.0, 0.0]))
-        assert row.result().ok is ok
+        assert row.ok is ok
 
 
 def test_a_norm_of_several_tensors():

@@ -53,7 +53,7 @@ def test_damage_is_refused(tensors):
 
 def test_a_missing_lrzip_is_named(tensors, monkeypatch):
     monkeypatch.setattr(pgrp.shutil, "which", lambda name: None)
-    with pytest.raises(pgrp.NoLrzip, match="install lrzip"):
+    with pytest.raises(pgrp.NotInstalled, match="install lrzip"):
         pgrp.split(frame(tensors, method=1))
 
 

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
+from golf_jax.artifact.model import tensor_shapes
 from golf_jax.config import GolfError, load_recipe, recipe_names
-from golf_jax.interop import export_safetensors, from_torch, import_safetensors, model_config, to_torch
+from golf_jax.interop import from_torch, model_config, to_torch
 from golf_jax.interop.checks import Set
-from golf_jax.interop.hparams import RECIPES, hyperparameters
-from golf_jax.interop.torch_names import guess_recipe, pr_names, tensor_shapes
+from golf_jax.interop.hparams import RECIPES
+from golf_jax.interop.safetensors import read_safetensors, write_safetensors
+from golf_jax.interop.torch_names import guess_recipe, pr_names
 from golf_jax.model.params import count, to_tensors
 
 
@@ -61,9 +63,9 @@ def test_absent_settings_are_the_prs(recipe, parameters):
 
 
 def test_spellings_of_settings():
-    assert hyperparameters("pr372", {"MODEL_DIM": "96", "GOLDEN_NUMEL": 7})["qat_numel_threshold"] == 7
-    nested = hyperparameters("pr638", {"model_dim": 64, "env": {"MODEL_DIM": "96", "LEAKY_RELU": "0"}})
-    assert nested["model_dim"] == 96 and nested["leaky_relu"] is False
+    assert model_config("pr372", {"MODEL_DIM": "96", "GOLDEN_NUMEL": 7}).fake_quant.min_numel == 7
+    nested = model_config("pr638", {"model_dim": 64, "num_heads": "4", "env": {"MODEL_DIM": "96", "LEAKY_RELU": "0"}})
+    assert nested.width == 96 and nested.mlp_slope == 0
     assert model_config("pr1182", {"VE_LAYERS": "1,2", "NUM_LAYERS": "4"}).value_embed_layers == (1, 2)
     assert model_config("pr1182", {"ve_layers": [1, 2], "xsa_last_n": 99}).xsa_last_n == 11
     assert model_config("pr562", {"trigram": False}).trigram == "off"
@@ -103,14 +105,13 @@ def test_the_recipe_is_told_by_names_and_shapes(recipe):
 
 
 def test_safetensors_round_trip_and_damage(references, tmp_path):
-    settings, state = load(references, "pr1182")
-    config, params = from_torch("pr1182", settings, state)
+    _, state = load(references, "pr1182")
     path = tmp_path / "model.safetensors"
-    export_safetensors(config, params, path)
-    back = import_safetensors(config, path)
-    assert set(back) == set(params) and all(np.array_equal(back[k], params[k]) for k in params)
+    write_safetensors(state, path)
+    back = read_safetensors(path)
+    assert set(back) == set(state) and all(np.array_equal(back[k], state[k]) for k in state)
     data = path.read_bytes()
     for damaged in (data[:-1], data + b"x", b"", b"\xff" * 40):
         path.write_bytes(damaged)
         with pytest.raises(GolfError, match="model.safetensors"):
-            import_safetensors(config, path)
+            read_safetensors(path)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from golf_jax.artifact.model import _shapes, check_packing
+from golf_jax.artifact.model import check_packing, tensor_shapes
 from golf_jax.config import GolfError, QuantConfig, QuantRule, Recipe, load_recipe, recipe_names
 from golf_jax.quant import rules_for
 from golf_jax.quant.rules import count_layers, match_rule
@@ -16,7 +16,7 @@ def shrunk(name: str, **model) -> Recipe:
 
 
 def scheme(recipe: Recipe, tensor: str) -> str:
-    shapes = _shapes(recipe.model)
+    shapes = tensor_shapes(recipe.model)
     return match_rule(rules_for(recipe.model, recipe.quant), tensor, 10**6, count_layers(shapes)).scheme
 
 

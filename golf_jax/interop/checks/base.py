@@ -27,65 +27,59 @@ def quick_compilation() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckResult:
-    """One row of the table."""
+    """One row of the table: pairs (ours, reference) under one tolerance.
+
+        row = CheckResult("grads", 1e-3, "rel L2"); row.add("grad/tok_emb.weight", ours, reference); row.ok
+
+    A reference that is zero throughout is compared absolutely. NaN, infinity and a wrong shape fail.
+    """
 
     name: str
-    compared: int
-    """Tensors (or numbers) compared."""
-    max_abs: float
-    max_rel: float
-    """Largest relative error in the check's own measure (`abs`, `equal`: of the tensor's maximum)."""
     tolerance: float
     measure: Measure
     """What the tolerance limits: the absolute error, the error relative to the tensor's maximum, its relative L2 norm, every element's
     relative error, (`equal`) the fraction of unequal elements, (`change`) the L2 norm relative to that of the change, or (`sigmas`) the
     distance in standard errors."""
-    ok: bool
-    worst: str = ""
+    compared: int = 0
+    """Tensors (or numbers) compared."""
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    """Largest relative error in the check's own measure (`abs`, `equal`: of the tensor's maximum)."""
+    error: float = -1.0
+    """The largest of what the tolerance limits; infinity where something fails for a reason that is not a number."""
+    worst: str = "nothing to compare"
     """The tensor with the largest error, or what failed."""
 
-
-class Comparison:
-    """Collects pairs (ours, reference) under one tolerance.
-
-        c = Comparison("grads", 1e-3, "rel L2"); c.add("grad/tok_emb.weight", ours, reference); return [c.result()]
-
-    A reference that is zero throughout is compared absolutely. NaN, infinity and a wrong shape fail.
-    """
-
-    def __init__(self, name: str, tolerance: float, measure: Measure):
-        self.name, self.tolerance = name, tolerance
-        self.measure: Measure = measure
-        self.compared, self._max_abs, self._max_rel, self._error, self._worst = 0, 0.0, 0.0, -1.0, ""
+    @property
+    def ok(self) -> bool:
+        return self.compared > 0 and self.error <= self.tolerance
 
     def add(self, key: str, ours: Any, reference: Any, start: Any = None) -> None:
         """start: what `change` counts from."""
         ours, reference = np.asarray(ours), np.asarray(reference)
         self.compared += 1
         if ours.shape != reference.shape:
-            return self.fail(f"{key}: shape {ours.shape}, reference {reference.shape}")
+            return self._fail(f"{key}: shape {ours.shape}, reference {reference.shape}")
         a, b = ours.astype(np.float64), reference.astype(np.float64)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            return self.fail(f"{key}: not finite")
-        if a.size == 0:
-            return
-        absolute = float(np.abs(a - b).max())
+            return self._fail(f"{key}: not finite")
         if self.measure == "change" and start is None:
-            return self.fail(f"{key}: nothing to measure the change from")
+            return self._fail(f"{key}: nothing to measure the change from")
+        absolute = float(np.abs(a - b).max(initial=0.0))
         error, relative = self._errors(a, b, absolute, np.zeros(()) if start is None else np.asarray(start, np.float64))
-        self._max_abs, self._max_rel = max(self._max_abs, absolute), max(self._max_rel, relative)
-        if error > self._error:
-            self._error, self._worst = error, key
+        self.max_abs, self.max_rel = max(self.max_abs, absolute), max(self.max_rel, relative)
+        if error > self.error:
+            self.error, self.worst = error, key
 
     def _errors(self, a: np.ndarray, b: np.ndarray, absolute: float, start: np.ndarray) -> tuple[float, float]:
         """(what the tolerance limits, the relative error shown)."""
-        scale = float(np.abs(b).max())
+        scale = float(np.abs(b).max(initial=0.0))
         of_max = absolute / scale if scale else absolute
         if self.measure in ("abs", "sigmas"):
             return absolute, of_max
-        if self.measure == "of max":
+        if self.measure == "of max" or not a.size:
             return of_max, of_max
         if self.measure == "equal":
             return float((a != b).mean()), of_max
@@ -96,12 +90,6 @@ class Comparison:
         l2 = float(np.linalg.norm(a - b)) / (norm or 1.0)
         return l2, l2
 
-    def fail(self, why: str) -> None:
-        """The check misses for a reason that is not a number."""
-        if self._error != np.inf:
-            self._error, self._worst = np.inf, why
-
-    def result(self) -> CheckResult:
-        ok = self.compared > 0 and self._error <= self.tolerance
-        worst = self._worst or ("" if self.compared else "nothing to compare")
-        return CheckResult(self.name, self.compared, self._max_abs, self._max_rel, self.tolerance, self.measure, ok, worst)
+    def _fail(self, why: str) -> None:
+        if self.error != np.inf:
+            self.error, self.worst = np.inf, why

@@ -24,38 +24,39 @@ Outputs = dict[str, Any]
 
 def stream_of(case: Case) -> tuple[np.ndarray, ByteTables | Sidecar]:
     """The first tokens of the stream, as many as the case says, and what counts their bytes."""
-    if "target_bytes" in case.seen:
-        tokens = case.seen["tokens"][: case.settings.get("tokens")].astype(np.uint16)
-        return tokens, Sidecar(np.append(0, case.seen["target_bytes"])[: len(tokens)])
-    if "base_bytes" not in case.seen:
+    seen = case.seen
+    if not {"target_bytes", "base_bytes"} & {*seen}:
         raise NotComputed("neither byte tables nor target_bytes")
-    tables = (case.seen[k] for k in ("base_bytes", "leading_space", "boundary"))
-    base, space, boundary = tables
-    tokens = case.seen["tokens"][: case.settings.get("tokens")].astype(np.uint16)
-    return tokens, ByteTables(base.astype(np.int16), space.astype(bool), boundary.astype(bool))
+    tokens = seen["tokens"][: case.settings.get("tokens")].astype(np.uint16)
+    if "target_bytes" in seen:
+        return tokens, Sidecar(np.append(0, seen["target_bytes"])[: len(tokens)])
+    return tokens, ByteTables(seen["base_bytes"].astype(np.int16), seen["leading_space"].astype(bool), seen["boundary"].astype(bool))
+
+
+def sums(result: Result) -> dict[str, Any]:
+    s = result.score
+    return {"nats": s.nll_nats, "count": s.tokens, "bytes": s.bytes, "bpb": s.bpb}
 
 
 def check_documents(case: Case) -> None:
     result, _ = _run(case)
-    trace, score = result.trace, result.score
+    trace = result.trace
     assert trace is not None and result.scores is not None
     documents, queue = _queue(case)
     ttt = case.recipe.eval.documents
-    position = np.empty(len(documents.start), np.int64)
-    for number, batch in enumerate(queue.batches):
-        position[batch] = number
     nats = result.scores.astype(np.float64)
-    tables = stream_of(case)
-    counted = tables[1].of_targets(tables[0][: len(nats) + 1], slice(None))
-    doc = [slice(a, a + n) for a, n in zip(documents.start, documents.targets, strict=True)]
-    spans = [slice(row[4], row[4] + row[5]) for row in _chunks(documents, queue, ttt.chunk, ttt.seq_len)]
+    tokens, tables = stream_of(case)
+    counted = tables.of_targets(tokens[: len(nats) + 1], slice(None))
+    spans = {
+        "doc": [slice(a, a + n) for a, n in zip(documents.start, documents.targets, strict=True)],
+        "chunk": [slice(row[4], row[4] + row[5]) for row in _chunks(documents, queue, ttt.chunk, ttt.seq_len)],
+    }
+    docs = np.stack([documents.start, documents.length, _by_document(queue, [np.full(len(b), i) for i, b in enumerate(queue.batches)])], 1)
+    ours = sums(result) | {"nll": result.scores, "docs": docs, "loss": trace.loss, "grad_norm": trace.grad_norm, "lr": trace.lr}
+    for what, of in spans.items():
+        ours[f"{what}_nats"] = [nats[s].sum() for s in of]
+        ours[f"{what}_counts"] = [(s.stop - s.start, counted[s].sum()) for s in of]
     start, after = to_tensors(case.model, case.params), to_tensors(case.model, trace.params)
-    ours: dict[str, Any] = {
-        "nats": score.nll_nats, "count": score.tokens, "bytes": score.bytes, "bpb": score.bpb, "nll": result.scores,
-        "chunk_nats": [nats[s].sum() for s in spans], "chunk_counts": [(s.stop - s.start, counted[s].sum()) for s in spans],
-        "docs": np.stack([documents.start, documents.length, position], 1), "doc_nats": [nats[s].sum() for s in doc],
-        "doc_counts": [(s.stop - s.start, counted[s].sum()) for s in doc], "loss": trace.loss, "grad_norm": trace.grad_norm, "lr": trace.lr,
-    }  # fmt: skip
     for name, x in after.items():
         change = x.astype(np.float64) - start[name]
         ours |= {f"final_change/{name}": change, f"change_norm/{name}": np.linalg.norm(change)}
@@ -64,8 +65,13 @@ def check_documents(case: Case) -> None:
 
 def tokens_of_run(case: Case) -> np.ndarray:
     """The scored tokens of the set's run."""
-    run = case.refs.case(case.settings.get("run", "ttt/tilt"))
+    run = _run_of(case)
     return Stream.of(*stream_of(run), run.recipe.eval.documents.seq_len).tokens
+
+
+def _run_of(case: Case) -> Case:
+    """The run that a unit is about: named, or the set's first."""
+    return case.refs.case(case.settings["run"]) if "run" in case.settings else next(case.refs.cases("ttt"))
 
 
 def _queue(case: Case) -> tuple[Documents, Queue]:
@@ -92,10 +98,6 @@ def _run(case: Case) -> tuple[Result, dict[Any, Any]]:
 
     def make() -> tuple[Result, dict[Any, Any]]:
         ttt = case.recipe.eval.documents
-        if case.name == "notilt":
-            ttt = replace(ttt, tilt=replace(ttt.tilt, order=0))
-        elif ttt.tilt.order:
-            ttt = replace(ttt, tilt=replace(ttt.tilt, state="corpus"))
         lora = next((where for where in case.refs.items if where.endswith("/ttt_lora")), None)
         if lora is None:
             raise NotComputed("adapters start at random: the set needs units ttt_lora")
@@ -131,7 +133,7 @@ def _gradients(case: Case, ttt: Any, params: Any, adapters: Adapters, chunk: Any
 
 def adapters_seen(case: Case, _: Arrays) -> Outputs:
     """States and gradients of adapters, under the set's names."""
-    seen = _run(case.refs.case(case.settings["run"]))[1]
+    seen = _run(_run_of(case))[1]
     ours: Outputs = {}
     for item in {i.partition("@")[0] for i in case.own if i.startswith("out/")}:
         what, which, name = item.split("/")[1:]
@@ -152,14 +154,16 @@ def adapters_seen(case: Case, _: Arrays) -> Outputs:
 
 
 def queue_of_run(case: Case, _: Arrays) -> Outputs:
-    run = case.refs.case(case.settings["run"])
+    run = _run_of(case)
     documents, queue = _queue(run)
     ttt = run.recipe.eval.documents
-    chunks = _chunks(documents, queue, ttt.chunk, ttt.seq_len)
-    slot = np.empty(len(documents.start), np.int64)
-    for batch in queue.batches:
-        slot[batch] = np.arange(len(batch))
-    return {"chunks": chunks, "doc_slot": slot} | _batches(queue, ttt.batch)
+    chunks, slots = _chunks(documents, queue, ttt.chunk, ttt.seq_len), [np.arange(len(batch)) for batch in queue.batches]
+    return {"chunks": chunks, "doc_slot": _by_document(queue, slots)} | _batches(queue, ttt.batch)
+
+
+def _by_document(queue: Queue, of_batches: list[np.ndarray]) -> np.ndarray:
+    """What is given per batch and slot, in the order of the documents."""
+    return np.concatenate(of_batches)[np.argsort(queue.order)]
 
 
 def _batches(queue: Queue, size: int) -> Outputs:
@@ -192,7 +196,7 @@ def _bounds(segment: np.ndarray) -> np.ndarray:
 
 def global_phase(case: Case, given: Arrays) -> Outputs:
     """The phase alone, or (of a whole run) the streams of its updates."""
-    run = case.refs.case(case.settings.get("run", "ttt/tilt"))
+    run = _run_of(case)
     ttt = replace(run.recipe.eval.documents, ranks=case.settings.get("ranks", run.recipe.eval.documents.ranks))
     model = replace(Model.open(run.model, run.params, jax.default_backend()), looping=run.looping)
     mesh, tokens = make_mesh(case.refs.devices), given["tokens"].astype(np.uint16)

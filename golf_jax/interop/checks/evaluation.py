@@ -10,12 +10,13 @@ from golf_jax.config import GolfError, ScoreFirstConfig, TTTConfig
 from golf_jax.evaluation import METHODS, Result, Stream
 from golf_jax.evaluation.adapt_first import adam_rule
 from golf_jax.evaluation.adapter import Adapter, cosine
+from golf_jax.evaluation.fixed import evaluate_fixed, windows_of
 from golf_jax.evaluation.score_first import momentum_rule
 from golf_jax.evaluation.scorebook import ScoreBook
 from golf_jax.evaluation.scorer import WindowScorer, shapes_of
-from golf_jax.evaluation.windows import Windows, chunk_windows, sliding_windows, standard_windows
+from golf_jax.evaluation.windows import Windows, chunk_windows, sliding_windows
 from golf_jax.interop.checks.base import quick_compilation
-from golf_jax.interop.checks.documents import check_documents, stream_of
+from golf_jax.interop.checks.documents import check_documents, stream_of, sums
 from golf_jax.interop.checks.reference import Case, NotComputed
 from golf_jax.mesh import make_mesh, replicate
 from golf_jax.model import Model, to_tensors
@@ -33,18 +34,16 @@ def check_eval(case: Case) -> None:
     if mode == "windows":
         return case.compare({"windows": _table(sliding_windows(sliding.windows, s["targets"], seq_len, sliding.stride))})
     if mode == "standard" and recipe.eval.packed.on:
-        return case.compare(_sums(packed_result(case)))
+        return case.compare(sums(packed_result(case)))
     if mode not in ("standard", "sliding"):
         raise GolfError(f"{case.refs.path}: {case.where}: mode {mode!r} is not one of standard, sliding, windows")
     tokens, tables = stream_of(case)
     exact = mode == "sliding" and "tokens" in s
     stream = Stream(tokens, tables, seq_len, ROWS) if exact else Stream.of(tokens, tables, seq_len, ROWS)
-    result = METHODS[mode](_model(case), replace(stream, keep_scores=True), make_mesh(case.refs.devices), sliding)
-    if mode == "standard":
-        windows, stride = standard_windows(stream.targets, seq_len), seq_len
-    else:
-        windows, stride = sliding_windows(sliding.windows, stream.targets, seq_len, sliding.stride), sliding.stride
-    ours = _sums(result) | {"windows": _table(windows), "nll": result.scores}
+    config = sliding if mode == "sliding" else None
+    result = evaluate_fixed(_model(case), replace(stream, keep_scores=True), make_mesh(case.refs.devices), config)
+    windows, stride = windows_of(stream, config)
+    ours = sums(result) | {"windows": _table(windows), "nll": result.scores}
     if any(item.partition("@")[0] in ("scored_nll", "window_nll", "window_bytes") for item in case.own):
         ours |= _by_window(case, stream, windows, stride)
     case.compare(ours)
@@ -67,11 +66,6 @@ def packed_result(case: Case) -> Result:
 
 def _table(w: Windows) -> np.ndarray:
     return np.stack([w.start, w.length, w.score_from], 1)
-
-
-def _sums(result: Result) -> dict[str, Any]:
-    s = result.score
-    return {"nats": s.nll_nats, "count": s.tokens, "bytes": s.bytes, "bpb": s.bpb}
 
 
 class _Scores(ScoreBook):
@@ -116,7 +110,7 @@ def check_ttt(case: Case) -> None:
     trace = result.trace
     assert trace is not None
     start, after = to_tensors(case.model, case.params), to_tensors(case.model, trace.params)
-    ours: dict[str, Any] = _sums(result) | {"nll": result.scores, "loss": trace.loss, "grad_norm": trace.grad_norm}
+    ours = sums(result) | {"nll": result.scores, "loss": trace.loss, "grad_norm": trace.grad_norm}
     ours |= {"chunk_nats": trace.chunks[:, 0], "chunk_counts": trace.chunks[:, 1:3], "lr": _rates(case, trace.lr)}
     if isinstance(ttt, ScoreFirstConfig):
         w, chunk = chunk_windows(ttt.windows, stream.targets, seq_len, ttt.stride, ttt.chunk_tokens)

@@ -17,8 +17,11 @@ _SAME = {
 }  # fmt: skip
 
 
-def settings(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted field -> value; nothing for other recipes, and for sets that have no evaluation."""
+_CASES = {"ttt/notilt": {"eval.documents.tilt.order": 0}}  # what a case says by its name alone
+
+
+def settings(recipe: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Dotted field -> value for the case `where`; nothing for other recipes, and for sets that have no evaluation."""
     if recipe != "pr2135" or not {*_RULES, "ttt_lora_rank"} <= {*given}:
         return {}
     rows = given["val_batch_tokens"] // (8 if given["world_size"] == 1 else given["world_size"]) // given["eval_seq_len"]
@@ -31,4 +34,5 @@ def settings(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
         {"pattern": ".attn.", "scheme": "gptq_int6", "sigmas": attention},
         {"pattern": "", "scheme": "gptq_int6", "sigmas": mlp},
     ]
-    return found | {"model.rope_bf16_frequencies": False, "model.dtype": "float32"}  # the scripts ran in float32
+    found |= {"model.rope_bf16_frequencies": False, "model.dtype": "float32"}  # the scripts ran in float32
+    return found | _CASES.get(where, {})

@@ -1,6 +1,5 @@
 """Quantization: codes, scales, pass-through values, dequantized weights, and the script's own packed file read back."""
 
-import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.interop.checks.base import quick_compilation
 from golf_jax.interop.checks.reference import Arrays, Case
 from golf_jax.interop.packed import read_packed_codes
-from golf_jax.interop.pgrp import NoLrzip
+from golf_jax.interop.pgrp import NotInstalled
 from golf_jax.mesh import make_mesh
 from golf_jax.model import resolve
 from golf_jax.quant import QTensor, dequantize, dequantize_all, quantize, rules_for
@@ -51,7 +50,8 @@ def check_quant(case: Case) -> None:
             ours[f"zeroed/{name}"] = (prune_by_magnitude(tensors[name], fraction) == 0).sum()
     for name in case.under("lowrank_a/", "own"):
         if name in residuals and made[name].lowrank:
-            factors = _aligned(case, name, residuals[name])
+            theirs = (case.own[f"lowrank_{x}/{name}"].astype(np.float32) for x in "ab")
+            factors = pack(*aligned(residuals[name], config.lowrank.rank, *theirs), config.lowrank.group)
             ours[f"dequantized/{name}"] = dequantize(replace(made[name], lowrank=factors)).astype(np.float32)
             for x, q in zip("ab", factors, strict=True):
                 shape = case.own[f"lowrank_{x}_scale/{name}"].shape
@@ -65,13 +65,11 @@ def _kind(q: QTensor) -> str:
     return q.kind + (("+lqer_asym" if q.lowrank[0].kind == "int2" else "+lqer") if q.lowrank else "")
 
 
-def _aligned(case: Case, name: str, residual: np.ndarray) -> tuple[QTensor, QTensor]:
-    """Our factors coded, each singular pair with the sign of the stored one: an SVD leaves it open."""
-    config = case.recipe.quant.lowrank
-    a_RK, b_KC = low_rank(residual, config.rank)
-    stored = [x.astype(np.float32) for x in (case.own[f"lowrank_a/{name}"], case.own[f"lowrank_b/{name}"])]
-    sign_K = np.sign((a_RK * stored[0]).sum(axis=0) / a_RK.max() + (b_KC * stored[1]).sum(axis=1) / b_KC.max()).astype(np.float32)
-    return pack(a_RK * sign_K, b_KC * sign_K[:, None], config.group)
+def aligned(residual: np.ndarray, rank: int, stored_a: np.ndarray, stored_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Our factors, each singular pair with the sign of the stored one (floats or codes): an SVD leaves it open."""
+    a_RK, b_KC = low_rank(residual, rank)
+    sign_K = np.sign((a_RK * stored_a).sum(axis=0) / a_RK.max() + (b_KC * stored_b).sum(axis=1) / b_KC.max()).astype(np.float32)
+    return a_RK * sign_K, b_KC * sign_K[:, None]
 
 
 def packed(case: Case) -> Packed:
@@ -133,30 +131,23 @@ def _artifact(case: Case) -> None:
     if "artifact" not in case.own:
         return
     case.added.add("artifact")
-    absent = {n for what in ("codes", "scale", "values", "dequantized") for n in case.under(f"{what}/", "own")}
-    absent = {n.partition("@")[0] for n in absent} - set(case.tensors)
-    if importlib.util.find_spec("torch") is None:
-        case.refs.not_checked[f"{case.where}/artifact"] = "needs torch: pip install 'golf-jax[torch]'"
-        return
     try:
         found = read_packed_codes(case.own["artifact"].tobytes())
-    except NoLrzip as e:
+    except NotInstalled as e:
         case.refs.not_checked[f"{case.where}/artifact"] = str(e)
         return
-    for what in ("codes", "scale", "values"):
-        for item, want in case.under(f"{what}/", "own").items():
-            name, _, spec = item.partition("@")
-            ours = getattr(found[name], what) if name in found else np.zeros(0)
-            case.add(f"artifact/{what}/{item}", np.asarray(ours)[case.index(spec)], want)
-            if name in absent:
-                case.added.add(f"{what}/{item}")
-    for item, want in case.under("dequantized/", "own").items():
-        name, _, spec = item.partition("@")
-        if name in absent:
-            case.add(f"artifact/dequantized/{item}", dequantize(found[name]).astype(np.float32)[case.index(spec)], want)
-            case.added.add(f"dequantized/{item}")
-    for name in absent | (set(case.settings.get("tensors", {})) - set(case.tensors)):
-        kind = case.settings["tensors"].get(name, {}).get("kind")
-        if kind and name in found:
-            case.add(f"artifact/kind/{name}", _kind(found[name]) == kind, True)
-            case.added.add(f"kind/{name}")
+    for item, want in case.held.items():
+        base, _, spec = item.partition("@")
+        what, _, name = base.partition("/")
+        absent, q = name not in case.tensors, found.get(name)
+        if what in ("codes", "scale", "values"):
+            ours = np.zeros(0) if q is None else np.asarray(getattr(q, what))[case.index(spec)]
+        elif absent and q is not None and what == "dequantized":
+            ours = dequantize(q).astype(np.float32)[case.index(spec)]
+        elif absent and q is not None and what == "kind":
+            ours, want = _kind(q) == want, True
+        else:
+            continue
+        case.add(f"artifact/{item}", ours, want)
+        if absent:
+            case.added.add(item)

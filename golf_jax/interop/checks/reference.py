@@ -16,10 +16,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe, parse_json
+from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe, named, parse_json
 from golf_jax.config.serialize import from_dict, to_dict
 from golf_jax.files import read_bytes
-from golf_jax.interop.checks.base import CheckResult, Comparison
+from golf_jax.interop.checks.base import CheckResult
 from golf_jax.interop.checks.hyperparameters import settings
 from golf_jax.model import from_tensors
 
@@ -130,10 +130,8 @@ def read_npz(path: Path) -> Arrays:
 
 
 def _read_json(text: str, path: Path) -> dict[str, Any]:
-    try:
+    with named(f"{path}: reference.json"):
         found = parse_json(text)
-    except GolfError as e:
-        raise GolfError(f"{path}: reference.json: {e}") from None
     try:
         if found.get("format") != 1:
             raise GolfError(f"{path}: format is {found.get('format')!r}, this reader knows 1")
@@ -153,7 +151,7 @@ class Case:
         about = refs.json["sections"][self.section]
         self.settings: dict[str, Any] = about["cases"][self.name]
         self._given = (self.settings.get("tolerances", {}), about.get("tolerances", {}))
-        self._rows: dict[Any, Comparison] = {}
+        self._rows: dict[Any, CheckResult] = {}
         self.added: set[str] = set()
         """Items and facts that were compared."""
 
@@ -198,7 +196,7 @@ class Case:
         layers = [self.settings.get("config", {})]
         if not self.settings.get("shipped"):
             source = self.refs.case(f"params/{self._params_case()}").settings if self._has_params() else {}
-            by_name = settings(self.refs.json["recipe"], self.refs.json.get("hyperparameters", {}))
+            by_name = settings(self.refs.json["recipe"], self.refs.json.get("hyperparameters", {}), self.where)
             layers = [by_name, self.refs.json["config"], source.get("config", {}), *layers]
         document = to_dict(self.refs.recipe)
         try:
@@ -275,7 +273,10 @@ class Case:
         """Compare one array or fact under the set's tolerance for it."""
         self.added.add(item)
         done, name, reference = 0, tensor_of(item), np.asarray(reference)
-        key, bars = self._tolerance(item)
+        if not (found := self.tolerated(item)):
+            raise GolfError(f"{self.refs.path}: {self.where}: no tolerance for {item}")
+        given, key = found
+        bars = given[key] if isinstance(given[key], list) else [given[key]]
         ours = np.asarray(ours)
         for bar in bars:
             if "names" in bar and not any(part in name for part in bar["names"].split("|")):
@@ -283,19 +284,13 @@ class Case:
             part = slice(done, bar.get("until")) if "until" in bar or done else ()
             done = bar.get("until", done)
             label = f"{key}[:{done}]" if "until" in bar else f"{key} of {bar['names']}" if "names" in bar else key
-            row = self._rows.setdefault((key, id(bar)), Comparison(f"{self.where}: {label}", bar["value"], bar["measure"]))
+            row = self._rows.setdefault((key, id(bar)), CheckResult(f"{self.where}: {label}", bar["value"], bar["measure"]))
             if ours.shape != reference.shape:
                 row.add(item, ours, reference)
             elif reference[part].size or not part:
                 row.add(item, ours[part], reference[part], start)
             if "until" not in bar:
                 return
-
-    def _tolerance(self, item: str) -> tuple[str, list[dict[str, Any]]]:
-        if found := self.tolerated(item):
-            given, key = found
-            return key, given[key] if isinstance(given[key], list) else [given[key]]
-        raise GolfError(f"{self.refs.path}: {self.where}: no tolerance for {item}")
 
     def tolerated(self, item: str) -> tuple[dict[str, Any], str] | None:
         """The tolerances of the case, or of its section, and the longest key in them that the item begins with."""
@@ -334,7 +329,7 @@ class Case:
         return len({*self.held} & self.added), len(self.held)
 
     def results(self) -> list[CheckResult]:
-        return [row.result() for row in self._rows.values()]
+        return [*self._rows.values()]
 
 
 def _fact(ours: Mapping[str, Any], item: str) -> Any:

@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from golf_jax.config import DocumentsConfig, GolfError
+from golf_jax.config import DocumentsConfig
 from golf_jax.evaluation.adapters import adamw
 from golf_jax.evaluation.tilt import hints, tilted
 from golf_jax.interop import pgrp
 from golf_jax.interop.checks import documents
 from golf_jax.interop.checks.evaluation import packed_result
+from golf_jax.interop.checks.quantization import aligned
 from golf_jax.interop.checks.reference import Arrays, Case
 from golf_jax.interop.packed import read_packed_codes
+from golf_jax.interop.pgrp import NotInstalled
 from golf_jax.quant import QTensor
-from golf_jax.quant.lowrank import low_rank, pack
+from golf_jax.quant.lowrank import pack
 from golf_jax.quant.schemes import SCHEMES, coded_values
 
 Outputs = dict[str, Any]
@@ -60,23 +62,12 @@ def _lora_adamw(case: Case, given: Arrays) -> Outputs:
 def _lqer(case: Case, given: Arrays) -> Outputs:
     """Factors and codes, each singular pair with the sign of the stored one."""
     s = case.settings
-    a, b = low_rank(given["e"], s["rank"])
-    sign = np.sign((a * case.own["out/a_float"]).sum(0)).astype(np.float32)
-    a, b = a * sign, b * sign[:, None]
+    a, b = aligned(given["e"], s["rank"], case.own["out/a_float"], case.own["out/b_float"])
     ours: Outputs = {"a_float": a, "b_float": b, "singular": np.sqrt(np.square(a, dtype=np.float64).sum(0))}
     group = s["group"] if s["asymmetric"] else b.size + 1
     for name, q in zip("ab", pack(a, b, group), strict=True):
         ours |= {name: q.codes, f"{name}_scale": np.reshape(q.scale, case.own[f"out/{name}_scale"].shape)}  # pyright: ignore
     return ours
-
-
-def _gate_int8_row(case: Case, given: Arrays) -> Outputs:
-    codes, scale = SCHEMES["int8_row"].make(given["w"], 1.0, None)
-    return {"codes": codes, "scale": scale}
-
-
-def _row_order(case: Case, given: Arrays) -> Outputs:
-    return {"order": pgrp.row_order(given["codes"])}
 
 
 def _quant_extra(case: Case, _: Arrays) -> Outputs:
@@ -91,15 +82,15 @@ def _quant_extra(case: Case, _: Arrays) -> Outputs:
             found = read_packed_codes(case.own["out/artifact_brotli"].tobytes())
             same = all(np.array_equal(np.asarray(found[n].codes), x) for n, x in codes.items())
             case.add("out/artifact_brotli", not same, False)
-        except GolfError as e:
+        except NotInstalled as e:
             case.refs.not_checked[f"{case.where}/out/artifact_brotli"] = str(e)
             case.added.add("out/artifact_brotli")
     tensors, scales = source.tensors, source.under("scale/", "own")
     for name in case.under("out/lowrank_a_float/"):
         q = QTensor("int8", "float32", codes=codes[name], scale=scales[name])
-        a, b = low_rank(tensors[name] - coded_values(q), case.recipe.quant.lowrank.rank)
-        sign = np.sign((a * case.own[f"out/lowrank_a_float/{name}"]).sum(0))
-        ours |= {f"lowrank_a_float/{name}": a * sign, f"lowrank_b_float/{name}": b * sign[:, None]}
+        theirs = (case.own[f"out/lowrank_{x}_float/{name}"] for x in "ab")
+        a, b = aligned(tensors[name] - coded_values(q), case.recipe.quant.lowrank.rank, *theirs)
+        ours |= {f"lowrank_a_float/{name}": a, f"lowrank_b_float/{name}": b}
     return ours
 
 
@@ -109,9 +100,10 @@ def _standard_batches(case: Case, _: Arrays) -> Outputs:
 
 
 KINDS: dict[str, Callable[[Case, Arrays], Outputs]] = {
-    "ngram_tilt": _ngram, "tilt_distribution": _tilt_distribution, "lora_adamw": _lora_adamw, "lqer": _lqer, "row_order": _row_order,
+    "ngram_tilt": _ngram, "tilt_distribution": _tilt_distribution, "lora_adamw": _lora_adamw, "lqer": _lqer,
     "quant_extra": _quant_extra, "standard_batches": _standard_batches, "ttt_queue": documents.queue_of_run,
     "doc_queue": documents.doc_queue, "chunk_window": documents.chunk_windows_of, "segments": documents.segment_bounds,
     "ttt_lora": documents.adapters_seen, "ttt_global": documents.global_phase,
-    "gate_int8_row": _gate_int8_row,
+    "row_order": lambda case, given: {"order": pgrp.row_order(given["codes"])},
+    "gate_int8_row": lambda case, given: dict(zip(("codes", "scale"), SCHEMES["int8_row"].make(given["w"], 1.0, None), strict=True)),
 }  # fmt: skip

@@ -41,16 +41,6 @@ def _tables(case: Case, length: int, head_dim: int = 0) -> tuple[jax.Array, jax.
     return ops.rope_tables(length, c.rope_dims or head_dim or c.head_dim, c.rope_base, c.rope_train_len, c.rope_bf16_frequencies)
 
 
-def _rope_tables(case: Case, _: Arrays) -> Outputs:
-    cos, sin = _tables(case, case.settings["length"])
-    return {"cos": cos, "sin": sin}
-
-
-def _rope(case: Case, given: Arrays) -> Outputs:
-    x = jnp.asarray(given["x"])
-    return {"y": ops.rope(x, *_tables(case, x.shape[1], x.shape[-1]))}
-
-
 def _attention(case: Case, given: Arrays) -> Outputs:
     """One layer with weights in the challenge's orientation; `A @ B` where a weight is stored as its factors."""
     config, layer = resolve(case.model, jax.default_backend()), case.settings["layer"]
@@ -65,25 +55,12 @@ def _attention(case: Case, given: Arrays) -> Outputs:
     return {k.removeprefix("0/"): v for k, v in found.items()} | {"attn_out": out}
 
 
-def _xsa(case: Case, given: Arrays) -> Outputs:
-    return {"y": exclude_self_value(jnp.asarray(given["y"]), jnp.asarray(given["v"]))}
-
-
-def _hash(case: Case, given: Arrays) -> Outputs:
-    return {k.removeprefix("ids/"): v for k, v in hash_ids(case.model, given["tokens"]).items()}
-
-
 def _fake_quant(case: Case, given: Arrays) -> Outputs:
     s, w = case.settings, jnp.asarray(given["w"])
     grid = RowScheme(s["levels"], s["low"], absmax_floor=s["absmax_floor"])
     out, pull = jax.vjp(lambda w: fake_quant(w, grid, axis=1), w)
     column = jnp.arange(w.shape[1], dtype=jnp.float32)
     return {"w": out, "grad": pull(jnp.broadcast_to(column, w.shape))[0]}
-
-
-def _quantile(case: Case, given: Arrays) -> Outputs:
-    rows = sorted_rows(given["w"])
-    return {"rows": np.stack([torch_quantile(rows, q) for q in case.settings["q"]])}
 
 
 def _byte_shuffle(case: Case, given: Arrays) -> Outputs:
@@ -171,10 +148,6 @@ def _caseops_bytes(case: Case, given: Arrays) -> Outputs:
     return {"tokens": tokens[start:], "bytes": counts[start:]}
 
 
-def _caseops_decode(case: Case, given: Arrays) -> Outputs:
-    return {"text": np.frombuffer(caseops.decode(_text(given["text"])).encode(), np.uint8)}
-
-
 def _caseops_bad(case: Case, given: Arrays) -> Outputs:
     try:
         found = f"decodes to {caseops.decode(_text(given['text']))!a}"
@@ -185,8 +158,14 @@ def _caseops_bad(case: Case, given: Arrays) -> Outputs:
 
 
 KINDS: dict[str, Callable[[Case, Arrays], Outputs]] = {
-    "rope_tables": _rope_tables, "rope": _rope, "attention": _attention, "xsa": _xsa, "hash_ids": _hash, "fake_quant": _fake_quant,
-    "quantile": _quantile, "byte_shuffle": _byte_shuffle, "attention_2135": _packed_attention, "softcap_ce": _softcap_ce,
-    "asym_softcap": _asym_softcap, "mlp": _leaky_mlp, "cu_seqlens": _cu_seqlens, "rope_tables_bf16": _rope_bf16, "caseops": _caseops,
-    "caseops_bytes": _caseops_bytes, "caseops_decode": _caseops_decode, "caseops_bad": _caseops_bad, **scoring_units.KINDS,
+    "rope_tables": lambda case, given: dict(zip(("cos", "sin"), _tables(case, case.settings["length"]), strict=True)),
+    "rope": lambda case, given: {"y": ops.rope(jnp.asarray(given["x"]), *_tables(case, given["x"].shape[1], given["x"].shape[-1]))},
+    "xsa": lambda case, given: {"y": exclude_self_value(given["y"], given["v"])},
+    "hash_ids": lambda case, given: {k.removeprefix("ids/"): v for k, v in hash_ids(case.model, given["tokens"]).items()},
+    "quantile": lambda case, given: {"rows": np.stack([torch_quantile(sorted_rows(given["w"]), q) for q in case.settings["q"]])},
+    "caseops_decode": lambda case, given: {"text": np.frombuffer(caseops.decode(_text(given["text"])).encode(), np.uint8)},
+    "attention": _attention, "fake_quant": _fake_quant, "byte_shuffle": _byte_shuffle, "attention_2135": _packed_attention,
+    "softcap_ce": _softcap_ce, "asym_softcap": _asym_softcap, "mlp": _leaky_mlp, "cu_seqlens": _cu_seqlens,
+    "rope_tables_bf16": _rope_bf16, "caseops": _caseops, "caseops_bytes": _caseops_bytes, "caseops_bad": _caseops_bad,
+    **scoring_units.KINDS,
 }  # fmt: skip
