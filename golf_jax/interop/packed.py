@@ -75,7 +75,7 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
             file.seek(-min(22, path.stat().st_size), 2)
             if zipped and file.read(4) != b"PK\5\6":  # the last record of a zip without a comment, as torch writes it
                 raise GolfError(f"{path}: is cut off, or has bytes behind its end")
-        arrays = {n: _numpy(v, f"{path}: {n}") for n, v in _state_dict(_torch_load(path, str(path)), path).items()}
+        arrays = {n: _numpy(v, f"{path}: {n}", _DTYPES) for n, v in _state_dict(_torch_load(path, str(path)), path).items()}
     return canonical_state(arrays, str(path))
 
 
@@ -175,12 +175,12 @@ def _torch_load(source: Any, where: str) -> Any:
         raise GolfError(f"{where}: not a torch file that holds only tensors ({type(e).__name__})") from None
 
 
-def _numpy(tensor: Any, where: str = "tensor") -> np.ndarray:
-    """A dense torch tensor as numpy; bfloat16 through its bits. Raises GolfError for quantized, sparse, meta and 8-bit float ones."""
+def _numpy(tensor: Any, where: str = "tensor", dtypes: tuple[str, ...] = (*_DTYPES, "int8", "uint8")) -> np.ndarray:
+    """A dense torch tensor as numpy; bfloat16 through its bits. Raises GolfError for quantized, sparse and meta ones, and other dtypes."""
     import torch  # pyright: ignore[reportMissingImports]
 
     dtype = str(tensor.dtype).removeprefix("torch.")
-    if str(tensor.layout) != "torch.strided" or tensor.device.type == "meta" or dtype not in (*_DTYPES, "int8", "uint8"):
+    if str(tensor.layout) != "torch.strided" or tensor.device.type == "meta" or dtype not in dtypes:
         kind = f"{str(tensor.layout).removeprefix('torch.')} tensor of {dtype} on {tensor.device.type}"
         raise GolfError(f"{where}: a {kind} cannot be read; save a dense tensor of {', '.join(_DTYPES)}")
     tensor = tensor.detach().contiguous()

@@ -142,7 +142,7 @@ def test_checkpoints_come_in_many_forms(tmp_path):
 def test_exotic_tensors_are_one_line(tmp_path):
     torch = pytest.importorskip("torch")
     w = torch.ones(4, 4)
-    for tensor in (w.to(torch.float8_e4m3fn), w.to_sparse(), w.to("meta")):
+    for tensor in (w.to(torch.float8_e4m3fn), w.to_sparse(), w.to("meta"), w.to(torch.int8)):
         with pytest.raises(GolfError, match="cannot be read") as error:
             read_checkpoint(saved(tmp_path, {"w": tensor}))
         assert "\n" not in str(error.value)
