@@ -1,9 +1,16 @@
 """golf_jax: Parameter Golf in JAX. Train, pack and score language models of at most 16,000,000 bytes."""
 
 import importlib
+import signal
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"] and "golf_jax" in " ".join(sys.orig_argv) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a command that is still being imported: Ctrl-C needs no traceback until `cli.run` listens
 
 # Strings, not imports: `import golf_jax` must not import jax, and the code that ships with an artifact follows every import statement.
 _PUBLIC = {

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
-from golf_jax.interrupt import Interrupted
+from golf_jax.interrupt import Interrupted, Signals, catching
 
 WANTED = """The flags most runs want; the full list follows.
 
@@ -60,40 +61,58 @@ def value_of(argv: Sequence[str], flag: str) -> str:
 def run(main: Callable[[list[str]], int]) -> None:
     """Run a command's main and exit with its status. The one door of all commands.
 
-    A GolfError becomes one line on stderr and status 2, Ctrl-C status 130, a reader that went away (`| head`) 141, as of a shell's own
-    tools. What the terminal cannot show is written with backslash escapes. What the system refuses is one line, too.
+    A GolfError becomes one line on stderr and status 2, a signal status 128 + its number (Ctrl-C 130), a reader that went away (`| head`)
+    141, as of a shell's own tools. What the terminal cannot show is written with backslash escapes. What the system refuses is one line.
     """
     for descriptor in range(3):  # closed ones: the next file would get the number, and what libraries print there would land in it
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(0)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    signals = Signals()
     try:
-        status = main(sys.argv[1:])
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        with catching(signals):
+            _refuse_empty(sys.argv[1:])
+            status = main(sys.argv[1:])
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except GolfError as error:
         status = _fail(f"error: {error}", 2)
-    except Interrupted as stop:
-        status = stop.status
-    except (MemoryError, RuntimeError) as error:
+    except Interrupted as stop:  # a run has said so itself, in its log
+        status = _fail(f"interrupted by {stop}", stop.status) if signals.number else stop.status
+    except (MemoryError, RuntimeError, AssertionError) as error:
+        named = os.environ.get("JAX_PLATFORMS")
+        if named and traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+            why = f" ({next(iter(str(error).splitlines()))})" if str(error) else ""
+            found = GolfError(f"JAX_PLATFORMS={named}: jax has no such platform here{why}; unset it, or install jax for it")
+            sys.exit(_fail(f"error: {found}", 2))
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # what XLA calls it
             raise
         status = _fail("error: out of memory; --micro-rows 1 and --eval.batch-rows 1 need the least, --micro-rows auto takes what fits", 2)
     except ImportError as error:  # also of a library that finds no memory while it starts
         found = GolfError(f"{error.name or 'a library'} cannot be loaded: {error} (not installed, or too little memory)")
         status = _fail(f"error: {found}", 2)
-    except KeyboardInterrupt:
-        status = _fail("interrupted", 130)
     except BrokenPipeError:
         status = _silent(141)
     except OSError as error:  # a disk that is full, also behind stdout; a file that cannot be written
         found = GolfError(f"{error.filename or 'output'}: {error.strerror or error}")
         status = _silent(_fail(f"error: {found}", 2))
     sys.exit(status)
+
+
+def _refuse_empty(argv: Sequence[str]) -> None:
+    """GolfError for a value that is empty: `--resume "$RUN"` with a variable that is not set must not start another run."""
+    for flag, word in zip(["", *argv], argv, strict=False):
+        name, mark, value = word.partition("=")
+        if name.startswith("--") and mark and not value:
+            flag, word = name, ""
+        if not word and flag != "--prompt":
+            what = flag if flag.startswith("-") else "an argument"
+            raise GolfError(f"{what}: its value is empty (a variable that is not set?); give one, or leave it out")
 
 
 def _fail(message: str, status: int) -> int:

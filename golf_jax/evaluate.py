@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from golf_jax import cli
+from golf_jax.config.base import check
 from golf_jax.files import check_target, json_text
 from golf_jax.progress import to_screen
 
@@ -48,6 +49,11 @@ class Options:
     """Write the result to this file, too."""
     recipe: str = ""
     """With a PyTorch file: the recipe it belongs to, or a recipe file (default: told by the names and shapes of its tensors)."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_docs", "max_tokens", "stride", "batch_rows"):
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            check(value >= 0, f"{flag} must not be negative, got {value}")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,5 +1,7 @@
 """python -m golf_jax.generate: let a packed model write, from a prompt or prompt after prompt."""
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +41,8 @@ class Options:
 def write(model: "Model", prompt: str, max_tokens: int, sampling: Sampling) -> str:
     """Print the text as it comes; returns what is to be said about speed. The first token waits for compilation and the prompt."""
     begin = first = time.perf_counter()
+    with contextlib.suppress(UnicodeError):  # what the encoder refuses
+        prompt = os.fsencode(prompt).decode()  # where the locale is not UTF-8, as the terminal is
     tokens, shown = model.encode(prompt), prompt
     given = len(tokens)
     print(prompt, end="", flush=True)

@@ -1,16 +1,18 @@
 """Signals that ask a run to end: the first one in good order, the second one at once."""
 
-import _thread
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+ECHO_SECONDS = 1.0  # `timeout`, schedulers and a parent that passes on what its whole group gets send the same notice twice
 
 
 class Interrupted(BaseException):
@@ -21,12 +23,18 @@ class Interrupted(BaseException):
         self.status, self.advice = 128 + number, advice
 
 
+def heard() -> tuple[signal.Signals, ...]:
+    """The signals that end this process: not those that who started it (`nohup`, a shell's background) has it ignore."""
+    return tuple(number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
+
+
 class Signals:
     """What has arrived since `catching` began."""
 
     def __init__(self) -> None:
         self.number = 0
         self._held = False
+        self._first = 0.0
         self._hook = sys.unraisablehook
 
     @contextmanager
@@ -42,30 +50,52 @@ class Signals:
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.number:
-            os._exit(128 + number)
+        if self.number:  # how often it came, and when, `_watch` knows: this may run long afterwards
+            return
         self.number = number
         if not self._held:
             raise Interrupted(number)
 
+    def _watch(self, pipe: int) -> None:
+        """Python's handlers wait until C code returns, which a compilation does after minutes; this thread does not."""
+        told = False
+        while True:
+            if not select.select([pipe], [], [], ECHO_SECONDS if self._first and not told else None)[0]:
+                told = True
+                with suppress(OSError):  # nobody reads there
+                    os.write(2, b"ending as soon as what runs allows it, to lose nothing; the same signal again ends at once\n")
+            elif not (number := os.read(pipe, 1)):
+                break
+            elif number[0] in SIGNALS:
+                self._first = self._first or time.monotonic()
+                if time.monotonic() - self._first > ECHO_SECONDS:
+                    os._exit(128 + number[0])
+        os.close(pipe)
+
     def _swallowed(self, unraisable: Any) -> None:
         """What Python does with an exception of a finaliser or a callback of its garbage collector: a signal may be met there."""
         if isinstance(unraisable.exc_value, Interrupted):  # arrives once more, when that callback is left
-            number, self.number = self.number, 0
-            threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
+            number, self.number, self._first = self.number, 0, 0.0
+            threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()  # also out of a sleep
         else:
             self._hook(unraisable)
 
 
 @contextmanager
-def catching() -> Iterator[Signals]:
-    """Signals that end a process raise `Interrupted` in the main thread, or are noted where `held`."""
-    signals = Signals()
-    before = {number: signal.signal(number, signals._arrived) for number in SIGNALS}
+def catching(signals: Signals | None = None) -> Iterator[Signals]:
+    """Signals that end a process raise `Interrupted` in the main thread, or are noted (in `signals`) where `held`. Main thread only."""
+    signals = signals or Signals()
+    before = {number: signal.signal(number, signals._arrived) for number in heard()}
     sys.unraisablehook = signals._swallowed
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=signals._watch, args=(reader,), daemon=True).start()
     try:
         yield signals
     finally:
+        signal.set_wakeup_fd(previous)
         sys.unraisablehook = signals._hook
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(writer)  # ends the thread

@@ -1,6 +1,7 @@
 """A model opened for use: from an artifact or a run directory, and scored."""
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,9 +22,10 @@ from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.evaluation import Result
 from golf_jax.evaluation import score as score_by_methods
 from golf_jax.files import read_bytes
+from golf_jax.kernels.attention import supported_backends
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model as Network
-from golf_jax.model import logits, nll
+from golf_jax.model import logits, nll, resolve
 from golf_jax.model.inputs import check_tokens
 from golf_jax.options import Sampling
 from golf_jax.progress import Log
@@ -91,13 +93,24 @@ class Model(Network):
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise GolfError(f"{self.name}: no tokenizer lies beside it; load(path, tokenizer='tokenizer.model')")
+            raise GolfError(f"{self.name}: no tokenizer lies beside it; give --tokenizer MODEL, in Python load(path, tokenizer=MODEL)")
         return self.tokenizer
 
 
 def opened_here(config: ModelConfig, params: Any, **facts: Any) -> Model:
-    """A model with its `auto` resolved for this machine and its parameters looked at (see `golf_jax.model.Model.open`)."""
-    network = Network.open(config, params, jax.default_backend())
+    """A model with its `auto` resolved for this machine and its parameters looked at (see `golf_jax.model.Model.open`).
+
+    An attention backend of the machine that made the model, which is no part of the model, is exchanged where this one lacks it; that
+    is said on stderr.
+    """
+    platform, auto = jax.default_backend(), replace(config, attention="auto")
+    here = resolve(auto, platform)
+    if config.attention not in ("auto", *supported_backends(platform, config.head_dim, jnp.dtype(here.dtype))):
+        print(
+            f"{facts.get('name')}: made with attention {config.attention}; {here.attention} computes it on this {platform}", file=sys.stderr
+        )
+        config = auto
+    network = Network.open(config, params, platform)
     return Model(network.config, network.params, network.looping, **facts)
 
 

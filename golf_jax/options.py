@@ -24,6 +24,13 @@ class Options:
     profile: int = 0
     """Write a trace of this many training steps to the run directory (jax.profiler: TensorBoard, Perfetto); 0: none."""
 
+    def __post_init__(self) -> None:
+        check(self.profile >= 0, f"profile must not be negative, got {self.profile}")
+        check(bool(self.resume) or not self.accept, "--accept is for what differs from a run: give --resume RUN, too")
+        for name in ("run_dir", "score"):
+            flag = f"--{name.replace('_', '-')}"
+            check(not (self.resume and getattr(self, name)), f"--resume {self.resume}: goes on in its own directory; leave {flag} out")
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,6 +48,7 @@ class Sampling:
     def __post_init__(self) -> None:
         check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
         check(self.top_k >= 0, f"top-k must not be negative, got {self.top_k}")
+        check(abs(self.seed) < 1 << 53, f"seed {self.seed} is too large a number")
         check(0 < self.top_p <= 1, f"top-p must lie above 0 and be at most 1, got {self.top_p}")
 
 

@@ -6,6 +6,7 @@ can start in another process: `--resume` goes on at the first stage that is not 
 
 import contextlib
 import hashlib
+import json
 import lzma
 import platform as host
 import time
@@ -41,7 +42,7 @@ from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
 from golf_jax.plan import border, check_data, check_devices, check_plan, check_text
 from golf_jax.processes import cores, from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
-from golf_jax.progress import Log, Progress, clock_seconds
+from golf_jax.progress import Log, Progress, clock_seconds, patience
 from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints, digest_ahead
 from golf_jax.training.keep import Keeper
@@ -49,7 +50,7 @@ from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
 from golf_jax.training.phases import phases
 from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
-from golf_jax.training.rundir import RunDir, environment, new_path, read_json
+from golf_jax.training.rundir import RunDir, environment, go_on, kept, new_path, read_json, start_again
 from golf_jax.training.state import graph, state_shapes
 from golf_jax.training.step import compile_step
 from golf_jax.training.trackers import check_tracker
@@ -99,14 +100,14 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
     """
     plan = check(recipe, options)
     changes = changed(stored_recipe(options.resume), plan.asked, options.accept, options.resume) if options.resume else []
-    path = from_main(options.resume or options.run_dir or str(new_path("runs", recipe.name)))
+    path = from_main(options.resume or options.run_dir or (str(new_path("runs", recipe.name)) if jax.process_index() == 0 else ""))
     with catching() as signals, contextlib.closing(RunDir(path, resume=bool(options.resume))) as directory:
         try:
             with others_alive(), compiling_ahead(min(4, cores() - 2)):  # two are busy with the run itself
                 return _stages(plan, options, changes, directory, signals)
         except Interrupted as stop:
-            kept = any(p.name.isdigit() for p in (directory.path / "checkpoints").glob("*"))
-            rest = f"go on with: python -m golf_jax.train --resume {path}" if kept else "nothing was trained yet"
+            begin = f"nothing was trained yet; start again with: {start_again(path, plan.mesh.size)}"
+            rest = f"go on with: {go_on(path)}" if kept(path) else begin
             directory.log(f"interrupted by {stop}{'' if stop.advice else f': {rest}'}")
             raise
 
@@ -120,14 +121,10 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.remove("result.json")
     if changes:
         run.note("changes", record.get("changes", []) + changes)
-    result = run.path / "result.json"
-    if from_main("finished" if run.main and result.exists() else ""):  # process 0 has just removed it where it is void
-        found = read_json(result)
-        if not isinstance(found, dict):
-            raise GolfError(f"{result}: holds no result; remove it, and --resume makes it anew")
-        run.log(f"finished: see {result}")
-        return found
     artifact = _packed_before(run)
+    if found := json.loads(from_main(json.dumps(_finished_before(run, artifact) if run.main else None))):
+        run.log(f"finished: see {run.path / 'result.json'}")
+        return found
     run.note("text", plan.text.identity)
     run.write("config.json", to_dict(plan.asked))
     run.track(options.tracker, to_dict(plan.asked))
@@ -155,6 +152,22 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         artifact = pack(plan, run, trained, len(code), raw_code_bytes(code)).data  # on every process: only 0 writes the file
     score(plan, run, artifact)
     return finish(plan, run)
+
+
+def _finished_before(run: RunDir, artifact: bytes) -> dict[str, Any] | None:
+    """What result.json says, if it is about this artifact and says what `stages.json` does."""
+    file = run.path / "result.json"
+    try:
+        found = read_json(file)
+    except FileNotFoundError:
+        return None
+    except GolfError as error:
+        found = str(error)
+    if isinstance(found, dict) and artifact and found.get("evaluations") == run.record.get("evaluations"):
+        if found.items() >= run.record["pack"].items():
+            return found
+    run.log(f"{found if isinstance(found, str) else file}: is not the result of what lies here, and is made anew")
+    return None
 
 
 def _packed_before(run: RunDir) -> bytes:
@@ -220,7 +233,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
     if options.resume:
         found = checkpoints.restore(state_shapes(recipe, mesh), run.log)
         if found is None:
-            raise GolfError(f"{run.path}: no checkpoint: nothing to go on from; start the run anew in another --run-dir")
+            raise GolfError(f"{run.path}: no checkpoint: nothing to go on from; start it again with: {start_again(run.path, mesh.size)}")
         if what := difference(found.meta["text"], plan.text.identity):
             raise GolfError(f"--resume {run.path}: the data are not those of checkpoint {found.step}: {what}")
         if found.meta["dtype"] != recipe.model.dtype:
@@ -269,16 +282,17 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
     data_seconds = trained.seconds + (time.perf_counter() - begin if hessians is not None else 0.0)
     if hessians is not None:  # they read training data, so their time counts with training
         run.log(f"collected {len(hessians)} Hessians; training data read until {data_seconds:.1f} s on the clock")
-    packed = pack_model(
-        plan.asked,  # with its `auto`s: the artifact is scored on other machines, too
-        trained.params,
-        text.tokenizer.sha256,
-        text.identity["digest"],
-        code_bytes=code_bytes,
-        hessians=hessians,
-        score=lambda params: validate(params).score.bpb,
-        log=run.log,
-    )
+    with patience(run.log, "quantizing and packing"):
+        packed = pack_model(
+            plan.asked,  # with its `auto`s: the artifact is scored on other machines, too
+            trained.params,
+            text.tokenizer.sha256,
+            text.identity["digest"],
+            code_bytes=code_bytes,
+            hessians=hessians,
+            score=lambda params: validate(params).score.bpb,
+            log=run.log,
+        )
     seconds = time.perf_counter() - begin
     run.log(f"quantized and packed in {seconds:.1f} s; {packed.fit}")
     run.log(packed.ledger.table())

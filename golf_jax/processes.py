@@ -137,7 +137,12 @@ def cache_directory() -> Path:
 
 
 def keep_compiled_programs(directory: Path | None = None) -> None:
-    """A second start finds its compiled programs in the cache, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable)."""
+    """A second start finds its compiled programs in the cache, or where JAX_COMPILATION_CACHE_DIR says (jax's own variable).
+
+    Raises GolfError where compiling is switched off.
+    """
+    if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+        raise GolfError("JAX_DISABLE_JIT is set, and everything here is compiled before it runs; unset it")
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(directory or cache_directory() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # many small ones are a second, too

@@ -1,8 +1,9 @@
 """Progress of long work: how much is done, and when it will be."""
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 Log = Callable[[str], None]
 FIRST_SECONDS, NEXT_SECONDS = 5.0, 10.0
@@ -14,13 +15,26 @@ def to_screen(line: str) -> None:
         print(line, flush=True)
 
 
+@contextlib.contextmanager
+def patience(log: Log | None, what: str) -> Iterator[None]:
+    """Tells `log` after 5 s that `what` goes on: for work that cannot say how far it is."""
+    timer = threading.Timer(FIRST_SECONDS, log or str, (f"{what} ...",))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Progress:
     """Tells `log` how far work of `total` parts is, with a projection: first after 1 % or 5 s, then at most every 10 s.
 
-    Work that will be done within 5 s is not talked about. log: None says nothing. before: seconds taken by what came first, once.
+    Work that will be done within 5 s is not talked about. log: None says nothing. total: 0 where nobody knows. before: seconds taken
+    by what came first, once.
     """
 
-    def __init__(self, log: Log | None, label: str, total: int, before: float = 0.0) -> None:
+    def __init__(self, log: Log | None, label: str, total: int = 0, before: float = 0.0) -> None:
         self.log, self.label, self.total, self.before = log, label, total, before
         self.begin = time.perf_counter()
         self.told = -1.0  # seconds at the last line
@@ -31,12 +45,14 @@ class Progress:
         """`done` of the parts are finished."""
         seconds = time.perf_counter() - self.begin
         projected = self.before + seconds * self.total / done if done else 0.0
-        if not self.early and self.total <= 100 * done:
+        if self.total and not self.early and self.total <= 100 * done:
             self.early = done / self.total, projected
         first = self.told < 0 and (seconds >= FIRST_SECONDS or (100 * done >= self.total and projected >= FIRST_SECONDS))
-        if self.log and done < self.total and (first or (self.told >= 0 and seconds - self.told >= NEXT_SECONDS)):
+        left = done < self.total or not self.total
+        if self.log and left and (first or (self.told >= 0 and seconds - self.told >= NEXT_SECONDS)):
             self.told = seconds
-            self.log(f"{self.label} {done:,} of {self.total:,} in {seconds:.1f} s, {projected:.0f} s projected")
+            of, end = (f" of {self.total:,}", f", {projected:.0f} s projected") if self.total else ("", "")
+            self.log(f"{self.label} {done:,}{of} in {seconds:.1f} s{end}")
 
 
 def clock_seconds(seconds: Mapping[str, float]) -> float:

@@ -11,6 +11,7 @@ import tyro
 
 from golf_jax import cli
 from golf_jax.config import GolfError
+from golf_jax.config.base import check
 from golf_jax.files import check_target
 
 DESCRIPTION = """Show runs in one self-contained HTML file: training, schedule, bytes, quantization, a text sample, what differs.
@@ -36,6 +37,10 @@ class Options:
     """Write every figure as SVG and PNG into this folder, too."""
     open: bool = False
     """Open the page in the browser."""
+
+    def __post_init__(self) -> None:
+        check(self.sample >= 0, f"--sample must not be negative, got {self.sample}")
+        check(self.score_again >= 0, f"--score-again must not be negative, got {self.score_again}")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,7 +19,8 @@ tokenizer, recipe, and train_gpt.py, which is the code that ran.
   python -m golf_jax.submit runs/pr2005-seed42 runs/pr2005-seed1337 runs/pr2005-seed2025 --author 'A. Name' --github-id aname
 
 The runs are checked first (python -m golf_jax.check). A run that fails, or that is not on the official text and hardware, is refused
-for the record track; --non-record writes the folder all the same, with the findings in its README."""
+for the record track; --non-record writes the folder all the same, with the findings in its README, unless the run's files contradict each
+other."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     print("\n".join(table(path, findings) for path, findings in report.items()))
     if found := obstacles([f for findings in report.values() for f in findings], record):
         listed = "; ".join(f"{rule}: {text}" for rule, text in {f.rule: f.text for f in found}.items())
-        raise GolfError(f"no record: {listed}. Mend it, or submit with --non-record")
+        raise GolfError(f"no record: {listed}. Mend it, or submit with --non-record" if record else f"no submission: {listed}")
     date = datetime.date.today().isoformat()
     name = re.sub(r"\W+", "_", options.about.name or runs[0].recipe.name).strip("_")
     track = "10min_16mb" if record else "non_record_16mb"

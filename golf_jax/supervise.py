@@ -13,6 +13,8 @@ import subprocess
 import sys
 from types import FrameType
 
+from golf_jax.interrupt import heard
+
 PR_SET_PDEATHSIG = 1
 LOST_STATUS = 3
 CHILD = "GOLF_JAX_SUPERVISED"
@@ -40,7 +42,7 @@ def supervise() -> int | None:
         del frame
         child.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in heard():
         signal.signal(number, forward)
     assert child.stderr is not None
     fatal: list[bytes] = []

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import queue
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,8 +18,9 @@ from typing import Any
 
 from golf_jax import cli
 from golf_jax.config import GolfError, Recipe, differences, from_dict, parse_json, to_dict
+from golf_jax.interrupt import Interrupted
 from golf_jax.training.resume import stored_recipe
-from golf_jax.training.rundir import read_json
+from golf_jax.training.rundir import kept, read_json
 
 
 @dataclass(frozen=True)
@@ -119,18 +121,25 @@ def run_grid(points: Sequence[Point], folder: Path, jobs: int, say: Callable[[st
         job = free.get()
         try:
             mine = {"CUDA_VISIBLE_DEVICES": ",".join(devices[job::jobs])} if devices else {}
-            return _run_point(point, folder / point.name, 0 if devices or jobs == 1 else max((os.cpu_count() or 1) // jobs, 1), mine)
+            share = 0 if devices or jobs == 1 else max((os.cpu_count() or 1) // jobs, 1)
+            return _run_point(point, folder / point.name, share, mine, running)
         finally:
             free.put(job)
 
     problems: dict[str, str] = {}
+    running: set[subprocess.Popen[str]] = set()
     todo = [p for p in points if not (folder / p.name / "result.json").is_file()]
     say(f"{len(points)} runs in {folder}, {len(points) - len(todo)} of them finished before, {jobs} at a time")
     with ThreadPoolExecutor(jobs) as pool:
-        for point, problem in zip(todo, pool.map(one, todo), strict=True):
-            say(f"  {point.name}: {problem or 'done'}")
-            if problem:
-                problems[point.name] = problem
+        try:
+            for point, problem in zip(todo, pool.map(one, todo), strict=True):
+                say(f"  {point.name}: {problem or 'done'}")
+                if problem:
+                    problems[point.name] = problem
+        except Interrupted as stop:  # the pool starts no more, and waits for those that save now
+            for child in list(running):
+                child.send_signal(stop.status - 128)
+            raise Interrupted(stop.status - 128, f"go on with the same command and --sweep-dir {shlex.quote(str(folder))}") from None
     return problems
 
 
@@ -140,17 +149,19 @@ def _check_same(point: Point, directory: Path) -> None:
             raise GolfError(f"{directory}: holds another run ({field} is {there!r} there, {here!r} here); give another --sweep-dir")
 
 
-def _run_point(point: Point, directory: Path, devices: int, environment: dict[str, str]) -> str:
-    """Runs it in a process of its own; returns its last line of complaint, or nothing."""
+def _run_point(point: Point, directory: Path, devices: int, environment: dict[str, str], running: set[subprocess.Popen[str]]) -> str:
+    """Runs it in a process of its own, which is `running` meanwhile; returns its last line of complaint, or nothing."""
     file = directory.with_name(f"{directory.name}.json")
     file.write_text(json.dumps(to_dict(point.recipe), indent=1) + "\n")
     command = [sys.executable, "-m", "golf_jax.sweeping", str(file), str(directory), str(devices)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
-    lines = done.stderr.strip().splitlines()
-    if done.returncode == 0:
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    running.add(child)
+    lines = child.communicate()[1].strip().splitlines()
+    running.discard(child)
+    if child.returncode == 0:
         file.unlink()
         return ""
-    return lines[-1] if lines else f"ended with status {done.returncode}"
+    return lines[-1] if lines else f"ended with status {child.returncode}"
 
 
 def main(argv: list[str]) -> int:
@@ -159,8 +170,7 @@ def main(argv: list[str]) -> int:
 
     file, directory, devices = argv
     recipe = from_dict(Recipe, read_json(Path(file)))
-    here = (Path(directory) / "config.json").is_file()
-    run(recipe, Options(resume=directory) if here else Options(run_dir=directory, devices=int(devices)))
+    run(recipe, Options(resume=directory) if kept(directory) else Options(run_dir=directory, devices=int(devices)))
     return 0
 
 

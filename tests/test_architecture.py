@@ -7,7 +7,8 @@ import golf_jax
 
 ROOT = Path(golf_jax.__file__).parents[1]
 FLOORS = [
-    {"config", "supervise", "interrupt", "kernels", "ahead"},
+    {"config", "interrupt", "kernels", "ahead"},
+    {"supervise"},
     {"configs", "processes", "progress", "mesh", "files", "cli", "options"},
     {"model", "optim", "quant"},
     {"data"},

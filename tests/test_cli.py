@@ -1,5 +1,6 @@
 """Overrides on the command line, and how mistakes are told."""
 
+import os
 import re
 import subprocess
 import sys
@@ -81,6 +82,19 @@ def test_a_mistake_is_one_line_and_status_2(capsys, monkeypatch):
     assert stopped.value.code == 2 and capsys.readouterr().err == "error: the field, and the fix\n"
 
 
+@pytest.mark.parametrize("argv", [["--resume", ""], ["pr638", "--run-dir="], ["a", ""]])
+def test_an_empty_value_is_refused(argv, capsys, monkeypatch):
+    """`--resume "$RUN"` with a variable that is not set must not start another run."""
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda argv: 0)
+    assert stopped.value.code == 2 and "its value is empty" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["x", "--prompt", ""])  # a document without a beginning
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda argv: 0)
+    assert stopped.value.code == 0
+
+
 def test_memory_that_runs_out_is_one_line_with_the_remedy(capsys, monkeypatch):
     def main(argv):
         raise MemoryError
@@ -115,11 +129,25 @@ def test_a_closed_terminal_leaves_no_number_to_the_next_file(tmp_path):
     assert int((tmp_path / "n").read_text()) > 2
 
 
+@pytest.mark.parametrize("platform", ["cuda", "nosuch"])
+def test_a_platform_that_is_not_here_is_one_line(platform):
+    code = "from golf_jax import cli; import jax; cli.run(lambda argv: jax.devices() and 0)"
+    environment = os.environ | {"JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and f"error: JAX_PLATFORMS={platform}: jax has no such platform here" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "golf_jax"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, "error: output: No space left on device\n")
+
+
+def test_a_closed_standard_input_is_an_empty_one():
+    code = f"{sys.executable} -c 'import sys; from golf_jax import cli; cli.run(lambda argv: len(sys.stdin.readline()))' <&-"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

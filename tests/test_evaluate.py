@@ -118,6 +118,12 @@ def test_mistakes_are_told_in_one_line(argv, message):
     assert "\n" not in str(caught.value)
 
 
+def test_negative_limits_are_refused():
+    for name in ("max_docs", "max_tokens", "stride", "batch_rows"):
+        with pytest.raises(GolfError, match=f"--{name.replace('_', '-')} must not be negative, got -1"):
+            evaluate.Options("x", **{name: -1})
+
+
 def test_missing_text_and_wide_stride_are_told(folder):
     with pytest.raises(GolfError, match="give the validation shards"):
         evaluate.main([str(folder / "artifact.golf")])

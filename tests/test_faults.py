@@ -50,7 +50,7 @@ FAULTS = [  # what is done in a folder that holds `data`, the options, the messa
     (spoil("file"), {"run_dir": "file/run"}, "file/run: cannot write the run directory: Not a directory"),
     (None, {"run_dir": "x" * 300}, "cannot write the run directory: File name too long"),
     (None, {"resume": "x" * 300}, r"cannot be read \(.*File name too long"),
-    (None, {"resume": "nowhere"}, "--resume .*nowhere: no run is there"),
+    (None, {"resume": "nowhere"}, "nowhere: no run is there"),
     (spoil("run/config.json", "[]"), {"resume": "run"}, "run/config.json: "),
     (spoil("data/train_000000.bin", b"\0" * 5000), {"run_dir": "run"}, r"train_000000.bin: not a token shard \(magic 0"),
     (spoil("data/train_000000.bin", b"\0" * 500), {"run_dir": "run"}, "train_000000.bin: truncated, 500 bytes"),

@@ -39,7 +39,7 @@ def test_commands_are_listed_and_dispatched():
     wrong = python("-m", "golf_jax", "trian")
     assert (wrong.returncode, wrong.stderr) == (2, "error: no command 'trian'; did you mean train?\n")
     passed_on = python("-m", "golf_jax", "data", "verify", "no-such-directory")
-    assert passed_on.returncode == 2 and passed_on.stderr.startswith("error: no-such-directory: has no manifest.json")
+    assert passed_on.returncode == 2 and passed_on.stderr.startswith("error: no-such-directory: no such directory")
 
 
 def test_a_terminal_without_unicode_and_a_reader_that_left():

@@ -58,6 +58,12 @@ def test_the_text_ends_with_the_document(artifact):
     assert model.generate("a", 40, seed=short) == model.decode(continued(model, "a", 40, short))
 
 
+def test_a_prompt_in_a_locale_that_is_not_utf8(artifact, capsys):
+    escaped = "é".encode().decode("ascii", "surrogateescape")  # as Python hands it over there
+    flags = ("--max-tokens", "1", "--prompt")
+    assert written(capsys, artifact, *flags, escaped).out == written(capsys, artifact, *flags, "é").out
+
+
 def test_prompts_from_the_terminal(artifact, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     said = written(capsys, artifact, "--max-tokens", "3")
@@ -68,5 +74,9 @@ def test_refused(artifact, tmp_path):
     (tmp_path / "alone.golf").write_bytes(artifact.read_bytes())
     with pytest.raises(GolfError, match="no tokenizer lies beside it"):
         main([str(tmp_path / "alone.golf"), "--prompt", "x"])
+    with pytest.raises(GolfError, match="character 1 is half a surrogate pair; is it UTF-8"):
+        main([str(artifact), "--prompt", "a\udcff", "--max-tokens", "1"])
+    with pytest.raises(GolfError, match="too large a number"):
+        Sampling(seed=2**65)
     with pytest.raises(GolfError, match="--max-tokens must be positive"):
         main([str(artifact), "--max-tokens", "0"])

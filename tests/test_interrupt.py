@@ -1,14 +1,29 @@
-"""Signals: noted where a stage holds them, raised behind it and elsewhere, and the second one ends at once."""
+"""Signals: noted where a stage holds them, raised behind it and elsewhere; the second one ends at once, its echo does not."""
 
 import gc
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+import golf_jax
 from golf_jax.interrupt import SIGNALS, Interrupted, catching
+
+
+@pytest.fixture(autouse=True)
+def _heard():
+    """Also where these tests are started with `nohup` or in a shell's background."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -17,24 +32,72 @@ def test_a_signal_is_noted_where_it_is_held_and_raised_behind_it_or_elsewhere(nu
     with catching() as signals:
         with pytest.raises(Interrupted), signals.held():
             signal.raise_signal(number)
+            signal.raise_signal(number)  # `timeout` and schedulers send one notice to the process and to its group
             assert signals.number == number
     with pytest.raises(Interrupted) as stop, catching():
         signal.raise_signal(number)
     assert stop.value.status == 128 + number and signal.getsignal(number) is before
 
 
-def test_the_second_signal_ends_at_once():
-    program = """
-import signal
-from golf_jax.interrupt import catching
-with catching() as signals, signals.held():
-    signal.raise_signal(signal.SIGTERM)
-    print("noted", flush=True)
-    signal.raise_signal(signal.SIGTERM)
+def test_what_the_starter_ignores_is_ignored():
+    """`nohup python -m ... &`, and a script's background jobs."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with catching() as signals:
+        signal.raise_signal(signal.SIGHUP)
+    assert not signals.number and signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
+PROGRAM = """
+import hashlib, signal, sys, time
+from golf_jax import cli, interrupt
+
+def main(argv):
+    with interrupt.catching() as signals, signals.held():
+        print("here", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))  # C code for seconds or minutes, as a compilation
+        print("in order", flush=True)
     print("never")
+    return 0
+
+cli.run(main)
 """
+
+
+@contextmanager
+def started(rounds: int) -> Iterator[Any]:
+    """That program, which got its first signal."""
+    call = [sys.executable, "-c", PROGRAM, str(rounds)]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout and child.stdout.readline() == "here\n"
+        child.send_signal(signal.SIGTERM)
+        yield child
+        child.kill()
+
+
+def test_the_second_signal_ends_at_once_also_in_c_code():
+    with started(1 << 30) as child:
+        assert "the same signal again ends at once" in child.stderr.readline()  # after the time in which an echo may come
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 143 and child.stdout.read() == ""
+
+
+def test_the_first_signal_ends_in_good_order_however_late_c_code_returns():
+    with started(3_000_000) as child:  # 2 s and more
+        assert child.wait(60) == 143 and child.stdout.read() == "in order\n"
+
+
+def test_a_command_that_is_still_imported_ends_without_a_traceback(tmp_path):
+    (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")  # the first that a command imports
+    path = os.pathsep.join([str(tmp_path), str(Path(golf_jax.__file__).parents[1])])
+    call = [sys.executable, "-m", "golf_jax.train"]
+    done = subprocess.run(call, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_every_command_ends_with_the_status_of_its_signal():
+    program = "import os, signal; from golf_jax import cli; cli.run(lambda argv: os.kill(os.getpid(), signal.SIGHUP) or 0)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 143 and done.stdout == "noted\n"
+    assert (done.returncode, done.stdout, done.stderr) == (129, "", "interrupted by SIGHUP\n")
 
 
 def test_a_signal_met_in_a_callback_that_swallows_exceptions_is_not_lost(capfd):

@@ -177,11 +177,14 @@ def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monke
     assert (path / "artifact.golf").read_bytes() == (tmp_path / "whole/artifact.golf").read_bytes()
     assert pipeline.run(recipe, Options(resume=str(path))) == result
     assert (path / "log.txt").read_text().endswith(f"finished: see {path / 'result.json'}\n")
+    for damage in (json.dumps(result | {"sha256": "0"}), json.dumps(result | {"evaluations": {}}), "[]", ""):
+        (path / "result.json").write_text(damage)
+        assert pipeline.run(recipe, Options(resume=str(path))) == json.loads((path / "result.json").read_text()) == result
 
 
 def test_what_is_no_longer_there_is_said(tmp_path, text):
     recipe = on_text(tiny("baseline", vocab_size=300, seq_len=32), text)
-    with pytest.raises(GolfError, match="--resume .*nowhere: no run is there"):
+    with pytest.raises(GolfError, match="nowhere: no run is there"):
         pipeline.run(recipe, Options(resume=str(tmp_path / "nowhere")))
     (tmp_path / "new").mkdir()
     (tmp_path / "new/config.json").write_text(json.dumps(to_dict(recipe)))

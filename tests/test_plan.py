@@ -36,6 +36,7 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("model.width", 0, "width"),
     ("model.width", 34, "num_heads"),
     ("model.num_layers", -1, "num_layers"),
+    ("model.num_layers", 100_000, "layers; at most 1024"),
     ("model.num_kv_heads", 3, "num_kv_heads"),
     ("model.mlp_ratio", 0.0, "mlp_ratio"),
     ("model.mlp_ratio", NAN, "mlp_ratio"),
@@ -48,7 +49,8 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("model.value_embed_layers", (7,), "value_embed_layers"),
     ("model.loop_repeats", 2, "loop"),
     ("model.bf16_params", ("tok_embb",), "tok_embb"),
-    ("model.attention", "cudnn", "attention"),
+    ("model.attention", "cudnn", "choose auto or xla"),
+    ("model.attention", "pallas", "choose auto or xla"),
     ("data.train", "nowhere/*.bin", "nowhere"),
     ("data.tokenizer", "no.model", "no.model"),
     ("data.ranks", 3, "devices"),
@@ -85,7 +87,9 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("quant.prune_fraction", 1.0, "prune_fraction"),
     ("quant.gptq_batches", -1, "gptq_batches"),
     ("eval.batch_rows", -1, "batch_rows"),
+    ("eval.every", -1, "eval.every"),
     ("micro_rows", -1, "micro_rows"),
+    ("seed", 2**70, "is too large a number"),
     ("log_every", 0, "log_every"),
     ("checkpoint_every", -3, "checkpoint_every"),
 ]
@@ -113,7 +117,16 @@ def test_the_recipe_itself_is_possible(tmp_path, text, monkeypatch):
     assert pipeline.run(recipe, Options(run_dir=str(tmp_path / "run"))) == {"reached": True}
 
 
-@pytest.mark.parametrize(("options", "message"), [({"devices": 9}, "only 8 cpu"), ({"emulate_devices": 3}, "does not divide the 8")])
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"devices": 9}, "only 8 cpu"),
+    ({"emulate_devices": 3}, "does not divide the 8"),
+    ({"profile": -1}, "profile must not be negative"),
+    ({"accept": ("seed",)}, "give --resume RUN, too"),
+    ({"resume": "a"}, "leave --run-dir out"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS)
 def test_options_that_cannot_be_are_refused(options, message, tmp_path, text, monkeypatch):
     monkeypatch.setattr(pipeline, "_stages", None)
     with pytest.raises(GolfError, match=message):

@@ -28,11 +28,11 @@ def text(tmp_path_factory):
     return build_text(tmp_path_factory.mktemp("text") / "data")
 
 
-def finished_run(path, text, seed=42, nats=3_000.0, **over):
+def finished_run(path, text, seed=42, nats=3_000.0, module="golf_jax.config", **over):
     """What a run leaves behind, made up."""
     path.mkdir()
     code, artifact = (
-        bundle("golf_jax.config"),
+        bundle(module),
         pack({}, {"w": QTensor("float32", "float32", values=np.full((4, 4), seed, "f4"))}, "zstd", 3),
     )
     facts = {"targets": 1_000, "covered": 1_000, "duplicates": 0, "order_violations": 0, "updates": 0, "causal": True}
@@ -84,14 +84,21 @@ def test_the_folder_says_what_the_runs_measured(tmp_path, text, capsys):
 
 
 def test_a_run_that_fails_is_no_record(tmp_path, text):
-    bad = finished_run(tmp_path / "bad", text, total_bytes=1)
-    with pytest.raises(GolfError, match="no record: .*the files have .*--non-record"):
+    bad = finished_run(tmp_path / "bad", text, tokenizer_sha256="0" * 64)
+    with pytest.raises(GolfError, match="no record: .*tokenizer.model is not the one the run used.*--non-record"):
         submit(bad, out=tmp_path / "out", flags=("--no-rerun",))
     assert not (tmp_path / "out").exists()
     assert submit(bad, out=tmp_path / "out") == 0
-    assert re.search(r"^ *fail +claims ", (tmp_path / "out/README.md").read_text(), re.M)
+    assert re.search(r"^ *fail +data ", (tmp_path / "out/README.md").read_text(), re.M)
     with pytest.raises(GolfError, match="is not empty"):
         submit(bad, out=tmp_path / "out")
+
+
+def test_a_run_that_contradicts_itself_is_no_submission_at_all(tmp_path, text):
+    bad = finished_run(tmp_path / "bad", text, total_bytes=1)
+    with pytest.raises(GolfError, match="no submission: .*the files have "):
+        submit(bad, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_text_or_machine_is_no_record(tmp_path, text):
@@ -100,10 +107,10 @@ def test_another_text_or_machine_is_no_record(tmp_path, text):
 
 
 def test_runs_that_are_not_one_submission(tmp_path, text):
-    one, same, other = (finished_run(tmp_path / name, text, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    one, same = (finished_run(tmp_path / name, text, 1) for name in "ab")
+    other = finished_run(tmp_path / "c", text, 2, module="golf_jax.config.base")
     with pytest.raises(GolfError, match="same seed: 1, 1"):
         submit(one, same, out=tmp_path / "out")
-    (other / "code.pyz").write_bytes(bundle("golf_jax.config.base"))
     with pytest.raises(GolfError, match="did not run the same code"):
         submit(one, other, out=tmp_path / "out")
     (one / "result.json").unlink()

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,6 +14,7 @@ from tiny_recipes import build_text, environment, on_text, tiny
 from golf_jax import sweep
 from golf_jax.config import GolfError, load_recipe, to_dict
 from golf_jax.files import sealed
+from golf_jax.interrupt import Interrupted, catching
 from golf_jax.sweeping import grid, miniature, parse_vary, run_grid
 
 
@@ -53,7 +58,7 @@ def test_what_cannot_be_varied(vary, word):
         grid(load_recipe("quickstart"), [1], parse_vary([vary]))
 
 
-def made_up(point, directory, devices, environment):
+def made_up(point, directory, *more):
     """What a run leaves that a sweep reads; the setting that cannot train ends with a complaint."""
     if point.recipe.optim.clip_norm > 50:
         return "error: clip_norm"
@@ -90,6 +95,24 @@ def test_table_and_going_on(tmp_path, monkeypatch, capsys):
     assert "6 of them finished before" in again and "optim.clip_norm=99-seed=2: error: clip_norm" in again
     with pytest.raises(GolfError, match="holds another run .*num_layers"):
         sweep.main([*arguments, "--model.num-layers", "2"])
+
+
+def test_a_signal_is_passed_on_and_nothing_more_is_started(tmp_path, monkeypatch):
+    """The runs save what they have before the sweep ends; the message says how to go on."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\ntrap "touch $4.saved; exit 143" TERM\ntouch $4.here\nwhile :; do sleep 0.05; done\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("golf_jax.sweeping.sys.executable", str(program))
+
+    def end():
+        while not (tmp_path / "seed=1.here").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end).start()
+    with pytest.raises(Interrupted, match=f"SIGTERM: go on with the same command and --sweep-dir {tmp_path}"), catching():
+        run_grid(grid(load_recipe("baseline"), [1, 2], {}), tmp_path, 1, lambda line: None)
+    assert (tmp_path / "seed=1.saved").exists() and not (tmp_path / "seed=2.here").exists()
 
 
 @pytest.mark.slow

@@ -19,8 +19,6 @@ from golf_jax.progress import Log
 from golf_jax.quant import QTensor, check_quant, dequantize_all, rules_for
 from golf_jax.quant.fit import FitReport, fit_to_cap
 
-MAX_LAYERS = 1024  # virtual ones, in an artifact that is read
-
 
 @dataclass(frozen=True)
 class Packed:
@@ -161,8 +159,6 @@ def _typed(header: dict[str, Any], name: str, kind: type) -> Any:
 def _check_header(loaded: Loaded, found: Mapping[str, tuple[int, ...]]) -> None:
     """Raises GolfError if what the header says is impossible or not what the tensor table holds; costs no more than the table."""
     c = loaded.config
-    layers = c.num_layers * (1 + max(c.loop_repeats, 0))
-    check(layers <= MAX_LAYERS, f"{layers} layers; at most {MAX_LAYERS} are read")
     check(0 < loaded.seq_len < 1 << 24, f"header.seq_len {loaded.seq_len} is no sequence length")
     check(bool(re.fullmatch("[0-9a-f]{64}", loaded.tokenizer_sha256)), "header.tokenizer_sha256 is no SHA-256")
     loaded.eval.check_length(loaded.seq_len)

@@ -65,8 +65,10 @@ def positive(config: Any, section: str, *names: str) -> None:
 
 
 def check_finite(config: Any, path: str = "") -> None:
-    """Raises GolfError for a number anywhere in a configuration that is NaN or infinite."""
-    if isinstance(config, float):
+    """Raises GolfError for a number anywhere in a configuration that is NaN, infinite, or an integer that JSON cannot carry exactly."""
+    if isinstance(config, int):
+        check(abs(config) < 1 << 53, f"{path}: {config} is too large a number")
+    elif isinstance(config, float):
         check(math.isfinite(config), f"{path}: {config} is not a finite number")
     elif is_dataclass(config):
         for f in fields(config):

@@ -167,7 +167,7 @@ class EvalConfig:
     documents: DocumentsConfig = DocumentsConfig()
 
     def __post_init__(self):
-        not_negative(self, "eval", "batch_rows")
+        not_negative(self, "eval", "batch_rows", "every")
 
     def check_length(self, seq_len: int) -> None:
         """Raises GolfError unless every method that is asked for can work with windows of `seq_len` tokens."""

@@ -5,6 +5,8 @@ from typing import Literal
 
 from golf_jax.config.base import check, check_finite, not_negative, positive
 
+MAX_LAYERS = 1024  # executed ones; of artifacts from elsewhere, too
+
 
 @dataclass(frozen=True)
 class FakeQuantConfig:
@@ -111,6 +113,8 @@ class ModelConfig:
         check_finite(c, "model")
         positive(c, "model", "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "rope_base", "softcap")
         not_negative(c, "model", "embed_init_std", "bigram_dim", "trigram_dim", "value_embed_dim", "rope_train_len", "xsa_last_n")
+        layers = c.num_layers * (1 + max(c.loop_repeats, 0))
+        check(layers <= MAX_LAYERS, f"model.num_layers {c.num_layers}: with its loops up to {layers} layers; at most {MAX_LAYERS}")
         check(c.width % c.num_heads == 0, f"model.width {c.width} is not divisible by model.num_heads {c.num_heads}")
         check(
             c.num_heads % c.num_kv_heads == 0,

@@ -1,5 +1,6 @@
 """`python -m golf_jax.data build | download | verify`: training data from text, from the hub, and its inspection."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,9 @@ class Build:
             transform=self.transform,
             pattern=self.glob,
         )
-        print(f"train with: --data.train '{self.out}/train_*.bin' --data.val '{self.out}/val_*.bin'"
-              f" --data.tokenizer {self.out}/tokenizer.model --model.vocab-size {manifest['tokenizer']['vocab_size']}")  # fmt: skip
+        files = {"train": "train_*.bin", "val": "val_*.bin", "tokenizer": "tokenizer.model"}
+        flags = " ".join(f"--data.{flag} {shlex.quote(f'{self.out}/{name}')}" for flag, name in files.items())
+        print(f"train with: {flags} --model.vocab-size {manifest['tokenizer']['vocab_size']}")
         return 0
 
 
@@ -106,8 +108,9 @@ class Verify:
 
     def run(self) -> int:
         from golf_jax.data.verify import verify_directory
+        from golf_jax.progress import to_screen
 
-        report = verify_directory(self.directory, self.tokenizer)
+        report = verify_directory(self.directory, self.tokenizer, to_screen)
         print("\n".join(report.facts))
         for problem in report.problems:
             print(f"PROBLEM: {problem}")

@@ -21,9 +21,11 @@ from golf_jax.data.shards import load_val_tokens, open_shard, write_shard
 from golf_jax.data.sidecar import Sidecar, beside, encode_counted, prove_sidecar
 from golf_jax.data.tokenizer import SPACE, ByteTables, Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
 from golf_jax.files import write_atomic
+from golf_jax.progress import Log, Progress
 
 TOKENIZER_SAMPLE = 100_000_000  # characters of training text the tokenizer learns from; more changes little and takes long
 SHARD_TOKENS = 100_000_000  # the official export's
+SMALLEST = 261  # pieces: 256 bytes, 4 of control, and one
 ENCODE_BATCH = 512
 SHOWN = 20  # files named one by one
 TRANSFORMS = ("", "caseops")
@@ -89,6 +91,8 @@ def build_documents(
     directory = Path(directory)
     if directory.exists():
         raise GolfError(f"{directory}: exists already; remove it or name another directory")
+    if tokenizer is None and not SMALLEST <= vocab_size <= 1 << 16:
+        raise GolfError(f"data build: vocab_size={vocab_size} must lie between {SMALLEST} (bytes and control pieces) and 65,536")
     if val_every < 2 or shard_tokens < 2:
         raise GolfError(f"data build: val_every={val_every} and shard_tokens={shard_tokens} must be at least 2")
     try:
@@ -113,7 +117,7 @@ def build_documents(
             "source": source,
             "split": f"validation: first 8 bytes of SHA-256(text), big-endian, mod {val_every} == 0; repeated documents dropped",
             **({"transform": transform} if transform else {}),
-            **_write_splits(documents(), temporary, opened, val_every, shard_tokens),
+            **_write_splits(documents(), temporary, opened, val_every, shard_tokens, log),
         }
         write_manifest(temporary, manifest)
         temporary.chmod(0o755)
@@ -142,15 +146,18 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
             return
 
 
-def _write_splits(documents: Iterable[str], directory: Path, tokenizer: Tokenizer, val_every: int, shard_tokens: int) -> dict[str, Any]:
+def _write_splits(
+    documents: Iterable[str], directory: Path, tokenizer: Tokenizer, val_every: int, shard_tokens: int, log: Log
+) -> dict[str, Any]:
     write_atomic(directory / "tokenizer.model", tokenizer.model)
     refuse_markers(tokenizer, tokenizer.caseops)
     tables, exact = byte_tables(tokenizer.processor), tokenizer.caseops and not tokenizer.changes()
     writers = {split: _SplitWriter(directory, split, shard_tokens, tokenizer.caseops and split == "val") for split in ("train", "val")}
     seen: set[bytes] = set()
     text_facts = Counter[str]()
-    texts = iter(documents)
+    texts, progress = iter(documents), Progress(log, "documents encoded:")
     while batch := list(itertools.islice(texts, ENCODE_BATCH)):
+        progress.at(text_facts["documents"])
         for text, (tokens, counts) in zip(batch, _encode(tokenizer, tables, batch), strict=True):
             size = len(text.encode())
             text_facts.update(documents=1, bytes=size, blocks=text.count(SPACE))

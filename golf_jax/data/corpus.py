@@ -12,6 +12,7 @@ import shutil
 import sys
 import sysconfig
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from golf_jax.data.manifest import NAME, damage, read_manifest
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__pycache__"}
 RULES = "4"  # counts changes of what `documents` and `train_bpe` do
+ABANDONED_SECONDS = 3600
 PARSER = threading.Lock()  # ast.parse in two threads at once fails on CPython 3.11 (SystemError: recursion depth mismatch)
 
 
@@ -93,6 +95,10 @@ def build_embedded(root: str | Path, vocab_size: int = 1024) -> dict[str, Any]:
         print(f"embedded corpus: {problem}; made anew", file=sys.stderr)
         shutil.rmtree(directory, ignore_errors=True)
     if not directory.exists():
+        print(f"embedded corpus: made once, in {directory}: about half a minute", file=sys.stderr, flush=True)
+        for left in Path(root).glob(".embedded-*"):  # by processes that were killed
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
         python = f"{platform.python_implementation()} {platform.python_version()} on {sys.platform}"
         texts = documents()
         try:

@@ -12,9 +12,10 @@ import numpy as np
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
 from golf_jax.data.overlap import Overlap, find_overlap, without_ends
-from golf_jax.data.shards import Shard
+from golf_jax.data.shards import Shard, check_holes
 from golf_jax.data.sidecar import Sidecar, prove_sidecar
 from golf_jax.data.tokenizer import Tokenizer, check_tables, split_documents
+from golf_jax.progress import Log, Progress
 
 PRIVATE = re.compile("[\ue000-\uf8ff]")
 ENCODE_BATCH = 64
@@ -45,6 +46,7 @@ def prove_text(
     bos_id: int | None = None,
     overlap: bool = True,
     sidecar: Sidecar | None = None,
+    log: Log | None = None,
 ) -> Proof:
     """Proves that shards [tokens] and `val_tokens` [tokens] are text of `tokenizer`, and that its bytes are counted exactly.
 
@@ -62,14 +64,18 @@ def prove_text(
             f"validation text: every document must start with BOS ({bos}), the file {where}; without document starts the "
             "byte count cannot be proved (write the shards again, as `python -m golf_jax.data build` does)"
         )
+    check_holes(val_tokens, "validation text")
     facts = []
     if changes := tokenizer.changes():
         facts.append(f"tokenizer changes text: {'; '.join(changes)}")
-    samples = {"train": sampled_documents(train, bos), "val": split_documents(val_tokens, bos)}
+    samples = {"train": sampled_documents(train, bos, seconds), "val": split_documents(val_tokens, bos)}
     for split, documents in samples.items():
         if split == "train" and not train:
             continue
-        tried, failed = prove_round_trip(tokenizer, documents, seconds, split)
+        tried, failed = prove_round_trip(tokenizer, documents, seconds, split, log)
+        if not tried:  # validation has been looked at above
+            facts.append(f"WARNING: {_without_documents(train, bos)}")
+            continue
         facts.append(f"{split}: {tried - failed:,} of {tried:,} documents tried are encode(decode(document))")
     if unknown := int(np.count_nonzero(val_tokens == tokenizer.processor.unk_id())):
         raise GolfError(
@@ -139,10 +145,13 @@ def refuse_private_text(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -
     return f"WARNING: {found:,} private-use characters in {size:,} bytes of validation count as text" if found else ""
 
 
-def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seconds: float, where: str) -> tuple[int, int]:
+def prove_round_trip(
+    tokenizer: Tokenizer, documents: Iterator[np.ndarray], seconds: float, where: str, log: Log | None = None
+) -> tuple[int, int]:
     """(documents tried, documents whose tokens encode(decode(document)) does not give back); GolfError above 1 %."""
     end = time.monotonic() + seconds
     tried, failures, batch = 0, [], []
+    progress = Progress(log, f"{where}: documents encoded again:")
 
     def compare() -> int:
         texts = [tokenizer.decode(document) for document in batch]
@@ -160,6 +169,7 @@ def prove_round_trip(tokenizer: Tokenizer, documents: Iterator[np.ndarray], seco
         previous = document
         if len(batch) == ENCODE_BATCH:
             tried, batch = tried + compare(), []
+            progress.at(tried)
             if time.monotonic() > end:
                 previous = None
                 break
@@ -191,13 +201,33 @@ def _transformed_again(text: str) -> str:
         return ""
 
 
-def sampled_documents(shards: Sequence[np.ndarray | Shard], bos_id: int) -> Iterator[np.ndarray]:
-    """Whole documents, each at most once: blocks of 65,536 tokens of all shards in an order that spreads over them at once."""
+def _without_documents(train: Sequence[np.ndarray | Shard], bos_id: int) -> str:
+    """What is to be said of training text in which no whole document was met. GolfError where none begins, either."""
+    if not any(np.any(shard[:SAMPLED_TOKENS] == bos_id) for shard in train):
+        raise GolfError(
+            f"training text: no document start (BOS {bos_id}) in what was read of it, so its tokens cannot be proved to be text "
+            "(write the shards again, as `python -m golf_jax.data build` does)"
+        )
+    return (
+        f"train: no whole document in what was read: none ends within {OVERHANG:,} tokens of a block of {SAMPLED_TOKENS:,}; "
+        "nothing is proved about this text"
+    )
+
+
+def sampled_documents(shards: Sequence[np.ndarray | Shard], bos_id: int, seconds: float = math.inf) -> Iterator[np.ndarray]:
+    """Whole documents, each at most once: blocks of 65,536 tokens of all shards in an order that spreads over them at once.
+
+    seconds: of reading, at most, also where no document ends.
+    """
+    end = time.monotonic() + seconds
     blocks = [(shard, start) for shard in shards for start in range(0, len(shard), SAMPLED_TOKENS)]
     step = next(n for n in range(max(int(len(blocks) * 0.618), 1), len(blocks) + 2) if math.gcd(n, len(blocks)) == 1)
     for number in range(len(blocks)):
+        if number and time.monotonic() > end:
+            return
         shard, start = blocks[number * step % len(blocks)]
         tokens = shard[start : start + SAMPLED_TOKENS + OVERHANG]
+        check_holes(tokens[:SAMPLED_TOKENS], getattr(shard, "path", "training text"), start)
         bounds = [*np.flatnonzero(tokens == bos_id).tolist(), *([len(tokens)] if start + len(tokens) == len(shard) else [])]
         for first, stop in zip(bounds, bounds[1:], strict=False):
             if first < SAMPLED_TOKENS:
@@ -218,7 +248,7 @@ def refuse_overlap(
     train: Sequence[np.ndarray | Shard], val_tokens: np.ndarray, tokenizer: Tokenizer, bos_id: int, seconds: float = 2.0
 ) -> Overlap:
     """The quick form, over what of training is read in time; GolfError when more than 1 % of validation is in it."""
-    train_documents, held_out = sampled_documents(train, bos_id), split_documents(val_tokens, bos_id)
+    train_documents, held_out = sampled_documents(train, bos_id, seconds), split_documents(val_tokens, bos_id)
     found = find_overlap(train_documents, held_out, tokenizer, seconds, SHORT)
     if found.leaked > TOLERATED * found.documents:
         raise GolfError(

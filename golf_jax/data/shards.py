@@ -16,6 +16,7 @@ VERSION = 1
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
 TOKEN = np.dtype("<u2")
+BLOCK = 1 << 16  # tokens; no text repeats one so often
 MAX_TOKENS = 2**31 - 1  # the count is a signed 32-bit header word
 
 
@@ -128,6 +129,15 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, where: object) -> Non
     """GolfError when a token lies outside the vocabulary (a JAX gather would clamp it in silence)."""
     if tokens.size and (top := int(tokens.max())) >= vocab_size:
         raise GolfError(f"{where}: token {top} is outside a vocabulary of {vocab_size}; the tokenizer is not that of the shards")
+
+
+def check_holes(tokens: np.ndarray, where: object, first: int = 0) -> None:
+    """GolfError where a whole block of `tokens`, which begin at `first`, is one token: no text, but room that was never written to."""
+    blocks = tokens[: len(tokens) // BLOCK * BLOCK].reshape(-1, BLOCK)
+    if len(holes := np.flatnonzero((blocks == blocks[:, :1]).all(axis=1))):
+        start = int(holes[0]) * BLOCK
+        found = f"the {BLOCK:,} tokens from {first + start:,} on are all {tokens[start]}"
+        raise GolfError(f"{where}: {found}: part of the file was never written; fetch it again")
 
 
 def load_val_tokens(pattern: str | Path, vocab_size: int | None = None) -> np.ndarray:

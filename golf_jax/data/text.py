@@ -1,10 +1,12 @@
 """Tokenized text as a value: the one place where shards, tokenizer and model are fitted to each other."""
 
+import sys
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from golf_jax.config import GolfError
@@ -62,6 +64,8 @@ def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: in
         raise GolfError(
             f"tokenizer {tokenizer}: SHA-256 {model.sha256[:12]}..., the model was trained with {sha256[:12]}...; give that tokenizer"
         )
+    if jax.process_index() == 0:
+        print(f"proving the text: {train and f'{train}, '}{val}", file=sys.stderr, flush=True)
     tokens = load_val_tokens(val, vocab_size)
     if len(tokens) <= seq_len:
         raise GolfError(f"{val}: {len(tokens)} validation tokens are fewer than one window of data.seq_len {seq_len}")

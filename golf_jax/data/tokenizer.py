@@ -7,6 +7,7 @@ three bytes of `<0x..>` (PR 1143, 1184), the leading space counted twice (issue 
 
 import hashlib
 import io
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ class Tokenizer:
         return {p.piece for p in self.spec.pieces if p.type == p.USER_DEFINED}.issuperset(caseops.OPERATORS)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text as it is read and written by people: with `caseops` it is transformed first."""
+        """Tokens of a text as it is read and written by people: with `caseops` it is transformed first. GolfError for what is none."""
+        if found := re.search("[\ud800-\udfff]", text):
+            raise GolfError(f"text: its character {found.start()} is half a surrogate pair; is it UTF-8?")
         return self.processor.encode(caseops.encode(text) if self.caseops else text)
 
     def original(self, ids: Sequence[int] | np.ndarray, strict: bool = True) -> str:

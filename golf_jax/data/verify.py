@@ -11,9 +11,10 @@ from golf_jax.config import GolfError
 from golf_jax.data.manifest import NAME, read_manifest, sha256_file
 from golf_jax.data.overlap import find_overlap
 from golf_jax.data.proof import prove_text
-from golf_jax.data.shards import Shard, check_token_range, find_shards, open_shard
+from golf_jax.data.shards import Shard, check_holes, check_token_range, find_shards, open_shard
 from golf_jax.data.sidecar import Sidecar, find_sidecars, load_sidecar
 from golf_jax.data.tokenizer import Tokenizer
+from golf_jax.progress import Log, Progress
 
 PROOF_SECONDS = 60.0  # per split, of encoding again
 OFFICIAL_DOCUMENTS, OFFICIAL_BYTES = 50_000, 151_080_891  # FineWeb validation set of the challenge
@@ -43,8 +44,11 @@ def documents_of(shards: Sequence[np.ndarray | Shard], bos_id: int) -> Iterator[
         yield carry
 
 
-def verify(train: str, val: str, tokenizer: str | Path, manifest: dict[str, Any] | None = None) -> Report:
-    """Checks the shards of two globs against a tokenizer and, when given, a manifest of this package. Reads every token once."""
+def verify(train: str, val: str, tokenizer: str | Path, manifest: dict[str, Any] | None = None, log: Log | None = None) -> Report:
+    """Checks the shards of two globs against a tokenizer and, when given, a manifest of this package. Reads every token twice.
+
+    log: hears about progress, where it takes long.
+    """
     report = Report()
     model = Tokenizer(tokenizer)
     report.facts.append(f"tokenizer: {model.vocab_size} pieces, sha256 {model.sha256}")
@@ -53,20 +57,29 @@ def verify(train: str, val: str, tokenizer: str | Path, manifest: dict[str, Any]
     elif manifest["tokenizer"]["sha256"] != model.sha256:
         report.problems.append(f"{tokenizer}: sha256 {model.sha256}, the manifest says {manifest['tokenizer']['sha256']}")
     splits = {
-        split: _verify_split(report, split, pattern, model, (manifest or {}).get(split))
+        split: _verify_split(report, split, pattern, model, (manifest or {}).get(split), log)
         for split, pattern in (("train", train), ("val", val))
     }
     if splits["val"]:
-        _verify_text(report, splits, model, (manifest or {}).get("val", {}), _verify_sidecar(report, val, (manifest or {}).get("val", {})))
+        entry = (manifest or {}).get("val", {})
+        _verify_text(report, splits, model, entry, _verify_sidecar(report, val, entry), log)
     train_documents, held_out = (documents_of(splits[split], model.bos_id) for split in ("train", "val"))
-    found = find_overlap(train_documents, held_out, model)
+    progress = Progress(log, "overlap: tokens of training compared:", sum(map(len, splits["train"])))
+    found = find_overlap(_counted(train_documents, progress), held_out, model)
     report.facts.append(found.fact())
     if found.leaked:
         report.problems.append(f"{found.leaked} of {found.documents} validation documents are also training documents (whole or in part)")
     return report
 
 
-def _verify_split(report: Report, split: str, pattern: str, model: Tokenizer, entry: dict[str, Any] | None) -> list[Shard]:
+def _counted(documents: Iterator[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
+    done = 0
+    for document in documents:
+        yield document
+        progress.at(done := done + len(document))
+
+
+def _verify_split(report: Report, split: str, pattern: str, model: Tokenizer, entry: dict[str, Any] | None, log: Log | None) -> list[Shard]:
     listed = {file["name"]: file for file in entry["files"]} if entry else {}
     shards: list[Shard] = []
     documents = 0
@@ -75,11 +88,14 @@ def _verify_split(report: Report, split: str, pattern: str, model: Tokenizer, en
     except GolfError as error:
         report.problems.append(str(error))
         paths = []
-    for path in paths:
+    progress = Progress(log, f"{split}: shards read:", len(paths))
+    for number, path in enumerate(paths):
+        progress.at(number)
         try:
             shard = open_shard(path)
             tokens = shard[:]
             check_token_range(tokens, model.vocab_size, path)
+            check_holes(tokens, path)
         except GolfError as error:
             report.problems.append(str(error))
             continue
@@ -118,10 +134,12 @@ def _verify_sidecar(report: Report, pattern: str, entry: dict[str, Any]) -> Side
         return None
 
 
-def _verify_text(report: Report, splits: dict[str, list[Shard]], model: Tokenizer, entry: dict[str, Any], sidecar: Sidecar | None) -> None:
+def _verify_text(
+    report: Report, splits: dict[str, list[Shard]], model: Tokenizer, entry: dict[str, Any], sidecar: Sidecar | None, log: Log | None
+) -> None:
     tokens = np.concatenate([shard[:] for shard in splits["val"]])
     try:
-        proof = prove_text(model, splits["train"], tokens, PROOF_SECONDS, overlap=False, sidecar=sidecar)
+        proof = prove_text(model, splits["train"], tokens, PROOF_SECONDS, overlap=False, sidecar=sidecar, log=log)
     except GolfError as error:
         report.problems.append(str(error))
         return
@@ -133,12 +151,14 @@ def _verify_text(report: Report, splits: dict[str, list[Shard]], model: Tokenize
         report.problems.append(f"validation text has {num_bytes} bytes, the manifest says {entry['bytes']}")
 
 
-def verify_directory(directory: str | Path, tokenizer: str | Path | None = None) -> Report:
+def verify_directory(directory: str | Path, tokenizer: str | Path | None = None, log: Log | None = None) -> Report:
     """`verify` on a directory that `build` or `download` wrote, or on any with *train*.bin, *val*.bin and a given tokenizer."""
     directory = Path(directory)
+    if not directory.is_dir():
+        raise GolfError(f"{directory}: no such directory")
     manifest = read_manifest(directory / NAME) if (directory / NAME).exists() else None
     if tokenizer is None:
         if manifest is None:
             raise GolfError(f"{directory}: has no {NAME} that names a tokenizer; give --tokenizer MODEL")
         tokenizer = directory / str(manifest["tokenizer"]["file"])
-    return verify(str(directory / "*train*.bin"), str(directory / "*val*.bin"), tokenizer, manifest)
+    return verify(str(directory / "*train*.bin"), str(directory / "*val*.bin"), tokenizer, manifest, log)

@@ -34,7 +34,7 @@ def evaluate_adapt_first(model: Model, stream: Stream, mesh: Mesh, config: Adapt
     """Epochs over everything, then one sliding evaluation. `model` is not changed."""
     if not config.on:
         raise GolfError("eval.adapt_first.epochs is 0: this recipe has no adapt-first test-time training; use --mode sliding")
-    watch, seq_len = Stopwatch(), stream.seq_len
+    watch, seq_len = Stopwatch(log), stream.seq_len
     with watch("compile"):
         windows = sliding_windows(config.windows, stream.targets, seq_len, config.stride)
         book = ScoreBook(stream)

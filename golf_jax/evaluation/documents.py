@@ -309,7 +309,7 @@ def evaluate_documents(
     """
     if not config.on:
         raise GolfError("eval.documents.rank is 0: this recipe has no test-time training per document")
-    watch, tokens = Stopwatch(), stream.tokens
+    watch, tokens = Stopwatch(log), stream.tokens
     with watch("hints"):
         documents = Documents.of(tokens)
         queue = Queue.of(documents, config.batch)

@@ -21,7 +21,7 @@ def evaluate_fixed(model: Model, stream: Stream, mesh: Mesh, config: SlidingConf
     window of context.
     """
     windows, stride = windows_of(stream, config)
-    name, watch = "standard" if config is None else "sliding", Stopwatch()
+    name, watch = "standard" if config is None else "sliding", Stopwatch(log)
     if not len(windows):
         raise GolfError(f"{name}: no window for {len(stream.tokens)} tokens and seq_len {stream.seq_len}")
     with watch("compile"):

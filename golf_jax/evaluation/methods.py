@@ -17,7 +17,7 @@ from golf_jax.evaluation.score import Result
 from golf_jax.evaluation.score_first import evaluate_score_first, score_first_ahead
 from golf_jax.evaluation.stream import Stream
 from golf_jax.model import Model
-from golf_jax.progress import Log
+from golf_jax.progress import Log, patience
 
 METHODS: dict[str, Callable[..., Result]] = {
     "standard": evaluate_fixed,
@@ -57,7 +57,8 @@ def score(
     not finite.
     """
     eval.check_length(seq_len)
-    causal, error = check_model(model, Stream.of(text.val_tokens, text.tables, seq_len).tokens, mesh, seq_len)
+    with patience(log, "C1 and C2: compiling"):
+        causal, error = check_model(model, Stream.of(text.val_tokens, text.tables, seq_len).tokens, mesh, seq_len)
     for name in methods or methods_of(eval):
         config = getattr(eval, name, None)
         stream = Stream.of(text.val_tokens, text.tables, getattr(config, "seq_len", seq_len), eval.batch_rows, max_targets)

@@ -63,7 +63,7 @@ def evaluate_packed(model: Model, stream: Stream, mesh: Mesh, config: PackedConf
     first = streams(stream.targets // config.seq_len, config) * config.seq_len
     if not len(first):
         raise GolfError(f"packed: {stream.targets} targets fill no stream of {length} (eval.packed.rows x seq_len on each of its ranks)")
-    watch, book, progress = Stopwatch(), ScoreBook(stream, len(first)), Progress(log, "packed: streams", len(first))
+    watch, book, progress = Stopwatch(log), ScoreBook(stream, len(first)), Progress(log, "packed: streams", len(first))
     offsets = np.arange(length)
     with watch("compile"):
         params = replicate(mesh, model.params)

@@ -12,7 +12,7 @@ import numpy as np
 
 from golf_jax.config import LIMIT_SECONDS, GolfError
 from golf_jax.files import finite
-from golf_jax.progress import clock_seconds
+from golf_jax.progress import Log, clock_seconds, patience
 
 NORMALIZED = 1e-5  # largest |logsumexp(log p)| of a distribution
 
@@ -172,15 +172,17 @@ class Result:
 
 
 class Stopwatch:
-    """Wall seconds per phase: `with watch("score"): ...` adds to `watch.seconds["score"]`."""
+    """Wall seconds per phase: `with watch("score"): ...` adds to `watch.seconds["score"]`. log hears when one phase takes long: compile."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Log | None = None) -> None:
+        self.log = log
         self.seconds: dict[str, float] = {"compile": 0.0, "score": 0.0, "train": 0.0}
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         begin = time.perf_counter()
-        yield
+        with patience(self.log if phase == "compile" else None, "compiling"):
+            yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
 

@@ -41,7 +41,7 @@ def evaluate_score_first(model: Model, stream: Stream, mesh: Mesh, config: Score
     """Chunk c is scored with what chunks 0..c-1 taught; the last chunk is never trained on. `model` is not changed."""
     if not config.on:
         raise GolfError("eval.score_first.epochs is 0: this recipe has no score-first test-time training; use --mode sliding")
-    watch, seq_len, chunk = Stopwatch(), stream.seq_len, config.chunk_tokens
+    watch, seq_len, chunk = Stopwatch(log), stream.seq_len, config.chunk_tokens
     with watch("compile"):
         windows, chunk_of = chunk_windows(config.windows, stream.targets, seq_len, config.stride, chunk)
         last = -(-stream.targets // chunk) - 1

@@ -56,7 +56,8 @@ def check_own(path: Path, rerun: bool = True) -> list[Finding]:
     except GolfError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise GolfError(f"{path / 'result.json'}: not the result of a run ({type(error).__name__}: {error})") from None
+        why = f"{type(error).__name__}: {error}"
+        raise GolfError(f"{path / 'result.json'}: not the result of the run that config.json tells ({why})") from None
     return fold(found)
 
 

@@ -18,6 +18,7 @@ from golf_jax.training.resume import stored_recipe
 from golf_jax.training.rundir import read_json
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
+CONTRADICTED = ("claims", "round trip")  # a failure of these says: the numbers are not those of this artifact
 RECORD_NEEDS = ("implied bytes", "hardware")  # a warning of these says: another text, another machine
 
 
@@ -63,8 +64,12 @@ class Finished:
 
 
 def obstacles(findings: Sequence[Finding], record: bool) -> list[Finding]:
-    """What forbids a submission to the record track; to the other, nothing does."""
-    return [f for f in findings if record and (f.status == "fail" or (f.status == "warning" and f.rule in RECORD_NEEDS))]
+    """What forbids a submission: to the record track whatever fails; to the other, that a run's files contradict each other."""
+    return [
+        f
+        for f in findings
+        if (f.status == "fail" and (record or f.rule in CONTRADICTED)) or (record and f.status == "warning" and f.rule in RECORD_NEEDS)
+    ]
 
 
 def claims(runs: Sequence[Finished], findings: Sequence[Finding], about: Author, record: bool, date: str) -> dict[str, Any]:

@@ -58,7 +58,10 @@ def read_record(path: Path, name: str = "") -> Record:
     stages, rows = read_stages(path), json_rows(path / "metrics.jsonl")
     bytes_of = None
     if "pack" in stages and (path / "artifact.golf").is_file():
-        bytes_of = ledger(read_bytes(path / "artifact.golf"), stages["pack"]["code_bytes"])
+        try:
+            bytes_of = ledger(read_bytes(path / "artifact.golf"), stages["pack"]["code_bytes"])
+        except GolfError as error:
+            raise GolfError(f"{path / 'artifact.golf'}: {error}; go on with the run to make it anew (--resume)") from None
     return Record(
         path,
         name or path.name,

@@ -10,7 +10,7 @@ from golf_jax.data.prefetch import Prefetcher
 from golf_jax.interrupt import Interrupted, Signals
 from golf_jax.processes import agreed, from_all
 from golf_jax.training.checkpoints import Checkpoints
-from golf_jax.training.rundir import RunDir
+from golf_jax.training.rundir import RunDir, go_on
 from golf_jax.training.state import TrainState
 
 SECONDS = 60.0  # of training between two checkpoints, where the recipe does not count steps
@@ -75,14 +75,14 @@ class Keeper:
         """Save and say how to go on."""
         saved = self.save(step, state, seconds, position, loss, wait=True)
         if not step or not saved:
-            return Interrupted(number, "nothing could be saved" if step else "nothing was trained yet")
-        return Interrupted(number, f"saved after step {step}; go on with: python -m golf_jax.train --resume {self.run.path}")
+            return Interrupted(number, "nothing could be saved" if step else "")
+        return Interrupted(number, f"saved after step {step}; go on with: {go_on(self.run.path)}")
 
     def without_data(self, why: str, step: int, state: TrainState, seconds: float, position: dict[str, int], loss: float) -> GolfError:
         """The training text cannot be read on: save what was trained, on all processes."""
         if not step or not self.save(step, state, seconds, position, loss, wait=True):
             return GolfError(why)
-        return GolfError(f"{why} (saved after step {step}; then go on with: python -m golf_jax.train --resume {self.run.path})")
+        return GolfError(f"{why} (saved after step {step}; then go on with: {go_on(self.run.path)})")
 
     def diverged(self, step: int, loss: float) -> GolfError:
         """The state after `step` steps has a loss that is not finite: its checkpoint is good for nothing and set aside."""
@@ -91,6 +91,6 @@ class Keeper:
         if step in self.checkpoints.steps():
             self.checkpoints.set_aside(step, "diverged")
         left = self.checkpoints.steps()
-        resume = f"--resume {self.run.path} --accept optim.groups.0.lr --optim.groups.0.lr N"
+        resume = f"{go_on(self.run.path)} --accept optim.groups.0.lr --optim.groups.0.lr N"
         on = f", or go on from checkpoint {left[0]} with lower ones: {resume}" if left else ""
         return GolfError(f"step {step + 1}: the training loss is {loss}; lower the learning rates in a new run{on}")

@@ -21,6 +21,7 @@ from golf_jax.optim import schedules
 from golf_jax.optim.averaging import swa_mean
 from golf_jax.optim.schedules import Clock
 from golf_jax.processes import CompileTimes, from_all
+from golf_jax.progress import patience
 from golf_jax.training.checkpoints import Found
 from golf_jax.training.clock import TrainingClock
 from golf_jax.training.keep import Keeper
@@ -113,8 +114,9 @@ def train(
     flags = dict.fromkeys(phase.looping for phase in steps)
     for looping in flags if validate and recipe.eval.every else ():
         begin = time.perf_counter()
-        validate(state.params, looping, True)  # pyright: ignore[reportOptionalCall]
         name = "validation_looping" if looping and len(flags) > 1 else "validation"
+        with patience(run.log, f"compiling {name}"):
+            validate(state.params, looping, True)  # pyright: ignore[reportOptionalCall]
         compile_seconds[name] = time.perf_counter() - begin
         run.log(f"compiled {name} in {compile_seconds[name]:.1f} s")
     watch, first = _Watch(recipe, run, keeper, found.meta.get("loss", math.nan) if found else math.nan), step

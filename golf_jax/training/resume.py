@@ -7,7 +7,8 @@ from typing import Any
 from golf_jax.config import GolfError, Recipe, differences, from_dict, to_dict
 from golf_jax.training.rundir import read_json
 
-FREE = ("log_every", "checkpoint_every", "micro_rows", "model.attention", "quant", "eval")  # cannot change what has been trained
+# What cannot change what has been trained; the text is compared by content (`golf_jax.data.identity`), wherever it lies.
+FREE = ("log_every", "checkpoint_every", "micro_rows", "model.attention", "quant", "eval", "data.train", "data.val", "data.tokenizer")
 REPACKED = ("quant", "eval")  # the artifact holds both
 
 
@@ -17,7 +18,7 @@ def stored_recipe(path: str | Path) -> Recipe:
     try:
         return from_dict(Recipe, read_json(file))
     except FileNotFoundError:
-        raise GolfError(f"--resume {path}: no run is there (config.json is missing)") from None
+        raise GolfError(f"{path}: no run is there (config.json is missing)") from None
     except GolfError as error:
         raise error if str(file) in str(error) else GolfError(f"{file}: {error}") from None
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -28,9 +29,17 @@ PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 
 def new_path(parent: str | Path, name: str) -> Path:
-    """`parent`/`name`-TIME, with a number behind it where that exists already."""
+    """A new directory `parent`/`name`-TIME, with a number behind it where that is another start's. Raises GolfError."""
     base = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return next(p for n in itertools.count(1) if not (p := Path(parent) / (base if n == 1 else f"{base}-{n}")).exists())
+    try:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+        for n in itertools.count(1):
+            with contextlib.suppress(FileExistsError):
+                (path := Path(parent) / (base if n == 1 else f"{base}-{n}")).mkdir()
+                return path
+    except OSError as error:
+        raise GolfError(f"{error.filename}: cannot write the run directory: {error.strerror}; give another --run-dir") from None
+    raise AssertionError
 
 
 def read_json(path: Path) -> Any:
@@ -62,6 +71,22 @@ def read_stages(run: Path) -> dict[str, Any]:
     return {stage: facts for stage, facts in stages.items() if stage != "sha256"}
 
 
+def kept(run: str | Path) -> bool:
+    """Whether the run in this directory left anything to go on from: a checkpoint, or what it packed."""
+    made = ("artifact.golf", "result.json")
+    return any((Path(run) / name).exists() for name in made) or any(p.name.isdigit() for p in (Path(run) / "checkpoints").glob("*"))
+
+
+def start_again(run: str | Path, devices: int) -> str:
+    """The command that starts a run anew on as many devices, in the same directory, which has kept nothing."""
+    return f"python -m golf_jax.train {shlex.quote(str(Path(run) / 'config.json'))} --run-dir {shlex.quote(str(run))} --devices {devices}"
+
+
+def go_on(run: str | Path) -> str:
+    """The command that goes on with a run."""
+    return f"python -m golf_jax.train --resume {shlex.quote(str(run))}"
+
+
 class RunDir:
     """log.txt, metrics.jsonl and JSON files under `path`; only process 0 writes and prints.
 
@@ -86,11 +111,9 @@ class RunDir:
     def _open(self, resume: bool) -> str:
         """Creates the directory and its files; returns what is wrong, or nothing."""
         try:
-            here = (self.path / "config.json").exists()
-            if here and not resume:
-                return f"{self.path}: holds a run already; give another --run-dir, or --resume to go on with it"
-            if resume and not here:
-                return f"--resume {self.path}: no run is there (config.json is missing)"
+            config = self.path / "config.json"
+            if resume and not config.exists():
+                return f"{self.path}: no run is there (config.json is missing)"
             self.path.mkdir(parents=True, exist_ok=True)
             for name in ("run.lock", "log.txt", "metrics.jsonl"):
                 if (file := self.path / name).exists() and not file.is_file():  # opening a pipe would block for ever
@@ -100,10 +123,14 @@ class RunDir:
                     return f"{file}: is a directory, and a run writes a file of that name; remove it"
             self._lock = open(self.path / "run.lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._log = open(self.path / "log.txt", "a", encoding="utf8")
-            self._repair_metrics()
+            here = config.exists()  # looked up under the lock: another start may have come and gone meanwhile
+            if here and not resume and kept(self.path):
+                return f"{self.path}: holds a run already; give another --run-dir, or --resume to go on with it"
+            self._log = open(self.path / "log.txt", "w" if here and not resume else "a", encoding="utf8")
+            self._repair_metrics(lambda row: resume)
             self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf8")
-            self.record = read_stages(self.path)
+            record = read_stages(self.path)
+            self.record = record if resume else {}
         except BlockingIOError:
             return f"{self.path}: another process works in this directory"
         except GolfError as error:

@@ -169,6 +169,12 @@ def test_verify_finds_another_tokenizer_and_a_missing_bos(tmp_path, jsonl, built
     assert "no BOS (1) anywhere" in problems(tmp_path / "small")
 
 
+@pytest.mark.parametrize("vocab_size", [0, 260, 100_000])
+def test_a_vocabulary_that_no_tokenizer_has_is_refused(tmp_path, vocab_size):
+    with pytest.raises(GolfError, match=f"vocab_size={vocab_size} must lie between 261"):
+        build_module.build_documents(lambda: ["text"], tmp_path / "d", source="", vocab_size=vocab_size)
+
+
 def test_documents_do_not_depend_on_where_shards_end(built):
     tokens = load_val_tokens(built / "train_*.bin")
     whole = [document.tolist() for document in documents_of([tokens], 1)]

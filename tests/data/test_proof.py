@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf_jax.config import GolfError
+from golf_jax.data import proof
 from golf_jax.data.corpus import documents
 from golf_jax.data.documents import cut, find_files, read_documents
 from golf_jax.data.identity import difference, identify
@@ -42,9 +44,9 @@ def trained(**options) -> Tokenizer:
 
 
 def test_sound_text_is_proved(tokenizer, split):
-    proof = prove_text(tokenizer, *split)
-    assert proof.val_bytes == check_tables(tokenizer, split[1]) > 0
-    assert not any("changes" in fact for fact in proof.facts)
+    found = prove_text(tokenizer, *split)
+    assert found.val_bytes == check_tables(tokenizer, split[1]) > 0
+    assert not any("changes" in fact for fact in found.facts)
 
 
 @settings(max_examples=100, deadline=None)
@@ -89,8 +91,8 @@ def test_markers_that_are_ordinary_pieces_or_bytes_are_found_in_the_text(tokeniz
     for one in (tokenizer, Tokenizer(train_bpe(marked, 400))):
         with pytest.raises(GolfError, match=r"private-use characters, \d+\.\d % of its bytes"):
             prove_text(one, [], np.concatenate(one.encode_documents(marked)))
-    proof = prove_text(tokenizer, [], np.concatenate(tokenizer.encode_documents(["an icon \uf0e0", *TEXTS[:20]])))
-    assert any(fact.startswith("WARNING: 1 private-use characters") for fact in proof.facts)
+    found = prove_text(tokenizer, [], np.concatenate(tokenizer.encode_documents(["an icon \uf0e0", *TEXTS[:20]])))
+    assert any(fact.startswith("WARNING: 1 private-use characters") for fact in found.facts)
 
 
 def test_lossy_normalisation_is_named():
@@ -151,21 +153,21 @@ def test_a_common_header_is_told_and_not_refused(tokenizer):
     """Source files begin with the same licence; 512 tokens of it, or half of a document, would be trained on."""
     licence, bodies = TEXTS[0][:600], [part for text in TEXTS for part in cut(text) if len(part) > 5000]
     train, val = [licence + body for body in bodies[:3]], [licence + body for body in bodies[3:7]]
-    proof = prove_text(tokenizer, [np.concatenate(tokenizer.encode_documents(train))], np.concatenate(tokenizer.encode_documents(val)))
-    assert proof.overlap == Overlap(4, 3, 0, 4)
-    assert proof.facts[-1].startswith("WARNING: overlap: 0 of 4 validation documents are in training, 4 more begin as one there")
+    found = prove_text(tokenizer, [np.concatenate(tokenizer.encode_documents(train))], np.concatenate(tokenizer.encode_documents(val)))
+    assert found.overlap == Overlap(4, 3, 0, 4)
+    assert found.facts[-1].startswith("WARNING: overlap: 0 of 4 validation documents are in training, 4 more begin as one there")
 
 
 def test_less_overlap_than_is_refused_is_told(tokenizer, split):
     parts = [part for text in TEXTS for part in cut(text)]
     val = np.concatenate(tokenizer.encode_documents([f"{number} {part}" for number in range(8) for part in parts[:30]] + [parts[30]]))
-    proof = prove_text(tokenizer, split[0], val, seconds=60)
-    assert proof.overlap and proof.overlap.leaked == 1 and "WARNING: overlap: 1 of 241" in proof.facts[-1]
+    found = prove_text(tokenizer, split[0], val, seconds=60)
+    assert found.overlap and found.overlap.leaked == 1 and "WARNING: overlap: 1 of 241" in found.facts[-1]
 
 
 def test_control_tokens_inside_and_text_without_bytes_are_told(tokenizer, split):
-    proof = prove_text(tokenizer, [], np.concatenate([np.append(d, 2) for d in tokenizer.encode_documents(TEXTS[:4])]))
-    assert any(fact.startswith("WARNING: 4 control tokens besides BOS") for fact in proof.facts)
+    found = prove_text(tokenizer, [], np.concatenate([np.append(d, 2) for d in tokenizer.encode_documents(TEXTS[:4])]))
+    assert any(fact.startswith("WARNING: 4 control tokens besides BOS") for fact in found.facts)
     with pytest.raises(GolfError, match="has no bytes"):
         prove_text(tokenizer, [], np.ones(500, np.uint16))
 
@@ -223,3 +225,35 @@ def test_the_cache_has_a_place(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert cache_directory().parent == tmp_path and "GOLF_JAX_CACHE" in capsys.readouterr().err
+
+
+def test_room_that_was_never_written_to_is_no_text(tokenizer, split):
+    """A download that had reserved its room and ended early has the right size and header."""
+    holed = np.concatenate([split[0][0], np.zeros(3 << 16, np.uint16)])
+    with pytest.raises(GolfError, match="training text: the 65,536 tokens from .* are all 0: part of the file was never written"):
+        prove_text(tokenizer, [holed], split[1])
+    with pytest.raises(GolfError, match="validation text: the 65,536 tokens"):
+        prove_text(tokenizer, [], np.concatenate([split[1], np.zeros(3 << 16, np.uint16)]))
+
+
+class Long(np.ndarray):
+    """Tokens that count what is read of them."""
+
+    read = 0
+
+    def __getitem__(self, part):
+        Long.read += 1
+        return np.asarray(super().__getitem__(part))
+
+
+def test_a_shard_in_which_no_document_ends_costs_no_more_time_than_others(tokenizer, split, monkeypatch):
+    """4 GB of a single document, or of none: reading stops when the time is over, and what could not be proved is told or refused."""
+    shard = np.random.default_rng(0).integers(300, 500, 1 << 24, np.uint16).view(Long)
+    now = iter(np.arange(0, 1000, 0.5))
+    monkeypatch.setattr(proof, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with pytest.raises(GolfError, match="training text: no document start"):
+        prove_text(tokenizer, [shard], split[1], seconds=2)
+    shard[0] = 1
+    facts = prove_text(tokenizer, [shard], split[1], seconds=2).facts
+    assert any(fact.startswith("WARNING: train: no whole document in what was read") for fact in facts)
+    assert Long.read < 30

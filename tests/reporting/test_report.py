@@ -103,6 +103,8 @@ def test_bad_input(tmp_path, folder):
     for arguments, word in (([], "nothing to show"), ([str(tmp_path)], "no run is there")):
         with pytest.raises(GolfError, match=word):
             report.main(arguments)
+    with pytest.raises(GolfError, match="--sample must not be negative"):
+        report.Options(sample=-1)
     with pytest.raises(GolfError, match="cannot be written"):
         report.main([str(folder / "c"), "--out", str(tmp_path / "no/such.html")])
 

@@ -22,6 +22,8 @@ def test_what_cannot_change_what_was_trained_is_taken():
     fields = {c["field"] for c in changed(RECIPE, other, (), "run")}
     assert fields == {"log_every", "checkpoint_every", "micro_rows", "eval.batch_rows"}
     assert changed(RECIPE, RECIPE, (), "run") == []
+    moved = replace(RECIPE, data=replace(RECIPE.data, train="elsewhere/*.bin"))  # the text itself is compared by content
+    assert [c["field"] for c in changed(RECIPE, moved, (), "run")] == ["data.train"]
 
 
 def test_anything_else_is_refused_with_field_and_both_values():
@@ -56,5 +58,5 @@ def test_a_damaged_config_is_one_line(tmp_path, damage):
 def test_the_recipe_of_a_run_comes_back(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(RECIPE)))
     assert stored_recipe(tmp_path) == RECIPE
-    with pytest.raises(GolfError, match="--resume .*: no run is there"):
+    with pytest.raises(GolfError, match="nowhere: no run is there"):
         stored_recipe(tmp_path / "nowhere")

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -24,17 +25,32 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_directory_that_holds_a_run_is_refused(tmp_path):
+@pytest.mark.parametrize("left", ["checkpoints/5/state", "artifact.golf", "result.json"])
+def test_a_directory_that_holds_a_run_is_refused(tmp_path, left):
     run = RunDir(tmp_path / "run")
     run.write("config.json", {"name": "x"})
+    run.write(left, "x")
     run.close()
     with pytest.raises(GolfError, match="holds a run already; give another --run-dir, or --resume"):
         RunDir(tmp_path / "run")
     RunDir(tmp_path / "run", resume=True).close()
 
 
+def test_a_run_that_kept_nothing_is_started_again_in_its_place(tmp_path):
+    """Ended while it compiled, or before its first checkpoint: its rows are not those of the run that follows."""
+    for _ in range(2):
+        run = RunDir(tmp_path / "run")
+        assert not run.record
+        run.write("config.json", {"name": "x"})
+        run.note("train", {"steps": 5})
+        run.metrics("train", step=0, loss=1.0)
+        run.log("a line")
+        run.close()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1 and (tmp_path / "run/log.txt").read_text() == "a line\n"
+
+
 def test_resuming_nothing_is_refused(tmp_path):
-    with pytest.raises(GolfError, match="--resume .*: no run is there"):
+    with pytest.raises(GolfError, match="nowhere: no run is there"):
         RunDir(tmp_path / "nowhere", resume=True)
     assert not (tmp_path / "nowhere").exists()
 
@@ -90,11 +106,9 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_default_names_do_not_collide(tmp_path):
-    paths = []
-    for _ in range(3):
-        paths.append(new_path(tmp_path, "mine"))
-        paths[-1].mkdir()
-    assert len(set(paths)) == 3
+    with ThreadPoolExecutor(8) as starts:
+        paths = set(starts.map(lambda _: new_path(tmp_path / "runs", "mine"), range(20)))
+    assert len(paths) == 20 and all(path.is_dir() for path in paths)
 
 
 @pytest.mark.parametrize("damage", [b'{"step": 5, "lo', b'"x}', b"\xff\xfe}", b"\0" * 40, b"[1]", b"{}", b'{"event": 3}', b"[" * 5000])

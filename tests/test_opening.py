@@ -1,0 +1,19 @@
+"""Models opened on a machine other than the one that made them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny_recipes import tiny
+
+from golf_jax.model import leaves
+from golf_jax.opening import opened_here
+
+
+@pytest.mark.parametrize("attention", ["auto", "xla", "pallas", "cudnn"])
+def test_an_attention_backend_that_is_not_here_is_exchanged_aloud(attention, capsys):
+    config = replace(tiny("baseline").model, attention=attention)
+    model = opened_here(config, {name: np.zeros(leaf.shape, np.float32) for name, leaf in leaves(config).items()}, name="a.golf")
+    said = capsys.readouterr().err
+    assert model.config.attention == "xla"
+    assert said == ("" if attention in ("auto", "xla") else f"a.golf: made with attention {attention}; xla computes it on this cpu\n")
