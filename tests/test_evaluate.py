@@ -15,7 +15,7 @@ from evaluation.reference_models import Portable
 from golf_jax import evaluate
 from golf_jax.artifact.model import pack_model
 from golf_jax.config import DataConfig, EvalConfig, GolfError, ModelConfig, QuantConfig, QuantRule, Recipe, ScoreFirstConfig, SlidingConfig
-from golf_jax.data import text
+from golf_jax.data import corpus
 from golf_jax.data.shards import write_shard
 from golf_jax.data.tokenizer import Tokenizer, train_bpe
 from golf_jax.evaluation import METHODS
@@ -174,7 +174,7 @@ def test_the_embedded_corpus_is_the_default_text_of_models_trained_on_it(folder,
     write_artifact(tmp_path / "a.golf", embedded, Tokenizer(folder / "tokenizer.model"))
     other = Tokenizer(folder / "tokenizer.model").encode_documents([line.replace("The", "Some") for line in TEXT])
     write_shard(folder / "train_000.bin", np.concatenate(other))
-    monkeypatch.setattr(text, "build_embedded", lambda root, vocab: {"directory": str(folder)})
+    monkeypatch.setattr(corpus, "build_embedded", lambda root, vocab: {"directory": str(folder)})
     evaluate.main([str(tmp_path / "a.golf"), "--mode", "standard", "--devices", "1"])
     assert "standard val_loss:" in capsys.readouterr().out
 
