@@ -85,7 +85,8 @@ def _taken(fused: list[Instruction], index: int, whole: int) -> int:
 
 
 def _kind(i: Instruction, fused: list[Instruction]) -> str:
-    target = re.search(r'custom_call_target="([^"]*)"', i.rest)
+    rest = " ".join([i.rest, *(f.rest for f in fused)])  # a call may be fused with a slice of its operands
+    target = re.search(r'custom_call_target="([^"]*)"', rest)
     if _COLLECTIVE.match(i.op):
         return "collectives"
     if i.op == "dot" or any(f.op == "dot" for f in fused) or (target and re.search("cublas|gemm|dot", target[1])):

@@ -297,22 +297,32 @@ def attention(
     backend = c.attention if last is None else "xla"  # rectangular attention exists in the reference only
     first_BT, longest = sight or (None, None)
     first_BS = None if first_BT is None else first_BT[:, t - s :]
-    attend = attend or partial(xsa_attention, first_BS=first_BS, longest=longest, backend=backend)
+    gate_BSH = _gate(c, w, maps, z_BTD[:, t - s :])
+    if gate_BSH is not None:
+        tap("gate", gate_BSH)
+        gate_BSH = gate_BSH * c.head_gate_scale if c.head_gate == "narrow" else gate_BSH
+    inside = {}
+    if gate_BSH is not None and attend is None and backend == "pallas":  # what has no gate yet never meets memory (nor `y`)
+        inside, gate_BSH = {"gate_BSH": gate_BSH}, None
+    attend = attend or partial(xsa_attention, first_BS=first_BS, longest=longest, backend=backend, **inside)
     y_BSHK = attend(q_BSHK, k_BTGK, v_BTGK, xsa=xsa)
     tap("y", y_BSHK)
-    if c.head_gate == "linear":
-        gate_BSH = maps["gate"] + w["gate_bias"]
-    elif c.head_gate == "query_rows":
-        gate_BSH = qg[..., c.width :]
-    elif c.head_gate == "narrow":
-        gate_BSH = ops.linear(z_BTD[:, t - s :, : c.gate_window], w["narrow_gate"])
-    if c.head_gate != "off":
-        tap("gate", gate_BSH)  # pyright: ignore[reportPossiblyUnboundVariable]
-        scale = c.head_gate_scale if c.head_gate == "narrow" else 1.0
-        y_BSHK = y_BSHK * jax.nn.sigmoid(scale * gate_BSH)[..., None]  # pyright: ignore[reportPossiblyUnboundVariable]
+    if gate_BSH is not None:
+        y_BSHK = y_BSHK * jax.nn.sigmoid(gate_BSH)[..., None]
     y_BSD = y_BSHK.reshape(b, s, -1)
     tap("o_in", y_BSD)
     return ops.linear(y_BSD, w["o"]), raw_BTGK
+
+
+def _gate(c: ModelConfig, w: Params, maps: Params, z_BSD: jax.Array) -> jax.Array | None:
+    """Logits of each head's gate [B, S, H]."""
+    if c.head_gate == "linear":
+        return maps["gate"] + w["gate_bias"]
+    if c.head_gate == "query_rows":
+        return maps["q"][..., c.width :]
+    if c.head_gate == "narrow":
+        return ops.linear(z_BSD[..., : c.gate_window], w["narrow_gate"])
+    return None
 
 
 def _input_maps(w: Params, z_BTD: jax.Array, last: int | None) -> Params:

@@ -28,6 +28,7 @@ def xsa_attention(
     xsa: bool,
     first_BS: jax.Array | None = None,
     longest: int | None = None,
+    gate_BSH: jax.Array | None = None,
     backend: str = "xla",
 ) -> jax.Array:
     """Causal attention with scale 1/sqrt(K), softmax in fp32; with `xsa` the part along the own value is removed.
@@ -36,9 +37,10 @@ def xsa_attention(
     q's shape and dtype. With the `xla` backend q may hold only the last S <= T positions. Differentiable (reverse).
     first (int32 [B,S]): the first key that each query sees, which is the start of the segment that it lies in. longest: no segment
     is longer (not checked); lets `xla` be linear in T, where the kernels find out for themselves.
+    gate [B,S,H], with `pallas` only: each head's output is multiplied by its sigmoid before it is written.
     Raises ValueError for shapes, dtypes or platforms that the backend does not have.
     """
-    _check(q_BTHK, k_BTGK, v_BTGK, first_BS, backend)
+    _check(q_BTHK, k_BTGK, v_BTGK, first_BS, gate_BSH, backend)
     if backend == "xla":
         o = causal_attention(q_BTHK, k_BTGK, v_BTGK, first_BS, longest)
         last_v = v_BTGK[:, v_BTGK.shape[1] - q_BTHK.shape[1] :]
@@ -49,10 +51,10 @@ def xsa_attention(
         return cudnn.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
     from golf_jax.kernels.attention import pallas
 
-    return pallas.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS)
+    return pallas.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS, gate_BSH=gate_BSH)
 
 
-def _check(q, k, v, first, backend):
+def _check(q, k, v, first, gate, backend):
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -67,6 +69,8 @@ def _check(q, k, v, first, backend):
         raise ValueError(f"attention backend {backend!r} needs as many queries as keys; a suffix of queries needs 'xla'")
     if first is not None and (first.shape != q.shape[:2] or first.dtype != jax.numpy.int32):
         raise ValueError(f"first must be int32 {q.shape[:2]} like the queries, got {first.dtype} {first.shape}")
+    if gate is not None and (backend != "pallas" or gate.shape != q.shape[:3]):
+        raise ValueError(f"gate must be {q.shape[:3]} and is in attention backend 'pallas' only, got {gate.shape} with {backend!r}")
     if first is not None and backend == "cudnn":
         raise ValueError("attention backend 'cudnn' cannot stay inside documents: use 'pallas' or 'xla'")
 

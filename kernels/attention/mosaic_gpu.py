@@ -2,14 +2,16 @@
 
 Three kernels, each of two compute warpgroups (64 rows each) and one warpgroup that only issues TMA copies:
 - forward: FlashAttention over key blocks, the diagonal one last; it holds the tile's own values, so the epilogue
-  y = o - c v, c = o.v / |v|^2, costs no further read and acts on the fp32 o. Saves y, the log-sum-exp and c; never o.
-- dq: takes dy, forms do = dy - a v, a = dy.v / |v|^2, in its prologue and delta = o.do = y.dy (true because y = P o,
-  do = P dy for the projector P = 1 - v v^T / |v|^2), and hands do, delta and a to the next kernel.
+  y = g (o - c v), c = o.v / |v|^2, g = sigmoid(gate), costs no further read and acts on the fp32 o. Saves y, the log-sum-exp
+  and c; never o.
+- dq: takes dy, forms do = g (dy - a v), a = dy.v / |v|^2, in its prologue and delta = o.do = y.dy (true because y = g P o,
+  do = g P dy for the projector P = 1 - v v^T / |v|^2), and hands do, delta and a to the next kernel. The gate's gradient is
+  delta (1 - g): nothing is divided by a gate that may be zero.
 - dkv: a key block against all queries that see it, all heads of the group in one program: no atomics, deterministic.
   The XSA part of dv, -(a y + c do) summed over the heads, is added there.
 With a document mask (`first`) each kernel visits only the blocks that share a document, and masks only those on a border.
 
-Layouts: q [B,T,H,K], k and v [B,T,G,K], row statistics [B,H,T] fp32 (log-sum-exp in base 2). The pipeline and the
+Layouts: q [B,T,H,K], k and v [B,T,G,K], gate and row statistics [B,H,T] fp32 (log-sum-exp in base 2). The pipeline and the
 register budget follow jax.experimental.pallas.ops.gpu.attention_mgpu (FlashAttention-3), which has no causal backward.
 Checked in the GPU interpreter and by ahead-of-time compilation (benchmarks/aot_compile.py).
 """
@@ -53,7 +55,7 @@ from golf_jax.kernels.attention.mosaic_gpu_common import (
 HEAD_DIMS = (32, 64, 128)
 
 
-def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, first_BS=None, interpret: bool = False) -> jax.Array:
+def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, first_BS=None, gate_BSH=None, interpret: bool = False) -> jax.Array:
     """As `kernels.attention.xsa_attention`; bf16 or fp16, head_dim 32, 64 or 128, T padded with zeros to a multiple of 128.
 
     The padding is exact: no query sees a later key, and padded queries have dy = 0. `interpret` simulates the GPU on
@@ -69,37 +71,44 @@ def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, first_BS=None, interpret
     pad = ((0, 0), (0, -T % TILE), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, pad) for x in (q_BTHK, k_BTGK, v_BTGK))
     documents = None if first_BS is None else Documents.of(jnp.pad(first_BS, pad[:2], constant_values=T))
-    y: jax.Array = _attention(q, k, v, documents, xsa, interpret)  # pyright: ignore[reportAssignmentType]
+    gate = None if gate_BSH is None else jnp.pad(gate_BSH.astype(jnp.float32), pad[:3]).swapaxes(1, 2)
+    y: jax.Array = _attention(q, k, v, gate, documents, xsa, interpret)  # pyright: ignore[reportAssignmentType]
     return y[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q, k, v, documents, xsa, interpret) -> jax.Array:
-    return forward(q, k, v, documents, xsa, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, gate, documents, xsa, interpret) -> jax.Array:
+    return forward(q, k, v, _open(gate), documents, xsa, interpret)[0]
 
 
-def _forward_rule(q, k, v, documents, xsa, interpret):
-    y, lse, c = forward(q, k, v, documents, xsa, interpret)
-    return y, (q, k, v, documents, y, lse, c)
+def _open(gate):
+    return None if gate is None else jax.nn.sigmoid(gate)
+
+
+def _forward_rule(q, k, v, gate, documents, xsa, interpret):
+    y, lse, c = forward(q, k, v, _open(gate), documents, xsa, interpret)
+    return y, (q, k, v, gate, documents, y, lse, c)
 
 
 def _backward_rule(xsa, interpret, residuals, dy):
-    q, k, v, documents, y, lse, c = residuals
-    dq, delta, do, a = backward_dq(q, k, v, documents, y, dy, lse, xsa, interpret)
-    return dq, *backward_dkv(q, k, v, documents, y, dy if do is None else do, lse, delta, a, c, interpret), None
+    q, k, v, gate, documents, y, lse, c = residuals
+    opened = _open(gate)
+    dq, delta, do, a = backward_dq(q, k, v, opened, documents, y, dy, lse, xsa, interpret)
+    dkv = backward_dkv(q, k, v, documents, y, dy if do is None else do, lse, delta, a, c, interpret)
+    return dq, *dkv, None if opened is None else delta * (1 - opened), None
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
 
 
-def forward(q, k, v, documents, xsa, interpret):
+def forward(q, k, v, gate, documents, xsa, interpret):
     """y, log2-sum-exp [B,H,T] and c = o.v / |v|^2 [B,H,T] (None without xsa)."""
     B, T, H, K = q.shape
     group, tiles, scale = H // k.shape[2], T // TILE, K**-0.5 * LOG2E
     stages = num_stages(K, tiles)
 
-    def xsa_attention_forward(q_ref, k_ref, v_ref, documents, y_ref, lse_ref, c_ref, *scratch):
-        q_smem, k_smem, v_smem, first_smem, lse_smem, c_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
+    def xsa_attention_forward(q_ref, k_ref, v_ref, gate_ref, documents, y_ref, lse_ref, c_ref, *scratch):
+        q_smem, k_smem, v_smem, gate_smem, first_smem, lse_smem, c_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         tile = tiles - 1 - lax.axis_index("tile")  # the longest rows first: no long tail
         kv_head = lax.div(head, jnp.int32(group))
@@ -110,6 +119,8 @@ def forward(q, k, v, documents, xsa, interpret):
             rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
             own = q_smem.at[warpgroup]
             plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], own, q_ready.at[warpgroup])
+            if gate is not None:
+                plgpu.copy_gmem_to_smem(gate_ref.at[batch, head, rows], gate_smem.at[warpgroup], q_ready.at[warpgroup])
             if documents is not None:
                 plgpu.copy_gmem_to_smem(documents.first.at[batch, rows], first_smem.at[warpgroup], q_ready.at[warpgroup])
             plgpu.barrier_wait(q_ready.at[warpgroup])
@@ -151,6 +162,8 @@ def forward(q, k, v, documents, xsa, interpret):
                 y = y - columns(c, y.shape) * own_v
                 c_smem[warpgroup] = c
             plgpu.barrier_arrive(v_free.at[slot])
+            if gate is not None:
+                y = y * columns(load(gate_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1)), y.shape)
             own[...] = y.astype(q.dtype)
             lse_smem[warpgroup] = largest + jnp.log(total) * LOG2E
             plgpu.commit_smem()
@@ -176,16 +189,17 @@ def forward(q, k, v, documents, xsa, interpret):
 
     row_statistics = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
     return launch(
-        xsa_attention_forward, q, k, v, documents,
+        xsa_attention_forward, q, k, v, gate, documents,
         out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype), row_statistics, row_statistics if xsa else None],
         scratch=[
             tile_buffer((WARPGROUPS, ROWS, K), q.dtype),
             tile_buffer((stages, TILE, K), q.dtype),
             tile_buffer((stages, TILE, K), q.dtype),
+            None if gate is None else statistics_buffer(WARPGROUPS, ROWS),
             None if documents is None else statistics_buffer(WARPGROUPS, ROWS, dtype=jnp.int32),
             statistics_buffer(WARPGROUPS, ROWS),
             statistics_buffer(WARPGROUPS, ROWS) if xsa else None,
-            plgpu.Barrier(num_arrivals=1 if documents is None else 2, num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=1 + (gate is not None) + (documents is not None), num_barriers=WARPGROUPS),
             *[plgpu.Barrier(num_barriers=stages)] * 2,
             *[plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)] * 2,
         ],

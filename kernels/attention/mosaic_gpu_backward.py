@@ -35,16 +35,20 @@ def _backward_block(head_dim: int) -> int:
     return TILE if head_dim <= 64 else ROWS
 
 
-def backward_dq(q, k, v, documents, y, dy, lse, xsa, interpret):
-    """dq, delta = y.dy [B,H,T], and with xsa do and a = dy.v / |v|^2 [B,H,T] (else None)."""
+def backward_dq(q, k, v, gate, documents, y, dy, lse, xsa, interpret):
+    """dq, delta = y.dy [B,H,T], do (None without xsa and gate), and with xsa a = dy.v / |v|^2 [B,H,T] (else None).
+
+    gate: after the sigmoid.
+    """
     B, T, H, K = q.shape
     group, tiles, scale = H // k.shape[2], T // TILE, K**-0.5
     width = _backward_block(K)
     per_tile = TILE // width
     stages = num_stages(K, tiles * per_tile)
+    changed = xsa or gate is not None  # do is not dy
 
-    def xsa_attention_dq(q_ref, k_ref, v_ref, documents, y_ref, dy_ref, lse_ref, dq_ref, delta_ref, do_ref, a_ref, *scratch):
-        q_smem, y_smem, do_smem, own_v_smem, k_smem, v_smem, first_smem, lse_smem, delta_smem, a_smem, *barriers = scratch
+    def xsa_attention_dq(q_ref, k_ref, v_ref, gate_ref, documents, y_ref, dy_ref, lse_ref, dq_ref, delta_ref, do_ref, a_ref, *scratch):
+        q_smem, y_smem, do_smem, own_v_smem, k_smem, v_smem, gate_smem, first_smem, lse_smem, delta_smem, a_smem, *barriers = scratch
         own_ready, k_ready, v_ready, k_free, v_free = barriers
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         tile = tiles - 1 - lax.axis_index("tile")
@@ -62,6 +66,8 @@ def backward_dq(q, k, v, documents, y, dy, lse, xsa, interpret):
             plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, rows], lse_smem.at[warpgroup], ready)
             if xsa:
                 plgpu.copy_gmem_to_smem(v_ref.at[batch, rows, kv_head], own_v_smem.at[warpgroup], ready)
+            if gate is not None:
+                plgpu.copy_gmem_to_smem(gate_ref.at[batch, head, rows], gate_smem.at[warpgroup], ready)
             if documents is not None:
                 plgpu.copy_gmem_to_smem(documents.first.at[batch, rows], first_smem.at[warpgroup], ready)
             plgpu.barrier_wait(ready)
@@ -73,12 +79,17 @@ def backward_dq(q, k, v, documents, y, dy, lse, xsa, interpret):
                 own_v = load_rows(own_v_smem.at[warpgroup])
                 a = along(dy, own_v)
                 a_smem[warpgroup] = a
-                own_do[...] = (dy - columns(a, dy.shape) * own_v).astype(q.dtype)
+                dy = dy - columns(a, dy.shape) * own_v
+            if gate is not None:
+                dy = dy * columns(load(gate_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1)), dy.shape)
+            if changed:
+                own_do[...] = dy.astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(delta_smem.at[warpgroup], delta_ref.at[batch, head, rows])
+            if changed:
+                plgpu.copy_smem_to_gmem(own_do, do_ref.at[batch, rows, head])
             if xsa:
                 plgpu.copy_smem_to_gmem(a_smem.at[warpgroup], a_ref.at[batch, head, rows])
-                plgpu.copy_smem_to_gmem(own_do, do_ref.at[batch, rows, head])
             log_total = load(lse_smem.at[warpgroup], plgpu.Layout.WGMMA.reduce(1))
 
             def mask_documents(scores, step):
@@ -131,16 +142,17 @@ def backward_dq(q, k, v, documents, y, dy, lse, xsa, interpret):
     like_q = jax.ShapeDtypeStruct(q.shape, q.dtype)
     own, streamed = tile_buffer((WARPGROUPS, ROWS, K), q.dtype), tile_buffer((stages, width, K), q.dtype)
     return launch(
-        xsa_attention_dq, q, k, v, documents, y, dy, lse,
-        out_type=[like_q, row_statistics, *([like_q, row_statistics] if xsa else [None, None])],
+        xsa_attention_dq, q, k, v, gate, documents, y, dy, lse,
+        out_type=[like_q, row_statistics, like_q if changed else None, row_statistics if xsa else None],
         scratch=[
             *[own] * 3,
             own if xsa else None,
             *[streamed] * 2,
+            None if gate is None else statistics_buffer(WARPGROUPS, ROWS),
             None if documents is None else statistics_buffer(WARPGROUPS, ROWS, dtype=jnp.int32),
             *[statistics_buffer(WARPGROUPS, ROWS)] * 2,
             statistics_buffer(WARPGROUPS, ROWS) if xsa else None,
-            plgpu.Barrier(num_arrivals=4 + xsa + (documents is not None), num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=4 + xsa + (gate is not None) + (documents is not None), num_barriers=WARPGROUPS),
             *[plgpu.Barrier(num_barriers=stages)] * 2,
             *[plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)] * 2,
         ],
@@ -194,7 +206,7 @@ def backward_dkv(q, k, v, documents, y, do, lse, delta, a, c, interpret):
                 plgpu.barrier_arrive(own_free)
                 return dv
 
-            # One flat loop over heads and blocks: with nested or peeled loops ptxas spills (head_dim 128: 500 bytes, so 20).
+            # One flat loop over heads and blocks, and p is used up before dp is made: else ptxas spills (head_dim 128: 500 and 20 bytes).
             def block(step, carry):
                 dk, dv = carry
                 slot, index = lax.rem(step, jnp.int32(stages)), lax.rem(step, per_head)
@@ -206,10 +218,10 @@ def backward_dkv(q, k, v, documents, y, do, lse, delta, a, c, interpret):
                 log_total = load(lse_smem.at[slot], plgpu.Layout.WGMMA.reduce(0))
                 p = jnp.exp2(scores - lax.broadcast_in_dim(log_total, scores.shape, [1]))
                 plgpu.barrier_wait(do_ready.at[slot])
+                dv = add_dot(dv, p.astype(q.dtype), do_smem.at[slot], interpret)
                 dp = dot(own_v, transposed(do_smem.at[slot]))
                 row_delta = load(delta_smem.at[slot], plgpu.Layout.WGMMA.reduce(0))
                 ds = p * (dp - lax.broadcast_in_dim(row_delta, dp.shape, [1]))
-                dv = add_dot(dv, p.astype(q.dtype), do_smem.at[slot], interpret)
                 dk = add_dot(dk, ds.astype(q.dtype), q_smem.at[slot], interpret)
                 plgpu.barrier_arrive(free.at[slot])
                 if xsa:

@@ -112,6 +112,26 @@ def test_forward_and_gradients_match_float64(implementation, shape, dtype, xsa):
     assert_close(got, results_float64(q, k, v, dy, xsa), dtype)
 
 
+@pytest.mark.parametrize("xsa", [True, pytest.param(False, marks=pytest.mark.slow)])
+@needs_interpreter
+def test_gate_in_the_kernel_matches_float64(xsa):
+    """With a gate that is shut and one whose sigmoid is zero in float32."""
+    q, k, v, dy = inputs(1, 130, 2, 1, 64, "bfloat16")
+    gate = jax.random.normal(jax.random.key(1), q.shape[:3]).at[0, 3, 0].set(-20).at[0, 100].set(-200)
+
+    def run(attention, *arrays):
+        y, pullback = jax.vjp(lambda q, k, v, gate: attention(q, k, v, gate), *arrays[:4])
+        return y, *pullback(arrays[4])
+
+    got = run(lambda q, k, v, gate: mosaic_gpu.xsa_attention(q, k, v, xsa=xsa, gate_BSH=gate, interpret=True), q, k, v, gate, dy)
+    with jax.enable_x64(True):
+        plain = lambda q, k, v, gate: attention_float64(q, k, v, xsa) * jax.nn.sigmoid(gate)[..., None]  # noqa: E731
+        expected = [np.asarray(a) for a in run(plain, *(np.asarray(a, np.float64) for a in (q, k, v, gate, dy)))]
+    assert_close(got[:4], expected[:4], "bfloat16")
+    assert np.isfinite(got[4]).all()
+    np.testing.assert_allclose(got[4], expected[4], atol=2e-2 * np.abs(expected[4]).max())
+
+
 # One row with a document of one token, documents inside a block, one that starts on its edge, and one longer than a block.
 BORDERS = (5, 6, 40, 128, 129, 290)
 DOCUMENTS = [
@@ -194,6 +214,7 @@ BAD_CALLS = {
     "key positions": dict(S=32),
     "needs bfloat16": dict(backend="cudnn"),
     "cannot stay inside documents: use 'pallas' or 'xla'": dict(backend="cudnn", first=jnp.zeros((1, 16), jnp.int32)),
+    "gate must be": dict(gate=jnp.zeros((1, 16, 4))),
     "first must be int32": dict(first=jnp.zeros((1, 15), jnp.int32)),
     "has kernels for GPU and TPU": dict(backend="pallas"),
 }
@@ -201,11 +222,11 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_unsupported_calls_are_refused(message):
-    options = dict(S=16, H=4, k_dtype="float32", first=None, backend="xla") | BAD_CALLS[message]
+    options = dict(S=16, H=4, k_dtype="float32", first=None, gate=None, backend="xla") | BAD_CALLS[message]
     q = jnp.zeros((1, options["S"], options["H"], 64))
     k, v = jnp.zeros((1, 16, 2, 64), options["k_dtype"]), jnp.zeros((1, 16, 2, 64))
     with pytest.raises(ValueError, match=message):
-        xsa_attention(q, k, v, xsa=True, first_BS=options["first"], backend=options["backend"])
+        xsa_attention(q, k, v, xsa=True, first_BS=options["first"], gate_BSH=options["gate"], backend=options["backend"])
 
 
 @pytest.mark.parametrize("module", [mosaic_gpu, splash_tpu])
