@@ -22,7 +22,7 @@ def test_build_then_verify(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["build", "no-such-file.txt", "--out", "new"], "error: no-such-file.txt: cannot be read"),
-        (["verify", "no-such-directory"], "error: no-such-directory: has no manifest.json"),
+        (["verify", "no-such-directory"], "error: no-such-directory: no such directory"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_two(arguments, message, tmp_path, monkeypatch, capsys):
