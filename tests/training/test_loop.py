@@ -107,7 +107,8 @@ def test_a_diverged_state_is_set_aside_and_the_one_before_goes_on(run_training, 
     run_training(replace(recipe, budget=replace(recipe.budget, steps=2)), path)
     with closing(RunDir(path, resume=True)) as run, closing(Checkpoints(path / "checkpoints")) as checkpoints:
         error = Keeper(recipe, checkpoints, run, Signals(), {}).diverged(2, math.nan)
-    assert "step 3: the training loss is nan" in str(error) and "go on from checkpoint 1 with lower ones: python -m golf_jax.train --resume" in str(error)
+    advice = "go on from checkpoint 1 with lower ones: python -m golf_jax.train --resume"
+    assert "step 3: the training loss is nan" in str(error) and advice in str(error)
     assert (path / "checkpoints/2.diverged").is_dir()
     run_training(recipe, path, resume=True)
     assert "resumed at step 1," in (path / "log.txt").read_text()
