@@ -302,7 +302,8 @@ def attention(
         tap("gate", gate_BSH)
         gate_BSH = gate_BSH * c.head_gate_scale if c.head_gate == "narrow" else gate_BSH
     inside = {}
-    if gate_BSH is not None and attend is None and backend == "pallas":  # what has no gate yet never meets memory (nor `y`)
+    # What has no gate yet never meets memory (nor `y`). PR 2005's step moves more bytes that way (benchmarks/aot.md).
+    if c.head_gate == "linear" and attend is None and backend == "pallas":
         inside, gate_BSH = {"gate_BSH": gate_BSH}, None
     attend = attend or partial(xsa_attention, first_BS=first_BS, longest=longest, backend=backend, **inside)
     y_BSHK = attend(q_BSHK, k_BTGK, v_BTGK, xsa=xsa)
