@@ -7,10 +7,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-if sys.argv[:1] == ["-m"] and "golf_jax" in " ".join(sys.orig_argv) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a command that is still being imported: Ctrl-C needs no traceback until `cli.run` listens
+# A command that is still being imported (`python -m golf_jax...`): Ctrl-C ends it without a traceback until `cli.run` listens.
+_starting = sys.argv[:1] == ["-m"] and "golf_jax" in " ".join(sys.orig_argv)
+if _starting and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Strings, not imports: `import golf_jax` must not import jax, and the code that ships with an artifact follows every import statement.
 _PUBLIC = {
