@@ -1,5 +1,7 @@
 """The Linen module is the network, and what it is called with is checked."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import optax
 import pytest
 
 from golf_jax.config import GolfError, ModelConfig
-from golf_jax.model import GPT, init_params, logits, nll
+from golf_jax.kernels.attention import xsa_attention
+from golf_jax.model import GPT, gpt, init_params, logits, nll
 
 CONFIG = ModelConfig(vocab_size=40, num_layers=2, width=32, num_heads=2, num_kv_heads=1)
 TOKENS = np.arange(20).reshape(2, 10)
@@ -76,6 +79,25 @@ def test_constant_tokens_may_be_closed_over():
     params = init_params(CONFIG, jax.random.key(0))
     closed = jax.jit(lambda p: logits(CONFIG, p, TOKENS))(params)
     np.testing.assert_array_equal(closed, jax.jit(lambda p, x: logits(CONFIG, p, x))(params, TOKENS))
+
+
+@pytest.mark.parametrize("kind, inside", [("linear", True), ("query_rows", False)])
+def test_a_gate_acts_once_inside_the_kernels_or_behind_them(kind, inside, monkeypatch):
+    """The kernels are stood in for by the reference; with and without `pallas` the logits are the same."""
+    config = replace(CONFIG, head_gate=kind)
+    params = init_params(config, jax.random.key(0))
+    params |= {n: jax.random.normal(jax.random.key(i), x.shape) for i, (n, x) in enumerate(params.items()) if "gate" in n}
+    expected, given = logits(config, params, TOKENS), []
+
+    def kernels(q, k, v, *, xsa, first_BS, longest, backend, gate_BSH=None):
+        given.append(gate_BSH is not None)
+        y = xsa_attention(q, k, v, xsa=xsa, first_BS=first_BS, longest=longest)
+        return y if gate_BSH is None else y * jax.nn.sigmoid(gate_BSH)[..., None]
+
+    monkeypatch.setattr(gpt, "xsa_attention", kernels)
+    monkeypatch.setattr(gpt, "supported_backends", lambda *a, **k: ("xla", "pallas"))
+    np.testing.assert_allclose(logits(replace(config, attention="pallas"), params, TOKENS), expected, atol=1e-5)
+    assert given == [inside] * config.num_layers
 
 
 def test_the_parts_have_names_in_a_profile():
