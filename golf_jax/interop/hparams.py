@@ -52,6 +52,22 @@ _PARTS = {
 # Parts that no PR here has: they may only be named to be off, as those of another PR.
 _ABSENT = ("dtg_enabled", "mtp_num_heads", "canon_last_n", "delta_gate", "normuon", "value_residual_alpha", "etlb_enabled", "lora_ttt")
 _ALIASES = {"xsa_layers": "xsa_last_n", "golden_numel": "qat_numel_threshold", "leakyrelu_slope": "leaky_slope"}
+_RULES = "numel_threshold", "embed_clip_sigmas", "attn_clip_sigmas", "mlp_clip_sigmas"
+# Names of PR 2135's evaluation -> dotted field of the recipe.
+_SCORING = {
+    "gptq_calibration_batches": "quant.gptq_batches", "lqer_rank": "quant.lowrank.rank", "lqer_top_k": "quant.lowrank.top",
+    "lqer_asym_group": "quant.lowrank.group", "eval_seq_len": "eval.packed.seq_len", "world_size": "eval.packed.ranks",
+    "ttt_lora_rank": "eval.documents.rank", "ttt_lora_alpha": "eval.documents.alpha", "ttt_lora_lr": "eval.documents.lr",
+    "ttt_beta2": "eval.documents.beta2", "ttt_lora_eps": "eval.documents.eps", "ttt_weight_decay": "eval.documents.weight_decay",
+    "ttt_chunk_size": "eval.documents.chunk", "ttt_eval_seq_len": "eval.documents.seq_len", "ttt_batch_size": "eval.documents.batch",
+    "phased_ttt_prefix_docs": "eval.documents.prefix", "global_ttt_lr": "eval.documents.global_lr",
+    "global_ttt_momentum": "eval.documents.global_momentum", "global_ttt_chunk_tokens": "eval.documents.global_chunk",
+    "global_ttt_grad_clip": "eval.documents.clip_norm", "token_threshold": "eval.documents.tilt.threshold",
+    "token_boost": "eval.documents.tilt.boost", "token_order": "eval.documents.tilt.order",
+}  # fmt: skip
+
+# What the sets of that evaluation say of a case in words alone; a new set says it by the case's `config`.
+_NOTES = {"the same run scored without the tilt": {"eval.documents.tilt.order": 0}}
 
 
 def model_config(recipe: str, config: Mapping[str, Any]) -> ModelConfig:
@@ -120,3 +136,24 @@ def _typed(recipe: str, key: str, value: Any, like: Any) -> Any:
         return type(like)(float(value))
     except (TypeError, ValueError):
         raise GolfError(f"{recipe}: hyperparameter {key} is {value!r}, expected {type(like).__name__}") from None
+
+
+def scoring_settings(given: Mapping[str, Any], note: str) -> dict[str, Any]:
+    """How a script with PR 2135's names quantizes and scores: dotted field of the recipe -> value. Nothing where it names neither.
+
+    note: of the case of a reference set that is about to be computed.
+    """
+    if not {*_RULES, "ttt_lora_rank"} <= {*given}:
+        return {}
+    rows = given["val_batch_tokens"] // (8 if given["world_size"] == 1 else given["world_size"]) // given["eval_seq_len"]
+    found = {field: given[name] for name, field in _SCORING.items() if name in given}
+    found |= {"eval.packed.rows": rows, "eval.documents.ranks": given["world_size"]}
+    numel, table, attention, mlp = (given[name] for name in _RULES)
+    found["quant.rules"] = [
+        {"pattern": "", "scheme": "float16", "max_numel": numel},
+        {"pattern": "tok_emb", "scheme": "gptq_int7", "sigmas": table},
+        {"pattern": ".attn.", "scheme": "gptq_int6", "sigmas": attention},
+        {"pattern": "", "scheme": "gptq_int6", "sigmas": mlp},
+    ]
+    found |= {"model.rope_bf16_frequencies": False, "model.dtype": "float32"}  # the scripts ran in float32
+    return found | _NOTES.get(note, {})

@@ -130,12 +130,12 @@ def _artifact(case: Case) -> None:
     """The packed file that the script wrote holds the arrays stored beside it; they are all there is of tensors without weights here."""
     if "artifact" not in case.own:
         return
-    case.added.add("artifact")
     try:
         found = read_packed_codes(case.own["artifact"].tobytes())
     except NotInstalled as e:
         case.refs.not_checked[f"{case.where}/artifact"] = str(e)
         return
+    case.added.add("artifact")
     for item, want in case.held.items():
         base, _, spec = item.partition("@")
         what, _, name = base.partition("/")

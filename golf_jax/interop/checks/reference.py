@@ -20,7 +20,7 @@ from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_re
 from golf_jax.config.serialize import from_dict, to_dict
 from golf_jax.files import read_bytes
 from golf_jax.interop.checks.base import CheckResult
-from golf_jax.interop.checks.hyperparameters import settings
+from golf_jax.interop.hparams import scoring_settings
 from golf_jax.model import from_tensors
 
 Arrays = dict[str, np.ndarray]
@@ -196,7 +196,7 @@ class Case:
         layers = [self.settings.get("config", {})]
         if not self.settings.get("shipped"):
             source = self.refs.case(f"params/{self._params_case()}").settings if self._has_params() else {}
-            by_name = settings(self.refs.json["recipe"], self.refs.json.get("hyperparameters", {}), self.where)
+            by_name = scoring_settings(self.refs.json.get("hyperparameters", {}), self.settings.get("note", ""))
             layers = [by_name, self.refs.json["config"], source.get("config", {}), *layers]
         document = to_dict(self.refs.recipe)
         try:
@@ -308,7 +308,7 @@ class Case:
             base, _, spec = item.partition("@")
             if (found := _fact(ours, base)) is None:
                 if item not in self.added:
-                    self.refs.not_checked[f"{self.where}/{item}"] = "not computed here"
+                    self.refs.not_checked.setdefault(f"{self.where}/{item}", "not computed here")
             elif isinstance(reference, str):
                 self.add(item, found == reference, True)
             else:
