@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import sys
 import traceback
@@ -58,8 +59,10 @@ def value_of(argv: Sequence[str], flag: str) -> str:
     return ""
 
 
-def run(main: Callable[[list[str]], int]) -> None:
+def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
     """Run a command's main and exit with its status. The one door of all commands.
+
+    computes: it works for minutes, so that huge pages are worth a second start (`_use_huge_pages`).
 
     A GolfError becomes one line on stderr and status 2, a signal status 128 + its number (Ctrl-C 130), a reader that went away (`| head`)
     141, as of a shell's own tools. What the terminal cannot show is written with backslash escapes. What the system refuses is one line.
@@ -69,6 +72,8 @@ def run(main: Callable[[list[str]], int]) -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if computes:
+        _use_huge_pages()
     sys.stdin = sys.stdin or open(0)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -101,6 +106,22 @@ def run(main: Callable[[list[str]], int]) -> None:
         found = GolfError(f"{error.filename or 'output'}: {error.strerror or error}")
         status = _silent(_fail(f"error: {found}", 2))
     sys.exit(status)
+
+
+def _use_huge_pages() -> None:
+    """Start this process over with glibc's huge pages, where Linux gives them to those that ask for them.
+
+    XLA:CPU maps its temporaries anew in every step, page by page (a sixth of pr638's time, benchmarks/README.md). glibc reads the variable
+    only when a process starts. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 keeps small pages.
+    """
+    given, words = os.environ.get("GLIBC_TUNABLES", ""), sys.orig_argv
+    as_module = any(flag == "-m" and name.split(".")[0] == "golf_jax" for flag, name in itertools.pairwise(words))
+    if "glibc.malloc.hugetlb" in given or not (as_module or Path(words[1]).name == "golf-jax"):
+        return  # never somebody else's process: a notebook that runs the module, a test
+    with contextlib.suppress(OSError, ValueError):  # another system, another C library
+        if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text() and os.confstr("CS_GNU_LIBC_VERSION"):
+            os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [given, "glibc.malloc.hugetlb=1"]))
+            os.execv(sys.executable, [sys.executable, *words[1:]])
 
 
 def _refuse_empty(argv: Sequence[str]) -> None:

@@ -40,4 +40,4 @@ def _default(resume: str) -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, computes=True)

@@ -150,6 +150,33 @@ def test_a_closed_standard_input_is_an_empty_one():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("words", "given", "set_to"),
+    [
+        (["-u", "-m", "golf_jax.train", "pr638"], "", "glibc.malloc.hugetlb=1"),
+        (["/usr/bin/golf-jax", "train"], "glibc.cpu.x=1", "glibc.cpu.x=1:glibc.malloc.hugetlb=1"),
+        (["-m", "golf_jax.train"], "glibc.malloc.hugetlb=0", None),
+        (["-m", "ipykernel_launcher", "-f", "golf_jax.json"], "", None),
+    ],
+)
+def test_what_computes_starts_over_in_huge_pages_once_and_never_another_process(words, given, set_to, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def execv(path, argv):
+        raise Started(argv, os.environ["GLIBC_TUNABLES"])
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.36", raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda self: "always [madvise] never\n")
+    monkeypatch.setattr(sys, "orig_argv", ["python", *words])
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setenv("GLIBC_TUNABLES", given)
+    with pytest.raises(Started if set_to else SystemExit) as caught:
+        cli.run(lambda argv: 0, computes=True)
+    assert not set_to or caught.value.args == ([sys.executable, *words], set_to)
+
+
 def test_other_errors_keep_their_traceback(monkeypatch):
     def main(argv):
         raise ZeroDivisionError
