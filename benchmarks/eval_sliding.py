@@ -61,7 +61,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     recipe = replace(recipe, model=config, data=DataConfig(seq_len=T, ranks=1, rows_per_rank=windows))
     job = peer_job(recipe, params, platform(mesh)) | {"last": last, "looping": True}
     job |= {"x": host[:, :-1].astype(np.int32), "y": host[:, 1:].astype(np.int32)}
-    peers = {f"torch {kind}": Peer(job | {"compile": kind == "compile"}) for kind in options.peer}
+    peers = {f"torch {kind}": Peer(job | {"compile": kind == "compile"}, options.plain_peer) for kind in options.peer}
     samples: dict[str, list[dict[str, float]]] = {n: [] for n in (*programs, *peers)}
     scores = {}
     for i in range(options.repeats + 1):  # in turn, so that whatever else the machine does meets all
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--devices", type=int, default=0, help="as of golf_jax.evaluate")
     parser.add_argument("--peer", nargs="*", choices=("eager", "compile"), default=())
+    parser.add_argument("--plain-peer", action="store_true", help="peers without GLIBC_TUNABLES, which golf_jax.evaluate sets for itself")
     parser.add_argument("--no-straightforward", dest="straightforward", action="store_false")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", default="")

@@ -53,6 +53,8 @@ class Options:
 
     peer: tuple[Literal["eager", "compile"], ...] = ()
     """PyTorch peers to run beside it, without and with torch.compile."""
+    plain_peer: bool = False
+    """The peers without GLIBC_TUNABLES, which `golf_jax.train` sets for itself."""
     devices: int = 0
     """As of `python -m golf_jax.train`: 0 for all, of a CPU about one per core."""
     steps: int = 20
@@ -74,9 +76,11 @@ class Options:
 class Peer:
     """The PyTorch peer in a process of its own (torch_peer.serve)."""
 
-    def __init__(self, job: dict[str, Any]):
-        script = Path(__file__).with_name("torch_peer.py")
-        self.process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, job: dict[str, Any], plain: bool = False):
+        """plain: without what `golf_jax.train` sets for itself, as people run a script."""
+        environment = {k: v for k, v in os.environ.items() if not (plain and k == "GLIBC_TUNABLES")}
+        command = [sys.executable, str(Path(__file__).with_name("torch_peer.py"))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self._send(job)
 
     def _send(self, message: Any) -> None:
@@ -187,7 +191,7 @@ def measure(recipe: Recipe, options: Options) -> Iterator[dict[str, Any]]:
     compiled = make_step(recipe, mesh, phase).lower(state, batch, inputs).compile()
     compile_s = time.perf_counter() - start
 
-    peers = {name: Peer(job | {"compile": name == "compile"}) for name in options.peer}
+    peers = {name: Peer(job | {"compile": name == "compile"}, options.plain_peer) for name in options.peer}
     firsts = {name: peer.step() for name, peer in peers.items()}  # compiles
     samples: dict[str, list] = {"jax": [], **{name: [] for name in peers}}
     losses: dict[str, list[float]] = {"jax": [], **{name: [answer["loss"]] for name, answer in firsts.items()}}
