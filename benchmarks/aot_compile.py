@@ -92,6 +92,13 @@ def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
             name = f"{backend} attention{', xsa' if xsa else ''}"
             yield Program(f"{name}: forward", local(attention, *[sharded] * 3, out=sharded), (q, kv, kv), backend)
             yield Program(f"{name}: forward and backward", local(with_gradients, *[sharded] * 4, out=sharded), (q, kv, kv, q), backend)
+
+    def gated(q, k, v, gate, dy):
+        y, pullback = jax.vjp(lambda q, k, v, gate: xsa_attention(q, k, v, xsa=True, gate_BSH=gate, backend="pallas"), q, k, v, gate)
+        return y, *pullback(dy)
+
+    arguments = (q, kv, kv, array(batch, T, H), q)
+    yield Program("pallas attention, xsa, head gate: forward and backward", local(gated, *[sharded] * 5, out=sharded), arguments, "pallas")
     for sequences, length in ((BATCH, T), (1, BATCH * T)):  # documents inside 48 rows, and packed into one
         q, kv = (array(sequences * mesh.size, length, heads, head_dim) for heads in (H, G))
         first = array(sequences * mesh.size, length, dtype=jnp.int32)
