@@ -21,6 +21,8 @@ from golf_jax.quant.schemes import INT8_QUANTILE, coded_values, sd_scale
 
 Packed = dict[str, QTensor]
 
+NO_WEIGHTS = "the set holds no weights of this tensor"
+
 
 def check_quant(case: Case) -> None:
     tensors, config = case.tensors, rules_for(case.model, case.recipe.quant)
@@ -44,7 +46,10 @@ def check_quant(case: Case) -> None:
     else:
         case.added |= {f"hessian/{n}" for n in stored}  # given, not compared
     for name, facts in case.settings.get("tensors", {}).items():
-        if "threshold" in facts and name in tensors:
+        asked = [fact for fact in ("threshold", "zeroed") if fact in facts]
+        if name not in tensors:
+            case.refs.not_checked |= {f"{case.where}/{fact}/{name}": NO_WEIGHTS for fact in asked}
+        elif asked:
             fraction = config.prune_fraction
             ours[f"threshold/{name}"] = torch_quantile(np.sort(np.abs(tensors[name]), axis=None), fraction)
             ours[f"zeroed/{name}"] = (prune_by_magnitude(tensors[name], fraction) == 0).sum()
