@@ -38,6 +38,16 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ""
 
 
+def trained_on(run: dict[str, Any], here: dict[str, Any]) -> str:
+    """What is to be said where validation files of the text `here` were trained on in a `run` (identities); empty where none was."""
+    then = {(entry["bytes"], entry["content"]): entry["name"] for entry in run["train"]}
+    pairs = [(entry["name"], then.get((entry["bytes"], entry["content"]))) for entry in here["val"]]
+    if not (found := [pair for pair in pairs if pair[1]]):
+        return ""
+    one = f"{found[0][0]} is its {found[0][1]}"
+    return f"WARNING: the model was trained on {len(found)} of the {len(pairs)} files that it is scored on ({one}): this is no validation"
+
+
 def _shards(paths: Sequence[Path]) -> list[dict[str, Any]]:
     manifests: dict[Path, dict[str, str]] = {}
     entries = []

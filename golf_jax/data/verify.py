@@ -65,7 +65,7 @@ def verify(train: str, val: str, tokenizer: str | Path, manifest: dict[str, Any]
         _verify_text(report, splits, model, entry, _verify_sidecar(report, val, entry), log)
     train_documents, held_out = (documents_of(splits[split], model.bos_id) for split in ("train", "val"))
     progress = Progress(log, "overlap: tokens of training compared:", sum(map(len, splits["train"])))
-    found = find_overlap(_counted(train_documents, progress), held_out, model)
+    found = find_overlap(_counted(train_documents, progress), held_out, model, inside=True)
     report.facts.append(found.fact())
     if found.leaked:
         report.problems.append(f"{found.leaked} of {found.documents} validation documents are also training documents (whole or in part)")
@@ -117,7 +117,7 @@ def _verify_split(report: Report, split: str, pattern: str, model: Tokenizer, en
         report.problems.append(f"{pattern}: no BOS ({model.bos_id}) anywhere, documents have no start")
     elif entry and documents != entry.get("documents", documents):
         report.problems.append(f"{pattern}: {documents} documents, the manifest says {entry['documents']}")
-    return shards
+    return shards if documents else []
 
 
 def _verify_sidecar(report: Report, pattern: str, entry: dict[str, Any]) -> Sidecar | None:
