@@ -115,6 +115,23 @@ def test_a_signal_is_passed_on_and_nothing_more_is_started(tmp_path, monkeypatch
     assert (tmp_path / "seed=1.saved").exists() and not (tmp_path / "seed=2.here").exists()
 
 
+def test_a_run_is_told_about_while_it_runs(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\nsleep 0.3\nmkdir $4\necho "step:1/2" > $4/log.txt\nuntil [ -e $4/told ]; do sleep 0.05; done\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("golf_jax.sweeping.sys.executable", str(program))
+    monkeypatch.setattr("golf_jax.sweeping.SECONDS", 0.1)
+    said = []
+
+    def say(line):
+        said.append(line)
+        if "step:" in line:
+            (tmp_path / "seed=1/told").touch()
+
+    assert run_grid(grid(load_recipe("baseline"), [1], {}), tmp_path, 1, say) == {}
+    assert said[1] == "  seed=1: starting" and said[-2:] == ["  seed=1: step:1/2", "  seed=1: done"]
+
+
 @pytest.mark.slow
 def test_processes_side_by_side(tmp_path, programs, monkeypatch):
     """Real runs, one of them interrupted before: it goes on, and a run that cannot start says why."""
