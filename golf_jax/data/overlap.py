@@ -92,7 +92,7 @@ def find_overlap(
             common = int(differs[0]) if len(differs) else common
             (leaked if common >= min(len(other) / 2, TRAINED_ON) else alike).add(number)
         block += [document] * inside
-        size += len(document)
+        size += inside * len(document)
         if size >= BLOCK:
             windows.look(np.concatenate(block))
             block, size = [], 0

@@ -158,7 +158,7 @@ def test_a_common_header_is_told_and_not_refused(tokenizer):
     assert found.facts[-1].startswith("WARNING: overlap: 0 of 4 validation documents are in training, 4 more begin as one there")
 
 
-def test_validation_text_inside_training_documents_is_found(tokenizer):
+def test_validation_text_inside_training_documents_is_found(tokenizer, monkeypatch):
     """Joined, split over two, with something before it; not what shares a licence, or a paragraph that many have, or is short."""
     licence, other, *parts = [part for text in TEXTS for part in cut(text) if len(part) > 2500]
     quoted = [f"{number} {parts[3][:500]} end of {number}" for number in range(12)]
@@ -166,14 +166,16 @@ def test_validation_text_inside_training_documents_is_found(tokenizer):
     joined, split = other + parts[0][:2000] + other, ["#!" + parts[1][:400], parts[1][390:700] + other]
     train = [joined, *split, other + licence[:900], "not as short as this"]
 
-    def overlap(train):
-        return find_overlap(*map(tokenizer.encode_documents, (train, held_out)), tokenizer, inside=True)
+    def overlap(train, inside=True):
+        return find_overlap(*map(tokenizer.encode_documents, (train, held_out)), tokenizer, inside=inside)
 
     assert overlap(train) == Overlap(5, 5, 2, 0)
     assert overlap([*train, other + parts[2][:1500]]).leaked == 3
     assert overlap([*train, *quoted[1:]]).leaked == 2
     assert overlap([*train, other + quoted[0]]).leaked == 3
     assert overlap([]) == Overlap(5, 0, 0, 0)
+    monkeypatch.setattr("golf_jax.data.overlap.BLOCK", 300)  # as in long text
+    assert overlap(train) == Overlap(5, 5, 2, 0) and overlap(train, inside=False) == Overlap(5, 5, 0, 0)
 
 
 def test_a_window_is_found_at_every_position_and_lines_of_dashes_are_none():
