@@ -144,7 +144,9 @@ def test_processes_side_by_side(tmp_path, programs, monkeypatch):
     before = json.loads(result.read_text())
     result.unlink()
     assert run_grid(points, tmp_path, 2, said.append) == {} and json.loads(result.read_text()) == before
-    assert said[3].startswith("2 runs") and said[4:] == ["  seed=5: done"]
+    again = said[next(n for n, line in enumerate(said) if "1 of them finished before" in line) :]
+    assert again[0].startswith("2 runs") and again[-1] == "  seed=5: done" and not any("seed=6" in line for line in again)
+    assert any("seed=6: " in line and not line.endswith("done") for line in said)  # what it was at after 5 s
     lost = replace(recipe, data=replace(recipe.data, train=str(tmp_path / "no_*.bin")))
     problems = run_grid(grid(lost, [7], {}), tmp_path, 1, said.append)
     assert list(problems) == ["seed=7"] and problems["seed=7"].startswith("error: ")
