@@ -76,6 +76,9 @@ def main(argv: Sequence[str]) -> int:
     say = (to_screen if options.json else print) if jax.process_index() == 0 else lambda line: None
     model = open_model(options.model, options.recipe, say)
     text = text_for(model, options.val, options.tokenizer)
+    doubts = [fact for fact in text.facts if fact.startswith("WARNING")]
+    for doubt in doubts:
+        say(doubt)
     mesh, eval = make_mesh(options.devices), replace(model.eval, batch_rows=options.batch_rows or model.eval.batch_rows)
     if options.stride:
         eval = replace(eval, **{name: replace(getattr(eval, name), stride=options.stride) for name in WINDOWED})
@@ -83,8 +86,9 @@ def main(argv: Sequence[str]) -> int:
     most = min(filter(None, (options.max_tokens, documents)), default=0)
     result = next(score(model, text, mesh, eval, say, seq_len=model.seq_len, methods=[method_of(eval, options.mode)], max_targets=most))
     if options.json and jax.process_index() == 0:  # before the screen, which may be gone by now
-        Path(options.json).write_text(json_text({"model": model.name, "sha256": model.sha256, **result.to_dict()}))
-    say("\n".join(result.lines()))
+        about = {"model": model.name, "sha256": model.sha256, "text_facts": list(text.facts)}
+        Path(options.json).write_text(json_text(about | result.to_dict()))
+    say("\n".join([*result.lines(), *doubts]))
     return 0
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from golf_jax.artifact.container import MAX_FILE_BYTES
 from golf_jax.artifact.model import load_model
 from golf_jax.config import EvalConfig, GolfError, ModelConfig, named
+from golf_jax.data.identity import trained_on
 from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.evaluation import Result
@@ -30,6 +31,7 @@ from golf_jax.model.inputs import check_tokens
 from golf_jax.options import Sampling
 from golf_jax.progress import Log
 from golf_jax.training.resume import stored_recipe
+from golf_jax.training.rundir import read_stages
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,10 @@ def score(model: Model, text: Text, *, log: Log = print) -> dict[str, Result]:
 
 
 def text_for(model: Model, val: str = "", tokenizer: str = "") -> Text:
-    """What the model is scored on: as given (a glob, a SentencePiece model), else as its run directory says, else the embedded corpus."""
+    """What the model is scored on: as given (a glob, a SentencePiece model), else as its run directory says, else the embedded corpus.
+
+    Files that the run was trained on are told among the facts, whatever their names.
+    """
     beside = Path(model.name).with_name("config.json")
     if not val and not model.embedded and beside.is_file():
         val = stored_recipe(beside.parent).data.val
@@ -165,4 +170,7 @@ def text_for(model: Model, val: str = "", tokenizer: str = "") -> Text:
         return open_text("embedded", "", "", model.config.vocab_size, model.seq_len)
     if not val or not tokenizer:
         raise GolfError("give the validation shards and their tokenizer: --val 'GLOB' --tokenizer MODEL")
-    return open_text("", val, tokenizer, model.config.vocab_size, model.seq_len, sha256=model.tokenizer_sha256)
+    text = open_text("", val, tokenizer, model.config.vocab_size, model.seq_len, sha256=model.tokenizer_sha256)
+    trained = read_stages(beside.parent).get("text")
+    found = trained_on(trained, text.identity) if trained else ""
+    return replace(text, facts=(*text.facts, found)) if found else text

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 Log = Callable[[str], None]
-FIRST_SECONDS, NEXT_SECONDS = 5.0, 10.0
+SECONDS = 5.0  # of silence at most
 
 
 def to_screen(line: str) -> None:
@@ -18,7 +18,7 @@ def to_screen(line: str) -> None:
 @contextlib.contextmanager
 def patience(log: Log | None, what: str) -> Iterator[None]:
     """Tells `log` after 5 s that `what` goes on: for work that cannot say how far it is."""
-    timer = threading.Timer(FIRST_SECONDS, log or str, (f"{what} ...",))
+    timer = threading.Timer(SECONDS, log or str, (f"{what} ...",))
     timer.daemon = True
     timer.start()
     try:
@@ -28,7 +28,7 @@ def patience(log: Log | None, what: str) -> Iterator[None]:
 
 
 class Progress:
-    """Tells `log` how far work of `total` parts is, with a projection: first after 1 % or 5 s, then at most every 10 s.
+    """Tells `log` how far work of `total` parts is, with a projection: first after 1 % or 5 s, then every 5 s.
 
     Work that will be done within 5 s is not talked about. log: None says nothing. total: 0 where nobody knows. before: seconds taken
     by what came first, once.
@@ -47,9 +47,9 @@ class Progress:
         projected = self.before + seconds * self.total / done if done else 0.0
         if self.total and not self.early and self.total <= 100 * done:
             self.early = done / self.total, projected
-        first = self.told < 0 and (seconds >= FIRST_SECONDS or (100 * done >= self.total and projected >= FIRST_SECONDS))
+        first = self.told < 0 and (seconds >= SECONDS or (100 * done >= self.total and projected >= SECONDS))
         left = done < self.total or not self.total
-        if self.log and left and (first or (self.told >= 0 and seconds - self.told >= NEXT_SECONDS)):
+        if self.log and left and (first or (self.told >= 0 and seconds - self.told >= SECONDS)):
             self.told = seconds
             of, end = (f" of {self.total:,}", f", {projected:.0f} s projected") if self.total else ("", "")
             self.log(f"{self.label} {done:,}{of} in {seconds:.1f} s{end}")

@@ -10,7 +10,7 @@ import queue
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from golf_jax import cli
 from golf_jax.config import GolfError, Recipe, differences, from_dict, parse_json, to_dict
 from golf_jax.interrupt import Interrupted
+from golf_jax.progress import SECONDS, Log
 from golf_jax.training.resume import stored_recipe
 from golf_jax.training.rundir import kept, read_json
 
@@ -102,7 +103,7 @@ def _set(data: Any, field: str, value: Any) -> None:
     data[key] = value
 
 
-def run_grid(points: Sequence[Point], folder: Path, jobs: int, say: Callable[[str], None]) -> dict[str, str]:
+def run_grid(points: Sequence[Point], folder: Path, jobs: int, say: Log) -> dict[str, str]:
     """Run, or go on with, every point in `folder`/`point.name`, `jobs` at a time. Returns what went wrong, by point.
 
     Of a CPU each job gets its share of the cores; of CUDA_VISIBLE_DEVICES, where that is set, its share of the GPUs. Raises GolfError if a
@@ -122,7 +123,7 @@ def run_grid(points: Sequence[Point], folder: Path, jobs: int, say: Callable[[st
         try:
             mine = {"CUDA_VISIBLE_DEVICES": ",".join(devices[job::jobs])} if devices else {}
             share = 0 if devices or jobs == 1 else max((os.cpu_count() or 1) // jobs, 1)
-            return _run_point(point, folder / point.name, share, mine, running)
+            return _run_point(point, folder / point.name, share, mine, running, say)
         finally:
             free.put(job)
 
@@ -149,14 +150,26 @@ def _check_same(point: Point, directory: Path) -> None:
             raise GolfError(f"{directory}: holds another run ({field} is {there!r} there, {here!r} here); give another --sweep-dir")
 
 
-def _run_point(point: Point, directory: Path, devices: int, environment: dict[str, str], running: set[subprocess.Popen[str]]) -> str:
-    """Runs it in a process of its own, which is `running` meanwhile; returns its last line of complaint, or nothing."""
+def _run_point(
+    point: Point, directory: Path, devices: int, environment: dict[str, str], running: set[subprocess.Popen[str]], say: Log
+) -> str:
+    """Runs it in a process of its own, which is `running` meanwhile; returns its last line of complaint, or nothing.
+
+    say: hears every 5 s what the run says of itself.
+    """
     file = directory.with_name(f"{directory.name}.json")
     file.write_text(json.dumps(to_dict(point.recipe), indent=1) + "\n")
     command = [sys.executable, "-m", "golf_jax.sweeping", str(file), str(directory), str(devices)]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     running.add(child)
-    lines = child.communicate()[1].strip().splitlines()
+    while True:
+        try:
+            lines = child.communicate(timeout=SECONDS)[1].strip().splitlines()
+            break
+        except subprocess.TimeoutExpired:
+            log = directory / "log.txt"
+            said = log.read_text(encoding="utf8", errors="replace").splitlines() if log.is_file() else []
+            say(f"  {point.name}: {said[-1] if said else 'starting'}")
     running.discard(child)
     if child.returncode == 0:
         file.unlink()

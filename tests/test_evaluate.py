@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,10 +17,12 @@ from golf_jax import evaluate
 from golf_jax.artifact.model import pack_model
 from golf_jax.config import DataConfig, EvalConfig, GolfError, ModelConfig, QuantConfig, QuantRule, Recipe, ScoreFirstConfig, SlidingConfig
 from golf_jax.data import corpus
+from golf_jax.data.identity import identify
 from golf_jax.data.shards import write_shard
 from golf_jax.data.tokenizer import Tokenizer, train_bpe
 from golf_jax.evaluation import METHODS
 from golf_jax.evaluation.stream import first_documents
+from golf_jax.files import sealed
 from golf_jax.interop import open_model
 from golf_jax.mesh import make_mesh
 from golf_jax.model import init_params
@@ -89,6 +92,30 @@ def test_a_result_is_kept_where_the_screen_is_full(folder, tmp_path):
     with contextlib.redirect_stdout(Full()):
         evaluate.main(arguments(folder, "--max-docs", "8", "--devices", "1", "--json", str(tmp_path / "x.json")))
     assert json.loads((tmp_path / "x.json").read_text())["partial"]
+
+
+def test_text_that_the_run_was_trained_on_is_told_whatever_its_name(folder, capsys, tmp_path):
+    for name in ("artifact.golf", "tokenizer.model"):
+        shutil.copy(folder / name, tmp_path)
+    shutil.copy(folder / "val_000.bin", tmp_path / "train_7.bin")
+    write_shard(tmp_path / "val_a.bin", np.concatenate(Tokenizer(tmp_path / "tokenizer.model").encode_documents(TEXT[::-1])))
+    shutil.copy(folder / "val_000.bin", tmp_path / "val_b.bin")
+    stages = {"text": identify("", [tmp_path / "train_7.bin"], [tmp_path / "val_a.bin"])}
+    (tmp_path / "stages.json").write_text(json.dumps(sealed(stages)))
+
+    def told(glob):
+        evaluate.main(
+            [str(tmp_path), "--val", str(tmp_path / glob), "--max-docs", "8", "--devices", "1", "--json", str(tmp_path / "r.json")]
+        )
+        facts = [fact for fact in json.loads((tmp_path / "r.json").read_text())["text_facts"] if "trained on" in fact]
+        assert all(capsys.readouterr().out.count(fact) == 2 for fact in facts)
+        return facts
+
+    some, whole = (
+        "WARNING: the model was trained on 1 of the 2 files that it is scored on (val_b.bin is its train_7.bin)",
+        "1 of the 1 files",
+    )
+    assert told("val_?.bin")[0].startswith(some) and whole in told("val_b.bin")[0] and not told("val_a.bin")
 
 
 def test_documents_are_counted_by_their_first_token():

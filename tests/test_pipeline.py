@@ -1,6 +1,7 @@
 """The main job: from text to a scored artifact and a run directory that tells all of it."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -164,6 +165,9 @@ def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monke
         if stage == "open_artifact":  # training is over, and all the same: on no other data, here without their last document
             first = np.frombuffer(kept[1024:], np.uint16)
             write_shard(shard, first[: np.flatnonzero(first == 1)[-1]])
+            with pytest.raises(GolfError, match="val_000000.bin: sha256 differs from the manifest's"):
+                pipeline.run(recipe, Options(resume=str(path)))
+            os.utime(shard, (0, 0))  # where nothing says that it was written to after the manifest
             with pytest.raises(GolfError, match="the data are not those of this run: val shard val_000000.bin: another bytes and content"):
                 pipeline.run(recipe, Options(resume=str(path)))
             shard.write_bytes(kept)

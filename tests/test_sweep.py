@@ -115,6 +115,23 @@ def test_a_signal_is_passed_on_and_nothing_more_is_started(tmp_path, monkeypatch
     assert (tmp_path / "seed=1.saved").exists() and not (tmp_path / "seed=2.here").exists()
 
 
+def test_a_run_is_told_about_while_it_runs(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\nsleep 0.3\nmkdir $4\necho "step:1/2" > $4/log.txt\nuntil [ -e $4/told ]; do sleep 0.05; done\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("golf_jax.sweeping.sys.executable", str(program))
+    monkeypatch.setattr("golf_jax.sweeping.SECONDS", 0.1)
+    said = []
+
+    def say(line):
+        said.append(line)
+        if "step:" in line:
+            (tmp_path / "seed=1/told").touch()
+
+    assert run_grid(grid(load_recipe("baseline"), [1], {}), tmp_path, 1, say) == {}
+    assert said[1] == "  seed=1: starting" and said[-2:] == ["  seed=1: step:1/2", "  seed=1: done"]
+
+
 @pytest.mark.slow
 def test_processes_side_by_side(tmp_path, programs, monkeypatch):
     """Real runs, one of them interrupted before: it goes on, and a run that cannot start says why."""
@@ -127,7 +144,9 @@ def test_processes_side_by_side(tmp_path, programs, monkeypatch):
     before = json.loads(result.read_text())
     result.unlink()
     assert run_grid(points, tmp_path, 2, said.append) == {} and json.loads(result.read_text()) == before
-    assert said[3].startswith("2 runs") and said[4:] == ["  seed=5: done"]
+    again = said[next(n for n, line in enumerate(said) if "1 of them finished before" in line) :]
+    assert again[0].startswith("2 runs") and again[-1] == "  seed=5: done" and not any("seed=6" in line for line in again)
+    assert any("seed=6: " in line and not line.endswith("done") for line in said)  # what it was at after 5 s
     lost = replace(recipe, data=replace(recipe.data, train=str(tmp_path / "no_*.bin")))
     problems = run_grid(grid(lost, [7], {}), tmp_path, 1, said.append)
     assert list(problems) == ["seed=7"] and problems["seed=7"].startswith("error: ")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from golf_jax.config import GolfError
-from golf_jax.data.manifest import NAME, hashes, read_manifest
+from golf_jax.data.manifest import NAME, hashes, read_manifest, sha256_file
 from golf_jax.data.shards import HEADER_BYTES
 
 SAMPLES, SAMPLE_BYTES = 32, 1 << 16  # evenly spread, with the first and the last bytes; a shard up to their sum is read whole
@@ -16,8 +16,9 @@ SAMPLES, SAMPLE_BYTES = 32, 1 << 16  # evenly spread, with the first and the las
 def identify(tokenizer_sha256: str, train: Sequence[Path], val: Sequence[Path]) -> dict[str, Any]:
     """JSON-able identity: tokenizer and, per split and shard, name, size, digest of header and sampled content.
 
-    Where a manifest of this package lies beside a shard, its SHA-256 of the whole file is taken over as `sha256`, unread. `digest`
-    sums all of it up in 16 hex digits. Costs 2 MB of reading per shard. GolfError when a file cannot be read.
+    Where a manifest of this package lies beside a shard, its SHA-256 of the whole file is taken over as `sha256`: unread, unless the shard
+    was written to after the manifest. `digest` sums all of it up in 16 hex digits. Costs 2 MB of reading per shard. GolfError when a file
+    cannot be read or was altered.
     """
     identity: dict[str, Any] = {"tokenizer": tokenizer_sha256, "train": _shards(train), "val": _shards(val)}
     return identity | {"digest": hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}
@@ -38,6 +39,16 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ""
 
 
+def trained_on(run: dict[str, Any], here: dict[str, Any]) -> str:
+    """What is to be said where validation files of the text `here` were trained on in a `run` (identities); empty where none was."""
+    then = {(entry["bytes"], entry["content"]): entry["name"] for entry in run["train"]}
+    pairs = [(entry["name"], then.get((entry["bytes"], entry["content"]))) for entry in here["val"]]
+    if not (found := [pair for pair in pairs if pair[1]]):
+        return ""
+    one = f"{found[0][0]} is its {found[0][1]}"
+    return f"WARNING: the model was trained on {len(found)} of the {len(pairs)} files that it is scored on ({one}): this is no validation"
+
+
 def _shards(paths: Sequence[Path]) -> list[dict[str, Any]]:
     manifests: dict[Path, dict[str, str]] = {}
     entries = []
@@ -46,6 +57,8 @@ def _shards(paths: Sequence[Path]) -> list[dict[str, Any]]:
             manifests[path.parent] = _listed(path.parent)
         entry = {"name": path.name, **_sample(path)}
         if whole := manifests[path.parent].get(path.name):
+            if path.stat().st_mtime_ns > (path.parent / NAME).stat().st_mtime_ns and sha256_file(path) != whole:
+                raise GolfError(f"{path}: sha256 differs from the manifest's; the file was altered; fetch or build it again")
             entry["sha256"] = whole
         entries.append(entry)
     return entries

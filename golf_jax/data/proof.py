@@ -69,10 +69,12 @@ def prove_text(
     if changes := tokenizer.changes():
         facts.append(f"tokenizer changes text: {'; '.join(changes)}")
     samples = {"train": sampled_documents(train, bos, seconds), "val": split_documents(val_tokens, bos)}
+    progress = Progress(log, "documents encoded again:")
     for split, documents in samples.items():
         if split == "train" and not train:
             continue
-        tried, failed = prove_round_trip(tokenizer, documents, seconds, split, log)
+        progress.label = f"{split}: documents encoded again:"
+        tried, failed = prove_round_trip(tokenizer, documents, seconds, split, progress)
         if not tried:  # validation has been looked at above
             facts.append(f"WARNING: {_without_documents(train, bos)}")
             continue
@@ -146,12 +148,11 @@ def refuse_private_text(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -
 
 
 def prove_round_trip(
-    tokenizer: Tokenizer, documents: Iterator[np.ndarray], seconds: float, where: str, log: Log | None = None
+    tokenizer: Tokenizer, documents: Iterator[np.ndarray], seconds: float, where: str, progress: Progress
 ) -> tuple[int, int]:
     """(documents tried, documents whose tokens encode(decode(document)) does not give back); GolfError above 1 %."""
     end = time.monotonic() + seconds
     tried, failures, batch = 0, [], []
-    progress = Progress(log, f"{where}: documents encoded again:")
 
     def compare() -> int:
         texts = [tokenizer.decode(document) for document in batch]

@@ -56,16 +56,20 @@ def verify(train: str, val: str, tokenizer: str | Path, manifest: dict[str, Any]
         report.facts.append("manifest: none, so hashes and counts cannot be compared")
     elif manifest["tokenizer"]["sha256"] != model.sha256:
         report.problems.append(f"{tokenizer}: sha256 {model.sha256}, the manifest says {manifest['tokenizer']['sha256']}")
+    say = log or (lambda line: None)
+    say("reading the shards")
     splits = {
         split: _verify_split(report, split, pattern, model, (manifest or {}).get(split), log)
         for split, pattern in (("train", train), ("val", val))
     }
     if splits["val"]:
+        say(f"encoding documents again, for {PROOF_SECONDS:.0f} s at most of train and of val")
         entry = (manifest or {}).get("val", {})
         _verify_text(report, splits, model, entry, _verify_sidecar(report, val, entry), log)
+    say("looking for validation text in training")
     train_documents, held_out = (documents_of(splits[split], model.bos_id) for split in ("train", "val"))
     progress = Progress(log, "overlap: tokens of training compared:", sum(map(len, splits["train"])))
-    found = find_overlap(_counted(train_documents, progress), held_out, model)
+    found = find_overlap(_counted(train_documents, progress), held_out, model, inside=True)
     report.facts.append(found.fact())
     if found.leaked:
         report.problems.append(f"{found.leaked} of {found.documents} validation documents are also training documents (whole or in part)")
@@ -117,7 +121,7 @@ def _verify_split(report: Report, split: str, pattern: str, model: Tokenizer, en
         report.problems.append(f"{pattern}: no BOS ({model.bos_id}) anywhere, documents have no start")
     elif entry and documents != entry.get("documents", documents):
         report.problems.append(f"{pattern}: {documents} documents, the manifest says {entry['documents']}")
-    return shards
+    return shards if documents else []
 
 
 def _verify_sidecar(report: Report, pattern: str, entry: dict[str, Any]) -> Sidecar | None:

@@ -27,7 +27,7 @@ from golf_jax.quant import QTensor, dequantize_all
 
 MAX_RAW_BYTES = 1 << 30
 NESTED = ("model", "model_state_dict", "state_dict")
-PREFIXES = ("_orig_mod.", "module.")
+WRAPPERS = {"model", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 BANKS = {
     "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
     "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
@@ -61,8 +61,8 @@ def read_packed_codes(data: bytes) -> dict[str, QTensor]:
 def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     """The tensors of a `.pt` or `.safetensors` checkpoint, float32 or bfloat16, by canonical name with banks split.
 
-    A state_dict may lie under `model`, `model_state_dict` or `state_dict`, every name may carry a wrapper's prefix (`_orig_mod.`,
-    `module.`), float16 and float64 become float32, and an `lm_head.weight` equal to the token table is taken for tied.
+    A state_dict may lie under `model`, `model_state_dict` or `state_dict`, names may carry what wrappers put into them (`_orig_mod.`,
+    `module.`, FSDP's), float16 and float64 become float32, and an `lm_head.weight` equal to the token table is taken for tied.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,9 +90,12 @@ def _state_dict(stored: Any, path: Path) -> Mapping[str, Any]:
 
 
 def canonical_state(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
-    """Tensors by canonical name: prefixes off, banks split, a tied head dropped; float32 or bfloat16."""
-    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in tensors)), ""):
-        tensors = {n.removeprefix(prefix): x for n, x in tensors.items()}
+    """Tensors by canonical name: wrappers' parts off, banks split, a tied head dropped; float32 or bfloat16."""
+    names = {n: ".".join(part for part in n.split(".") if part not in WRAPPERS) for n in tensors}
+    if len(set(names.values())) < len(names):
+        found = sorted({part for n in names for part in n.split(".")} & WRAPPERS)
+        raise GolfError(f"{where}: without the wrappers' {', '.join(found)} several tensors have the same name; save the inner model's")
+    tensors = {names[n]: x for n, x in tensors.items()}
     tensors = {canonical_name(n): x if x.dtype.name == "bfloat16" else x.astype(np.float32) for n, x in tensors.items()}
     head, table = tensors.get("lm_head.weight"), tensors.get("tok_emb.weight")
     if head is not None and table is not None:

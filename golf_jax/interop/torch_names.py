@@ -84,6 +84,9 @@ def guess_recipe(tensors: Mapping[str, np.ndarray], where: str) -> list[str]:
         differing[name] = [n for n in {**want, **shapes} if want.get(n) != shapes.get(n)]
     nearest = min(differing, key=lambda name: len(differing[name]))
     if differing[nearest]:
-        odd = differing[nearest]
-        raise GolfError(f"{where}: the tensors are of no shipped recipe; nearest is {nearest}, where {len(odd)} differ ({odd[0]}, ...)")
+        odd, known = differing[nearest], tensor_shapes(load_recipe(nearest).model)
+        before = next((n.removesuffix(w) for n in odd if n not in known for w in known if n.endswith(f".{w}")), "")
+        seen = f"; names begin with {before[:60]!a}, which no recipe's do" if before else ""
+        differ = f"{len(odd)} differ ({odd[0][:60]}, ...)"
+        raise GolfError(f"{where}: the tensors are of no shipped recipe; nearest is {nearest}, where {differ}{seen}")
     return [name for name, odd in differing.items() if not odd]

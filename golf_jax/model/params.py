@@ -186,7 +186,9 @@ def from_tensors(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict
     table, names = leaves(config), tensor_names(config)
     missing, extra = [n for n in names if n not in tensors], [n for n in tensors if n not in names]
     if missing or extra:
-        what = "; ".join(f"{label} {', '.join(found[:5])}" for label, found in (("missing", missing), ("unknown", extra)) if found)
+        what = "; ".join(
+            f"{label} {', '.join(n[:60] for n in found[:5])}" for label, found in (("missing", missing), ("unknown", extra)) if found
+        )
         raise GolfError(f"the tensors do not fit the model configuration: {what}")
     parts: dict[str, list[np.ndarray]] = {name: [] for name in table}
     for tensor, (name, _) in names.items():

@@ -16,6 +16,7 @@ from golf_jax.data import build as build_module
 from golf_jax.data import corpus
 from golf_jax.data.build import build, is_validation
 from golf_jax.data.documents import find_files, read_documents
+from golf_jax.data.identity import identify
 from golf_jax.data.manifest import damage, read_manifest, sha256_file
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard, write_shard
 from golf_jax.data.tokenizer import Tokenizer, split_documents
@@ -134,6 +135,20 @@ def test_verify_finds_a_flipped_byte(built):
     raw[-2] ^= 1
     path.write_bytes(raw)
     assert "train_000000.bin: sha256 differs" in problems(built)
+
+
+def test_a_run_finds_a_token_that_was_altered_between_the_samples(tmp_path, built):
+    """By the manifest's hash, for whatever was written to after it: training, and going on with it, read no more than samples else."""
+    tokenizer, path = Tokenizer(built / "tokenizer.model"), built / "train_000000.bin"
+    before = identify(tokenizer.sha256, [path], [])
+    shutil.copy(path, path.with_name("copy"))
+    path.with_name("copy").replace(path)  # newer, and the same
+    assert identify(tokenizer.sha256, [path], []) == before
+    with path.open("r+b") as file:
+        file.seek(1500)
+        file.write(b"\x09")
+    with pytest.raises(GolfError, match="train_000000.bin: sha256 differs from the manifest's; the file was altered"):
+        identify(tokenizer.sha256, [path], [])
 
 
 def test_verify_finds_a_validation_document_in_training(built):

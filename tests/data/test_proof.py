@@ -15,7 +15,7 @@ from golf_jax.data import proof
 from golf_jax.data.corpus import documents
 from golf_jax.data.documents import cut, find_files, read_documents
 from golf_jax.data.identity import difference, identify
-from golf_jax.data.overlap import Overlap
+from golf_jax.data.overlap import Overlap, _Windows, find_overlap
 from golf_jax.data.proof import prove_text, vocabulary_use
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard, write_shard
 from golf_jax.data.tokenizer import Tokenizer, check_tables, train_bpe
@@ -156,6 +156,34 @@ def test_a_common_header_is_told_and_not_refused(tokenizer):
     found = prove_text(tokenizer, [np.concatenate(tokenizer.encode_documents(train))], np.concatenate(tokenizer.encode_documents(val)))
     assert found.overlap == Overlap(4, 3, 0, 4)
     assert found.facts[-1].startswith("WARNING: overlap: 0 of 4 validation documents are in training, 4 more begin as one there")
+
+
+def test_validation_text_inside_training_documents_is_found(tokenizer, monkeypatch):
+    """Joined, split over two, with something before it; not what shares a licence, or a paragraph that many have, or is short."""
+    licence, other, *parts = [part for text in TEXTS for part in cut(text) if len(part) > 2500]
+    quoted = [f"{number} {parts[3][:500]} end of {number}" for number in range(12)]
+    held_out = [parts[0][:2000], parts[1][:700], licence[:900] + parts[2][:1500], "as short as this", quoted[0]]
+    joined, split = other + parts[0][:2000] + other, ["#!" + parts[1][:400], parts[1][390:700] + other]
+    train = [joined, *split, other + licence[:900], "not as short as this"]
+
+    def overlap(train, inside=True):
+        return find_overlap(*map(tokenizer.encode_documents, (train, held_out)), tokenizer, inside=inside)
+
+    assert overlap(train) == Overlap(5, 5, 2, 0)
+    assert overlap([*train, other + parts[2][:1500]]).leaked == 3
+    assert overlap([*train, *quoted[1:]]).leaked == 2
+    assert overlap([*train, other + quoted[0]]).leaked == 3
+    assert overlap([]) == Overlap(5, 0, 0, 0)
+    monkeypatch.setattr("golf_jax.data.overlap.BLOCK", 300)  # as in long text
+    assert overlap(train) == Overlap(5, 5, 2, 0) and overlap(train, inside=False) == Overlap(5, 5, 0, 0)
+
+
+def test_a_window_is_found_at_every_position_and_lines_of_dashes_are_none():
+    text = np.random.default_rng(0).integers(300, 500, 500_000, np.uint16)
+    documents = [text[start : start + 64] for start in range(0, 499_000, 7919)] + [text[-64:], np.full(300, 7, np.uint16)]
+    windows = _Windows(documents)
+    windows.look(np.concatenate([text, np.full(9999, 7, np.uint16)]))
+    assert windows.found().tolist() == [True] * (len(documents) - 1) + [False]
 
 
 def test_less_overlap_than_is_refused_is_told(tokenizer, split):

@@ -113,11 +113,11 @@ def test_the_score_line_carries_nats_tokens_and_bytes(tiny):
 
 
 def test_long_work_tells_how_far_it_is(tiny, monkeypatch):
-    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     lines = []
     run("sliding", tiny, TINY, log=lines.append, stream=tiny.stream(rows=2))
     told = [line for line in lines if line != "compiling ..."]
-    assert len(told) == 1 and re.fullmatch(r"sliding: windows 2 of 96 in \S+ s, \d+ s projected", told[0])
+    assert re.fullmatch(r"sliding: windows 2 of 96 in \S+ s, \d+ s projected", told[0]) and len(told) < 96
 
 
 def test_automatic_rows_follow_the_platform_and_the_length(tiny):

@@ -119,6 +119,7 @@ def test_checkpoints_come_in_many_forms(tmp_path):
     forms = [
         {f"_orig_mod.{n}": t for n, t in state.items()},
         {f"module._orig_mod.{n}": t for n, t in state.items()},
+        {f"model._fsdp_wrapped_module.{n}": t for n, t in state.items()},
         {"model": state, "step": 3},
         {"model_state_dict": {f"module.{n}": t for n, t in state.items()}, "optimizer": {}},
         {"state_dict": state},

@@ -9,7 +9,7 @@ from golf_jax.interop import from_torch, model_config, to_torch
 from golf_jax.interop.checks import Set
 from golf_jax.interop.hparams import RECIPES
 from golf_jax.interop.safetensors import read_safetensors, write_safetensors
-from golf_jax.interop.torch_names import guess_recipe, pr_names
+from golf_jax.interop.torch_names import guess_recipe, open_torch, pr_names
 from golf_jax.model.params import count, to_tensors
 
 
@@ -102,6 +102,25 @@ def test_the_recipe_is_told_by_names_and_shapes(recipe):
     assert guess_recipe(tensors, "x.pt") == same
     with pytest.raises(GolfError, match=f"nearest is {same[0]}.*tok_emb.weight"):
         guess_recipe(tensors | {"tok_emb.weight": np.zeros((3, 3), np.float32)}, "x.pt")
+
+
+def test_parts_that_wrappers_put_into_names_are_left_out_and_others_are_told(tmp_path):
+    shapes = tensor_shapes(load_recipe("baseline").model)
+    tensors = {name: np.zeros(shape, np.float16) for name, shape in shapes.items()}
+
+    def opened(*names, recipe=""):
+        write_safetensors({n: x for name in names for n, x in {name(n): x for n, x in tensors.items()}.items()}, tmp_path / "x.safetensors")
+        return open_torch(tmp_path / "x.safetensors", recipe, lambda line: None)[2]
+
+    assert opened(lambda n: f"model.{n}") == "baseline"
+    fsdp = lambda n: "_fsdp_wrapped_module._orig_mod." + n.replace("blocks.3.", "blocks.3._checkpoint_wrapped_module.module.")  # noqa: E731
+    assert opened(fsdp) == "baseline"
+    with pytest.raises(GolfError, match="without the wrappers' module several tensors have the same name"):
+        opened(lambda n: n, lambda n: f"module.{n}")
+    for prefix, recipe in (("net.", ""), (300 * "x" + ".", ""), (300 * "x" + ".", "baseline")):
+        with pytest.raises(GolfError, match=prefix[:60].replace(".", r"\.")) as caught:
+            opened(lambda n, prefix=prefix: prefix + n, recipe=recipe)
+        assert len(str(caught.value)) < 900 and "\n" not in str(caught.value)
 
 
 def test_safetensors_round_trip_and_damage(references, tmp_path):
