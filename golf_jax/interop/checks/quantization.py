@@ -8,7 +8,7 @@ import numpy as np
 
 from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.interop.checks.base import quick_compilation
-from golf_jax.interop.checks.reference import Arrays, Case
+from golf_jax.interop.checks.reference import Arrays, Case, tensor_of
 from golf_jax.interop.packed import read_packed_codes
 from golf_jax.interop.pgrp import NotInstalled
 from golf_jax.mesh import make_mesh
@@ -46,10 +46,7 @@ def check_quant(case: Case) -> None:
     else:
         case.added |= {f"hessian/{n}" for n in stored}  # given, not compared
     for name, facts in case.settings.get("tensors", {}).items():
-        asked = [fact for fact in ("threshold", "zeroed") if fact in facts]
-        if name not in tensors:
-            case.refs.not_checked |= {f"{case.where}/{fact}/{name}": NO_WEIGHTS for fact in asked}
-        elif asked:
+        if "threshold" in facts and name in tensors:
             fraction = config.prune_fraction
             ours[f"threshold/{name}"] = torch_quantile(np.sort(np.abs(tensors[name]), axis=None), fraction)
             ours[f"zeroed/{name}"] = (prune_by_magnitude(tensors[name], fraction) == 0).sum()
@@ -62,6 +59,8 @@ def check_quant(case: Case) -> None:
                 shape = case.own[f"lowrank_{x}_scale/{name}"].shape
                 ours |= {f"lowrank_{x}/{name}": q.codes, f"lowrank_{x}_scale/{name}": np.reshape(q.scale, shape)}  # pyright: ignore
     _artifact(case)
+    alone = [item for item in case.held if "/" in item and item not in case.added and tensor_of(item.partition("@")[0]) not in tensors]
+    case.refs.not_checked |= {f"{case.where}/{item}": NO_WEIGHTS for item in alone}
     case.compare(ours)
 
 
