@@ -59,6 +59,15 @@ def value_of(argv: Sequence[str], flag: str) -> str:
     return ""
 
 
+class _Notices(io.FileIO):
+    """stderr: nobody reads there, or the disk behind it is full, and the work goes on all the same."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
 def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
     """Run a command's main and exit with its status. The one door of all commands.
 
@@ -75,6 +84,10 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
     if computes:
         _use_huge_pages()
     sys.stdin = sys.stdin or open(0)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(_Notices(2, "w", closefd=False)), getattr(sys.stderr, "encoding", None), line_buffering=True
+        )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -136,8 +149,7 @@ def _refuse_empty(argv: Sequence[str]) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    with contextlib.suppress(OSError):  # nobody reads there
-        print(message, file=sys.stderr)
+    print(message, file=sys.stderr)
     return status
 
 

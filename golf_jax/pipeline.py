@@ -126,8 +126,10 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
     if found := json.loads(from_main(json.dumps(_finished_before(run, artifact) if run.main else None))):
         run.log(f"finished: see {run.path / 'result.json'}")
         return found
-    run.note("text", plan.text.identity)
-    run.write("config.json", to_dict(plan.asked))
+    with signals.held():  # on which the next process compares them
+        record["recipe"] = to_dict(plan.asked)
+        run.note("text", plan.text.identity)
+        run.write("config.json", to_dict(plan.asked))
     run.track(options.tracker, to_dict(plan.asked))
     run.write(
         "environment.json", environment() | {"devices_used": plan.mesh.size, "text": plan.text.identity, "data": to_dict(recipe.data)}
@@ -147,11 +149,12 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.log(fact if fact.startswith("WARNING") else f"text: {fact}")
     if recipe.data.packed:
         run.log(border(recipe.model, plan.text.tokenizer.bos_id))
+    run.drop_scores(packed=bool(artifact))
     if not artifact:
         with contextlib.closing(Checkpoints(run.path / "checkpoints")) as checkpoints:
             trained = train_and_keep(plan, options, run, signals, checkpoints, len(code))
-        artifact = pack(plan, run, trained, len(code), raw_code_bytes(code)).data  # on every process: only 0 writes the file
-    score(plan, run, artifact)
+        artifact = pack(plan, run, signals, trained, len(code), raw_code_bytes(code)).data  # on every process: only 0 writes the file
+    score(plan, run, artifact, signals)
     return finish(plan, run)
 
 
@@ -260,7 +263,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
     return trained
 
 
-def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: int) -> Packed:
+def pack(plan: Plan, run: RunDir, signals: Signals, trained: Trained, code_bytes: int, raw_code: int) -> Packed:
     """Score once more before quantization, quantize, fit under the cap, and write artifact.golf."""
     recipe, text = plan.recipe, plan.text
     validate = _validator(plan)
@@ -301,7 +304,6 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
     label = f"{recipe.quant.rules[-1].scheme}+{recipe.quant.compressor}"
     run.log(f"Serialized model {label}: {len(packed.data)} bytes\nCode size (compressed): {code_bytes} bytes")  # as the records' logs
     run.log(f"Total submission size {label}: {packed.ledger.total_bytes} bytes")
-    run.write("artifact.golf", packed.data)
     facts = {
         "pre_quantization": before.to_dict(),
         "train_and_calibration_seconds": data_seconds,
@@ -314,11 +316,13 @@ def pack(plan: Plan, run: RunDir, trained: Trained, code_bytes: int, raw_code: i
         "quant": to_dict(packed.quant),
         "sha256": hashlib.sha256(packed.data).hexdigest(),
     }
-    run.note("pack", facts)
+    with signals.held():  # one is worth nothing without the other
+        run.write("artifact.golf", packed.data)
+        run.note("pack", facts)
     return packed
 
 
-def score(plan: Plan, run: RunDir, artifact: bytes) -> dict[str, Any]:
+def score(plan: Plan, run: RunDir, artifact: bytes, signals: Signals) -> dict[str, Any]:
     """Every evaluation the recipe asks for, of the parameters read back from the artifact's bytes; each is kept when it ends."""
     recipe = plan.recipe
     done = run.record.get("evaluations", {})
@@ -329,10 +333,11 @@ def score(plan: Plan, run: RunDir, artifact: bytes) -> dict[str, Any]:
     for result in results if left else ():
         mark = "" if result.facts.legal else "ILLEGAL_"
         seconds = clock_seconds(result.seconds)
-        run.log(f"final_{mark}{label}_{result.mode}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
-        run.metrics("score", stage="packed", **result.to_dict())
         done = done | {result.mode: result.to_dict()}
-        run.note("evaluations", done)
+        with signals.held():  # once it is told, it is kept
+            run.note("evaluations", done)
+            run.log(f"final_{mark}{label}_{result.mode}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
+            run.metrics("score", stage="packed", **result.to_dict())
     return done
 
 

@@ -144,6 +144,13 @@ def test_a_full_disk_behind_stdout_is_one_line():
     assert (done.returncode, done.stderr) == (2, "error: output: No space left on device\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("behind", ["/dev/full", "&-"])
+def test_what_is_told_on_stderr_never_ends_the_work(behind):
+    code = "import sys; from golf_jax import cli; cli.run(lambda argv: sys.stderr.buffer.write(b'x') and print('x', file=sys.stderr) or 0)"
+    assert subprocess.run(["bash", "-c", f'"$0" -c "$1" 2>{behind}', sys.executable, code]).returncode == 0
+
+
 def test_a_closed_standard_input_is_an_empty_one():
     code = f"{sys.executable} -c 'import sys; from golf_jax import cli; cli.run(lambda argv: len(sys.stdin.readline()))' <&-"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)

@@ -8,7 +8,6 @@ import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ from golf_jax.interrupt import Interrupted
 from golf_jax.pipeline import Options
 from golf_jax.training import loop
 from golf_jax.training.clock import TrainingClock
+from golf_jax.training.rundir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -149,16 +149,17 @@ def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monke
     def ends(*_, **__):
         raise Interrupted(signal.SIGTERM)
 
-    def half(*arguments, **options):
-        yield next(iter(scores(*arguments, **options)))
-        ends()
+    def told(run, line):
+        say(run, line)
+        if "standard_exact" in line:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    path, scores = tmp_path / "run", pipeline.evaluation.score
+    path, say = tmp_path / "run", RunDir.log
     shard = text / "val_000000.bin"
     kept = shard.read_bytes()
-    for stage, substitute in (("pack_model", ends), ("open_artifact", ends), ("evaluation", SimpleNamespace(score=half))):
+    for place, stage, substitute in ((pipeline, "pack_model", ends), (pipeline, "open_artifact", ends), (RunDir, "log", told)):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(pipeline, stage, substitute)
+            patch.setattr(place, stage, substitute)
             pipeline.run(recipe, Options(run_dir=str(path)) if stage == "pack_model" else Options(resume=str(path)))
         log = (path / "log.txt").read_text()
         assert log.count("step:1/") == 1 and "interrupted by SIGTERM" in log

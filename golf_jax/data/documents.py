@@ -51,7 +51,10 @@ def read_documents(files: Sequence[Path], field: str = "text", counts: Counter[P
 
 def _decode(path: Path, raw: bytes, line: int = 1) -> str:
     try:
-        return raw.decode()
+        text = raw.decode()
+        if len(raw) < 5 * raw.count(0):  # what UTF-16 without a mark is mistaken for: every character and a NUL
+            raise GolfError(f"{path}:{line}: more than a fifth are NUL bytes: UTF-16, or no text; convert it to UTF-8")
+        return text
     except UnicodeDecodeError as error:
         raise GolfError(f"{path}:{line + raw[: error.start].count(10)}: not UTF-8 text (byte {error.start})") from error
 

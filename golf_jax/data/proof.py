@@ -14,10 +14,10 @@ from golf_jax.data import caseops
 from golf_jax.data.overlap import Overlap, find_overlap, without_ends
 from golf_jax.data.shards import Shard, check_holes
 from golf_jax.data.sidecar import Sidecar, prove_sidecar
-from golf_jax.data.tokenizer import Tokenizer, check_tables, split_documents
+from golf_jax.data.tokenizer import SPACE, Tokenizer, check_tables, split_documents
 from golf_jax.progress import Log, Progress
 
-PRIVATE = re.compile("[\ue000-\uf8ff]")
+NO_TEXT = re.compile("[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]")  # private use in three planes, no characters
 ENCODE_BATCH = 64
 PROVED_TOKENS = 1 << 22  # whose byte count is compared with the decoded text where time is limited
 SAMPLED_TOKENS = 1 << 16  # per block of the training shards
@@ -65,6 +65,11 @@ def prove_text(
             "byte count cannot be proved (write the shards again, as `python -m golf_jax.data build` does)"
         )
     check_holes(val_tokens, "validation text")
+    if unknown := int(np.count_nonzero(val_tokens == tokenizer.processor.unk_id())):
+        raise GolfError(
+            f"tokenizer {tokenizer.name}: {unknown} unknown tokens in the validation text: their characters are lost "
+            "(the vocabulary has no byte fallback), and the byte count with them"
+        )
     facts = []
     if changes := tokenizer.changes():
         facts.append(f"tokenizer changes text: {'; '.join(changes)}")
@@ -79,11 +84,6 @@ def prove_text(
             facts.append(f"WARNING: {_without_documents(train, bos)}")
             continue
         facts.append(f"{split}: {tried - failed:,} of {tried:,} documents tried are encode(decode(document))")
-    if unknown := int(np.count_nonzero(val_tokens == tokenizer.processor.unk_id())):
-        raise GolfError(
-            f"tokenizer {tokenizer.name}: {unknown} unknown tokens in the validation text: their characters are lost "
-            "(the vocabulary has no byte fallback), and the byte count with them"
-        )
     counted = val_tokens[: PROVED_TOKENS if seconds < math.inf else None]
     if sidecar:
         num_bytes, found = prove_sidecar(tokenizer, val_tokens, sidecar, SIDECAR_DOCUMENTS if seconds < math.inf else len(val_tokens))
@@ -92,8 +92,7 @@ def prove_text(
         num_bytes = check_tables(tokenizer, counted, bos_id=bos)
         part = "every document" if len(counted) == len(val_tokens) else f"the first {len(counted):,} tokens"
         facts.append(f"val bytes: {num_bytes:,}, equal to the decoded text of {part}")
-    if found := refuse_private_text(tokenizer, counted, bos):
-        facts.append(found)
+    facts += filter(None, (refuse_private_text(tokenizer, counted, bos), "" if sidecar else marker_use(tokenizer, val_tokens, num_bytes)))
     if not num_bytes:
         raise GolfError("validation text: has no bytes, only document starts; give shards with text")
     control = [t for t in range(tokenizer.vocab_size) if tokenizer.processor.is_control(t) and t != bos]
@@ -138,13 +137,27 @@ def refuse_private_text(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -
     GolfError when they are more than 1 % of the bytes. CaseOps text goes back to what it was first; its sidecar counts what stood there.
     """
     texts = [tokenizer.original(document, strict=False) for document in split_documents(tokens[:SAMPLED_TOKENS], bos_id)]
-    found, size = sum(len(PRIVATE.findall(text)) for text in texts), sum(len(text.encode()) for text in texts)
-    if 3 * found > TOLERATED * size and not tokenizer.caseops:
+    found, size = "".join(mark for text in texts for mark in NO_TEXT.findall(text)), sum(len(text.encode()) for text in texts)
+    if (part := len(found.encode()) / max(size, 1)) > TOLERATED and not tokenizer.caseops:
         raise GolfError(
-            f"validation text: {found:,} private-use characters, {300 * found / size:.1f} % of its bytes: markers of a transform would "
+            f"validation text: {len(found):,} private-use characters, {100 * part:.1f} % of its bytes: markers of a transform would "
             "count as text; build from the original text (`--transform caseops` marks capitals, and counts the original)"
         )
-    return f"WARNING: {found:,} private-use characters in {size:,} bytes of validation count as text" if found else ""
+    return f"WARNING: {len(found):,} private-use characters in {size:,} bytes of validation count as text" if found else ""
+
+
+def marker_use(tokenizer: Tokenizer, tokens: np.ndarray, num_bytes: int) -> str:
+    """WARNING where user-defined pieces (white space aside) are more than 1 % of the `num_bytes` of text: text has no such marks."""
+    counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
+    own = [(t, p.piece) for t, p in enumerate(tokenizer.spec.pieces) if p.type == p.USER_DEFINED and p.piece.strip(f"{SPACE} \t\r\n")]
+    part = sum(int(counts[token]) * len(piece.encode()) for token, piece in own) / max(num_bytes, 1)
+    names = ", ".join(ascii(piece) for _, piece in own[:4])
+    return (
+        f"WARNING: user-defined pieces ({names}) are {100 * part:.1f} % of the bytes of validation: if they are markers of a text "
+        "transform, every score is too low"
+        if part > TOLERATED
+        else ""
+    )
 
 
 def prove_round_trip(

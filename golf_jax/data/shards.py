@@ -17,6 +17,7 @@ HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
 TOKEN = np.dtype("<u2")
 BLOCK = 1 << 16  # tokens; no text repeats one so often
+PAGE = 1 << 11  # tokens; what a file system reads where nothing was written, in which 0 is padding or unknown, never so much text
 MAX_TOKENS = 2**31 - 1  # the count is a signed 32-bit header word
 
 
@@ -132,12 +133,13 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, where: object) -> Non
 
 
 def check_holes(tokens: np.ndarray, where: object, first: int = 0) -> None:
-    """GolfError where a whole block of `tokens`, which begin at `first`, is one token: no text, but room that was never written to."""
-    blocks = tokens[: len(tokens) // BLOCK * BLOCK].reshape(-1, BLOCK)
-    if len(holes := np.flatnonzero((blocks == blocks[:, :1]).all(axis=1))):
-        start = int(holes[0]) * BLOCK
-        found = f"the {BLOCK:,} tokens from {first + start:,} on are all {tokens[start]}"
-        raise GolfError(f"{where}: {found}: part of the file was never written; fetch it again")
+    """GolfError where a whole block of `tokens`, which begin at `first`, is one token, or a page is zeros: room never written to."""
+    for size in (PAGE, BLOCK):
+        blocks = tokens[: len(tokens) // size * size].reshape(-1, size)
+        if len(holes := np.flatnonzero((blocks == (0 if size == PAGE else blocks[:, :1])).all(axis=1))):
+            start = int(holes[0]) * size
+            found = f"the {size:,} tokens from {first + start:,} on are all {tokens[start]}"
+            raise GolfError(f"{where}: {found}: part of the file was never written; fetch it again")
 
 
 def load_val_tokens(pattern: str | Path, vocab_size: int | None = None) -> np.ndarray:

@@ -270,7 +270,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, markers: str = "") -> bytes
         if met:
             raise met[0] from None
         reason = str(error).rpartition("] ")[2].strip()  # behind the trainer's source line and condition
-        raise GolfError(f"tokenizer: training at vocab_size={vocab_size} failed: {reason or 'too little text'}") from error
+        if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
+            reason = f"the text has so many characters that it needs at least {least[1]} pieces; ask for more (--vocab-size)"
+        nothing = "too little text to train on (documents are split into training and validation first)"
+        raise GolfError(f"tokenizer: training at vocab_size={vocab_size} failed: {reason or nothing}") from error
     tokenizer = Tokenizer(model.getvalue())
     if tokenizer.vocab_size != vocab_size:
         raise GolfError(f"tokenizer: the text yields {tokenizer.vocab_size} pieces, not vocab_size={vocab_size}; ask for fewer")

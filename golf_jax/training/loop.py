@@ -129,7 +129,7 @@ def train(
         clock.start()
         while True:
             seconds = clock.seconds() if not recipe.budget.steps else clock.local_seconds
-            if step >= recipe.budget.steps if recipe.budget.steps else seconds >= recipe.budget.seconds:
+            if step >= recipe.budget.steps if recipe.budget.steps else step and seconds >= recipe.budget.seconds:
                 break
             if validate and recipe.eval.every and step % recipe.eval.every == 0:
                 jax.block_until_ready(state.params)

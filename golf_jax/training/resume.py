@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from golf_jax.config import GolfError, Recipe, differences, from_dict, to_dict
-from golf_jax.training.rundir import read_json
+from golf_jax.training.rundir import read_json, read_stages
 
 # What cannot change what has been trained; the text is compared by content (`golf_jax.data.identity`), wherever it lies.
 FREE = ("log_every", "checkpoint_every", "micro_rows", "model.attention", "quant", "eval", "data.train", "data.val", "data.tokenizer")
@@ -13,10 +13,15 @@ REPACKED = ("quant", "eval")  # the artifact holds both
 
 
 def stored_recipe(path: str | Path) -> Recipe:
-    """The recipe of the run in `path`. Raises GolfError."""
+    """The recipe of the run in `path`. Raises GolfError, also if config.json is not what the run wrote (`stages.json` has it, sealed)."""
     file = Path(path) / "config.json"
     try:
-        return from_dict(Recipe, read_json(file))
+        stored, written = from_dict(Recipe, read_json(file)), read_stages(Path(path)).get("recipe")
+        for field, before, now in differences(written, to_dict(stored)) if written else ():
+            raise GolfError(
+                f"{field} is {now!r} and was {before!r} when the run wrote it; put that back, and give what is to change as a flag"
+            )
+        return stored
     except FileNotFoundError:
         raise GolfError(f"{path}: no run is there (config.json is missing)") from None
     except GolfError as error:

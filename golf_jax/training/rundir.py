@@ -23,7 +23,7 @@ from golf_jax.files import finite, json_rows, read_bytes, sealed, write_atomic
 from golf_jax.processes import from_main
 from golf_jax.training.trackers import Tracker, open_tracker, scalars
 
-STAGES: dict[str, type] = {"text": dict, "train": dict, "pack": dict, "evaluations": dict, "changes": list}
+STAGES: dict[str, type] = {"recipe": dict, "text": dict, "train": dict, "pack": dict, "evaluations": dict, "changes": list}
 REPLACED = ("config.json", "environment.json", "tokenizer.model", "code.pyz", "artifact.golf", "stages.json", "result.json")
 PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 
@@ -215,9 +215,22 @@ class RunDir:
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the rows of what a resumed run does again: steps and validations from `step` on."""
+        self._keep_metrics(lambda row: isinstance(row.get("step"), int) and row["step"] < step)
+
+    def drop_scores(self, packed: bool) -> None:
+        """Drop the rows of scores that are to be found again: all of a model that is not `packed`, else those that were not noted."""
+        done = [("pre_quantization", None), *(("packed", mode) for mode in self.record.get("evaluations", {}))] if packed else []
+
+        def keep(row: dict[str, Any]) -> bool:
+            stage = row.get("stage")
+            return row["event"] != "score" or (stage, row.get("mode") if stage == "packed" else None) in done
+
+        self._keep_metrics(keep)
+
+    def _keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         if self.main:
             self._metrics.close()
-            self._repair_metrics(lambda row: isinstance(row.get("step"), int) and row["step"] < step)
+            self._repair_metrics(keep)
             self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf8")
 
     def note(self, stage: str, facts: Any) -> None:

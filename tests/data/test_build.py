@@ -107,6 +107,7 @@ def test_directories_texts_and_long_documents(tmp_path):
         ("a.jsonl", b'{"text": "x"\n', "a.jsonl:1"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1"),
         ("a.txt", b"ab\xff", r"a.txt:1: not UTF-8 text \(byte 2\)"),
+        ("a.txt", "a text of a Windows program".encode("utf-16-le"), "a.txt:1: more than a fifth are NUL bytes: UTF-16"),
         ("a.csv", None, "a.csv: cannot be read"),
     ],
 )

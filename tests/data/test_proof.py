@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,13 +85,17 @@ def test_marker_pieces_are_refused_and_line_end_pieces_are_not(split):
         prove_text(markers, [], np.concatenate(markers.encode_documents(TEXTS[:3])))
     ends = trained(user_defined_symbols=["\n"], normalization_rule_name="identity", remove_extra_whitespaces=False)
     prove_text(ends, [], np.concatenate(ends.encode_documents(TEXTS[:3])))
+    words = trained(user_defined_symbols=["<cap>"], normalization_rule_name="identity", remove_extra_whitespaces=False)
+    found = prove_text(words, [], np.concatenate(words.encode_documents([text.replace("a", "<cap>a") for text in TEXTS[:3]])))
+    assert any(re.match(r"WARNING: user-defined pieces \('<cap>'\) are \d+\.\d % of the bytes", fact) for fact in found.facts)
 
 
 def test_markers_that_are_ordinary_pieces_or_bytes_are_found_in_the_text(tokenizer):
     marked = [text[:600].replace("a", "\ue001a") for text in TEXTS[:20]]
-    for one in (tokenizer, Tokenizer(train_bpe(marked, 400))):
+    other = [text.replace("\ue001", mark) for text, mark in zip(marked, "\U000f0001\ufdd0" * 10, strict=True)]
+    for one, texts in ((tokenizer, marked), (Tokenizer(train_bpe(marked, 400)), marked), (tokenizer, other)):
         with pytest.raises(GolfError, match=r"private-use characters, \d+\.\d % of its bytes"):
-            prove_text(one, [], np.concatenate(one.encode_documents(marked)))
+            prove_text(one, [], np.concatenate(one.encode_documents(texts)))
     found = prove_text(tokenizer, [], np.concatenate(tokenizer.encode_documents(["an icon \uf0e0", *TEXTS[:20]])))
     assert any(fact.startswith("WARNING: 1 private-use characters") for fact in found.facts)
 
@@ -124,6 +129,8 @@ def test_unknown_characters_are_refused():
     without = trained(byte_fallback=False)
     with pytest.raises(GolfError, match="unknown tokens"):
         prove_text(without, [], np.concatenate(without.encode_documents(["plain", "a 日 b"])))
+    with pytest.raises(GolfError, match="unknown tokens"):  # not "another tokenizer" where no document is without
+        prove_text(without, [], np.concatenate(without.encode_documents(["c 日", "a 日 b"])))
 
 
 @pytest.mark.parametrize(
@@ -256,12 +263,14 @@ def test_the_cache_has_a_place(tmp_path, monkeypatch, capsys):
 
 
 def test_room_that_was_never_written_to_is_no_text(tokenizer, split):
-    """A download that had reserved its room and ended early has the right size and header."""
-    holed = np.concatenate([split[0][0], np.zeros(3 << 16, np.uint16)])
-    with pytest.raises(GolfError, match="training text: the 65,536 tokens from .* are all 0: part of the file was never written"):
-        prove_text(tokenizer, [holed], split[1])
+    """A download that had reserved its room and ended early has the right size and header; a lost page may be anywhere."""
+    hole = np.zeros(1 << 12, np.uint16)
+    with pytest.raises(GolfError, match="training text: the 2,048 tokens from .* are all 0: part of the file was never written"):
+        prove_text(tokenizer, [np.concatenate([split[0][0][:9999], hole, split[0][0][9999:]])], split[1])
+    with pytest.raises(GolfError, match="validation text: the 2,048 tokens"):
+        prove_text(tokenizer, [], np.concatenate([split[1], hole]))
     with pytest.raises(GolfError, match="validation text: the 65,536 tokens"):
-        prove_text(tokenizer, [], np.concatenate([split[1], np.zeros(3 << 16, np.uint16)]))
+        prove_text(tokenizer, [], np.concatenate([split[1], np.full(3 << 16, 300, np.uint16)]))
 
 
 class Long(np.ndarray):

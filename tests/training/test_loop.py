@@ -83,6 +83,8 @@ def test_the_clock_ends_the_run_and_its_schedule(run_training, tmp_path):
     factors = [row["lr_factor"] for row in rows]
     assert factors[0] == 1.0 and factors[-1] <= 2 * slowest / 1.5 + 0.01
     assert factors == sorted(factors, reverse=True)
+    shortest = run_training(small(budget=BudgetConfig(seconds=1e-9)), tmp_path / "shortest")
+    assert shortest.steps == 1 and np.isfinite(shortest.final_loss)
 
 
 def test_a_run_on_steps_is_reproducible(run_training, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from tiny_recipes import tiny
 
 from golf_jax.config import GolfError, to_dict
+from golf_jax.files import sealed
 from golf_jax.training.resume import changed, stages_to_repeat, stored_recipe
 
 RECIPE = tiny("baseline")
@@ -58,5 +59,10 @@ def test_a_damaged_config_is_one_line(tmp_path, damage):
 def test_the_recipe_of_a_run_comes_back(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(RECIPE)))
     assert stored_recipe(tmp_path) == RECIPE
+    (tmp_path / "stages.json").write_text(json.dumps(sealed({"recipe": to_dict(RECIPE)})))
+    assert stored_recipe(tmp_path) == RECIPE
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(replace(RECIPE, seed=7))))
+    with pytest.raises(GolfError, match=r"config.json: seed is 7 and was 1337 when the run wrote it; put that back"):
+        stored_recipe(tmp_path)
     with pytest.raises(GolfError, match="nowhere: no run is there"):
         stored_recipe(tmp_path / "nowhere")

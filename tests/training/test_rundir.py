@@ -130,6 +130,19 @@ def test_metrics_are_on_disk_at_once_and_survive_any_damage(tmp_path, damage):
     assert [(row["step"], row["loss"]) for row in rows] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, None)]
 
 
+def test_scores_that_are_to_be_found_again_have_one_row(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.metrics("train", step=0, loss=1.0)
+    run.metrics("score", stage="pre_quantization", mode="standard")
+    for mode in ("standard", "sliding"):
+        run.metrics("score", stage="packed", mode=mode)
+    run.record["evaluations"] = {"standard": {}}
+    for packed, left in ((True, [None, "standard", "standard"]), (False, [None])):
+        run.drop_scores(packed)
+        assert [row.get("mode") for row in run.rows()] == left
+    run.close()
+
+
 def test_the_record_of_finished_stages_comes_back(tmp_path):
     run = RunDir(tmp_path / "run")
     run.note("train", {"steps": 3})
