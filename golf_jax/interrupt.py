@@ -37,6 +37,7 @@ class Signals:
         self.number, self.raised = 0, False
         self._held = False
         self._first = 0.0
+        self._again = 0  # deliveries to come that are no second notice
         self._hook = sys.unraisablehook
 
     @contextmanager
@@ -69,6 +70,8 @@ class Signals:
                     os.write(2, b"ending as soon as what runs allows it, to lose nothing; the same signal again ends at once\n")
             elif not (number := os.read(pipe, 1)):
                 break
+            elif number[0] in SIGNALS and self._again:
+                self._again -= 1
             elif number[0] in SIGNALS:
                 self._first = self._first or time.monotonic()
                 if time.monotonic() - self._first > ECHO_SECONDS:
@@ -78,7 +81,8 @@ class Signals:
     def _swallowed(self, unraisable: Any) -> None:
         """What Python does with an exception of a finaliser or a callback of its garbage collector: a signal may be met there."""
         if isinstance(unraisable.exc_value, Interrupted):  # arrives once more, when that callback is left
-            number, self.number, self._first = self.number, 0, 0.0
+            number, self.number = self.number, 0
+            self._again += 1
             threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()  # also out of a sleep
         else:
             self._hook(unraisable)

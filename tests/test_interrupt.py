@@ -5,15 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import golf_jax
+from golf_jax import interrupt
 from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
 
@@ -122,3 +125,26 @@ def test_a_signal_met_in_a_callback_that_swallows_exceptions_is_not_lost(capfd):
         gc.collect()
         time.sleep(5)
     assert stop.value.status == 129 and "ignored" not in capfd.readouterr().err
+
+
+def test_a_signal_that_is_delivered_once_more_is_no_second_one(monkeypatch):
+    """However late the watching thread and the second delivery are, on a machine with much to do."""
+    ended = []
+    reader, writer = os.pipe()
+
+    def late(thread, number):
+        time.sleep(1.2 * interrupt.ECHO_SECONDS)
+        os.write(writer, bytes([number]))
+
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(signal, "pthread_kill", late)
+    signals = interrupt.Signals()
+    signals.number = signal.SIGHUP
+    signals._swallowed(SimpleNamespace(exc_value=Interrupted(signal.SIGHUP)))
+    watcher = threading.Thread(target=signals._watch, args=(reader,))
+    watcher.start()
+    os.write(writer, bytes([signal.SIGHUP]))
+    time.sleep(1.6 * interrupt.ECHO_SECONDS)
+    os.close(writer)
+    watcher.join()
+    assert not ended
