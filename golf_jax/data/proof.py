@@ -70,7 +70,8 @@ def prove_text(
         falls_back = any(map(pieces.is_byte, range(tokenizer.vocab_size)))
         why = "whose byte pieces write every text without one: not its text" if falls_back else "which has no byte fallback"
         raise GolfError(
-            f"tokenizer {tokenizer.name}, {why}: {unknown} unknown tokens in the validation text: their characters are lost, and the byte count with them"
+            f"tokenizer {tokenizer.name}, {why}: {unknown} unknown tokens in the validation text: their characters are lost, "
+            "and the byte count with them"
         )
     facts = []
     if changes := tokenizer.changes():
