@@ -122,6 +122,9 @@ def test_what_is_wrong_with_the_input_is_said(references, tmp_path):
     (tmp_path / "cut.npz").write_bytes((references / "pr638.npz").read_bytes()[:5000])
     with pytest.raises(GolfError, match="cut.npz: not a readable npz file"):
         reproduce.reproduce(tmp_path / "cut.npz")
+    path = rewritten(references, tmp_path, **{"model/main/tokens": lambda tokens: np.array("text")})
+    with pytest.raises(GolfError, match="set.npz: model/main: not what the format asks for"):
+        reproduce.reproduce(path, "model")
     arrays = {k: v for k, v in np.load(references / "pr638.npz").items() if k != "params/main/smear.gate"}
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(GolfError, match="missing smear.gate"):

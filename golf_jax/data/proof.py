@@ -65,10 +65,13 @@ def prove_text(
             "byte count cannot be proved (write the shards again, as `python -m golf_jax.data build` does)"
         )
     check_holes(val_tokens, "validation text")
-    if unknown := int(np.count_nonzero(val_tokens == tokenizer.processor.unk_id())):
+    pieces = tokenizer.processor
+    if unknown := int(np.count_nonzero(val_tokens == pieces.unk_id())):
+        falls_back = any(map(pieces.is_byte, range(tokenizer.vocab_size)))
+        why = "whose byte pieces write every text without one: not its text" if falls_back else "which has no byte fallback"
         raise GolfError(
-            f"tokenizer {tokenizer.name}: {unknown} unknown tokens in the validation text: their characters are lost "
-            "(the vocabulary has no byte fallback), and the byte count with them"
+            f"tokenizer {tokenizer.name}, {why}: {unknown} unknown tokens in the validation text: their characters are lost, "
+            "and the byte count with them"
         )
     facts = []
     if changes := tokenizer.changes():

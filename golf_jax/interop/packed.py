@@ -83,7 +83,7 @@ def _state_dict(stored: Any, path: Path) -> Mapping[str, Any]:
     for _ in range(2):
         if isinstance(stored, Mapping):
             stored = next((stored[k] for k in NESTED if isinstance(stored.get(k), Mapping)), stored)
-    if not isinstance(stored, Mapping) or not stored or not all(hasattr(v, "dtype") for v in stored.values()):
+    if not isinstance(stored, Mapping) or not stored or not all(isinstance(n, str) and hasattr(v, "dtype") for n, v in stored.items()):
         found = f"keys {', '.join(map(str, list(stored)[:6]))}" if isinstance(stored, Mapping) else f"a {type(stored).__name__}"
         raise GolfError(f"{path}: not a state_dict of tensors, nor one under {', '.join(NESTED)}; found {found}")
     return stored
@@ -186,6 +186,8 @@ def _numpy(tensor: Any, where: str = "tensor", dtypes: tuple[str, ...] = (*_DTYP
     if str(tensor.layout) != "torch.strided" or tensor.device.type == "meta" or dtype not in dtypes:
         kind = f"{str(tensor.layout).removeprefix('torch.')} tensor of {dtype} on {tensor.device.type}"
         raise GolfError(f"{where}: a {kind} cannot be read; save a dense tensor of {', '.join(_DTYPES)}")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # some kB can claim terabytes
+        raise GolfError(f"{where}: shape {tuple(tensor.shape)} repeats fewer stored values (expand); save a dense tensor")
     tensor = tensor.detach().contiguous()
     if dtype == "bfloat16":
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from golf_jax.ahead import ahead
 from golf_jax.config import GolfError, Recipe, to_dict
@@ -63,7 +64,7 @@ def digests(tree: Any) -> tuple[Any, Any]:
 
 def _named_digests(state: TrainState) -> tuple[dict[str, list[int]], bool]:
     tree, finite = jax.device_get(digests(state._asdict()))
-    named = {jax.tree_util.keystr(path): [int(v) for v in value] for path, value in jax.tree_util.tree_leaves_with_path(tree)}
+    named = {keystr(path): [int(v) for v in value] for path, value in tree_leaves_with_path(tree)}
     return named, bool(finite)
 
 
@@ -209,10 +210,13 @@ class Checkpoints:
 def check_same_shapes(like: Any, stored: Any) -> None:
     """Raises ValueError unless both trees have leaves of the same shapes, up to the padding of what is split over devices.
 
-    like: shapes with shardings.
+    like: shapes with shardings. Leaves are compared by name: orbax stores a named tuple as a dictionary, whose order is another.
     """
-    for (path, mine), theirs in zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(stored), strict=True):
-        name = jax.tree_util.keystr(path)
+    wanted, there = ({keystr(path, simple=True, separator="."): x for path, x in tree_leaves_with_path(tree)} for tree in (like, stored))
+    if odd := sorted(wanted.keys() ^ there.keys()):
+        raise ValueError(f"{odd[0]} is only {'here' if odd[0] in wanted else 'there'}")
+    for name, mine in wanted.items():
+        theirs = there[name]
         first = 1 if mine.sharding.spec == ROWS else 0
         if mine.shape[first:] != theirs.shape[first:]:
             raise ValueError(f"{name} has the shape {theirs.shape} there and {mine.shape} here")

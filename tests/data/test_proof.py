@@ -131,6 +131,9 @@ def test_unknown_characters_are_refused():
         prove_text(without, [], np.concatenate(without.encode_documents(["plain", "a 日 b"])))
     with pytest.raises(GolfError, match="unknown tokens"):  # not "another tokenizer" where no document is without
         prove_text(without, [], np.concatenate(without.encode_documents(["c 日", "a 日 b"])))
+    whole = trained()
+    with pytest.raises(GolfError, match="byte pieces write every text without one: not its text"):
+        prove_text(whole, [], np.array([whole.bos_id, 40, whole.processor.unk_id(), 41], np.uint16))
 
 
 @pytest.mark.parametrize(

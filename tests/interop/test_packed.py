@@ -147,6 +147,10 @@ def test_exotic_tensors_are_one_line(tmp_path):
         with pytest.raises(GolfError, match="cannot be read") as error:
             read_checkpoint(saved(tmp_path, {"w": tensor}))
         assert "\n" not in str(error.value)
+    with pytest.raises(GolfError, match="repeats fewer stored values"):  # 4 TB from a file of 1 kB
+        read_checkpoint(saved(tmp_path, {"w": torch.zeros(1, 1).expand(10**7, 10**5)}))
+    with pytest.raises(GolfError, match="not a state_dict"):
+        read_checkpoint(saved(tmp_path, {0: w}))
 
 
 def test_packings_that_scripts_fall_back_to(references):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from golf_jax.config import GolfError
 from golf_jax.interop.checks.base import CheckResult
 from golf_jax.interop.checks.evaluation import check_eval, check_ttt
 from golf_jax.interop.checks.forward import check_grads, check_model
@@ -21,12 +22,16 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 
 
 def run(refs: Set, section: str) -> Iterator[CheckResult]:
-    """The results of a section; what it cannot compute is listed in `refs.not_checked`."""
+    """The results of a section; what it cannot compute is listed in `refs.not_checked`. GolfError for a damaged set."""
     for case in refs.cases(section):
         try:
             CHECKS[section](case)
         except NotComputed as e:
             refs.not_checked[case.where] = str(e)
+        except GolfError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as e:  # text for numbers, null for a table, ...
+            raise GolfError(f"{refs.path}: {case.where}: not what the format asks for ({type(e).__name__}: {e})") from e
         yield from case.results()
 
 
