@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,8 +15,9 @@ from typing import Annotated, Any
 import tyro
 
 from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
-from golf_jax.interrupt import Interrupted, catching
+from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
+LEAST_ADDRESSES = 2 << 30
 WANTED = """The flags most runs want; the full list follows.
 
   --data.train GLOB --data.val GLOB --data.tokenizer MODEL   shards and their SentencePiece model
@@ -94,6 +96,8 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
     try:
         with catching():
             _refuse_empty(sys.argv[1:])
+            if computes:
+                _refuse_little_memory()
             status = main(sys.argv[1:])
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -131,10 +135,20 @@ def _use_huge_pages() -> None:
     as_module = any(flag == "-m" and name.split(".")[0] == "golf_jax" for flag, name in itertools.pairwise(words))
     if "glibc.malloc.hugetlb" in given or not (as_module or Path(words[1]).name == "golf-jax"):
         return  # never somebody else's process: a notebook that runs the module, a test
-    with contextlib.suppress(OSError, ValueError):  # another system, another C library
+    with contextlib.suppress(OSError, ValueError):  # another system, another C library, a program that cannot be started
         if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text() and os.confstr("CS_GNU_LIBC_VERSION"):
             os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [given, "glibc.malloc.hugetlb=1"]))
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept until the new start listens
             os.execv(sys.executable, [sys.executable, *words[1:]])
+
+
+def _refuse_little_memory() -> None:
+    """GolfError where `ulimit -v` leaves less than the libraries need to start: there they end in C++, with a stack or none."""
+    with contextlib.suppress(ImportError):  # no such limits on this system
+        import resource
+
+        if 0 < (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) < LEAST_ADDRESSES:
+            raise GolfError(f"ulimit -v leaves {limit / 1e9:.1f} GB of addresses; jax needs more than {LEAST_ADDRESSES >> 30} to start")
 
 
 def _refuse_empty(argv: Sequence[str]) -> None:

@@ -99,6 +99,8 @@ def catching() -> Iterator[Signals]:
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=signals._watch, args=(reader,), daemon=True).start()
     try:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which `cli` held back when it started this process over
         yield signals
     except Exception as error:  # C++ that calls Python makes an error of its own of what is raised there
         if signals.raised:

@@ -2,13 +2,14 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from golf_jax import cli
+from golf_jax import cli, interrupt
 from golf_jax.config import GolfError
 from golf_jax.pipeline import Options
 
@@ -171,7 +172,8 @@ def test_what_computes_starts_over_in_huge_pages_once_and_never_another_process(
         pass
 
     def execv(path, argv):
-        raise Started(argv, os.environ["GLIBC_TUNABLES"])
+        held = signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
+        raise Started(argv, os.environ["GLIBC_TUNABLES"], held >= {*interrupt.SIGNALS})
 
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.36", raising=False)
@@ -181,7 +183,20 @@ def test_what_computes_starts_over_in_huge_pages_once_and_never_another_process(
     monkeypatch.setenv("GLIBC_TUNABLES", given)
     with pytest.raises(Started if set_to else SystemExit) as caught:
         cli.run(lambda argv: 0, computes=True)
-    assert not set_to or caught.value.args == ([sys.executable, *words], set_to)
+    assert not set_to or caught.value.args == ([sys.executable, *words], set_to, True)
+
+
+def test_a_signal_held_back_over_the_second_start_is_heard_then():
+    code = "import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}); os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "from golf_jax import cli; cli.run(lambda argv: 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted by SIGINT\n")
+
+
+def test_too_few_addresses_are_one_line_before_any_library_meets_them():
+    command = f"ulimit -v 1000000; exec {sys.executable} -m golf_jax.train"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: ulimit -v leaves 1.0 GB of addresses; jax needs more than 2 to start\n"
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
 from golf_jax.data.overlap import Overlap, find_overlap, without_ends
-from golf_jax.data.shards import Shard, check_holes
+from golf_jax.data.shards import Shard, check_holes, check_token_range
 from golf_jax.data.sidecar import Sidecar, prove_sidecar
 from golf_jax.data.tokenizer import SPACE, Tokenizer, check_tables, split_documents
 from golf_jax.progress import Log, Progress
@@ -76,7 +76,7 @@ def prove_text(
     facts = []
     if changes := tokenizer.changes():
         facts.append(f"tokenizer changes text: {'; '.join(changes)}")
-    samples = {"train": sampled_documents(train, bos, seconds), "val": split_documents(val_tokens, bos)}
+    samples = {"train": sampled_documents(train, tokenizer.vocab_size, bos, seconds), "val": split_documents(val_tokens, bos)}
     progress = Progress(log, "documents encoded again:")
     for split, documents in samples.items():
         if split == "train" and not train:
@@ -231,10 +231,12 @@ def _without_documents(train: Sequence[np.ndarray | Shard], bos_id: int) -> str:
     )
 
 
-def sampled_documents(shards: Sequence[np.ndarray | Shard], bos_id: int, seconds: float = math.inf) -> Iterator[np.ndarray]:
+def sampled_documents(
+    shards: Sequence[np.ndarray | Shard], vocab_size: int, bos_id: int, seconds: float = math.inf
+) -> Iterator[np.ndarray]:
     """Whole documents, each at most once: blocks of 65,536 tokens of all shards in an order that spreads over them at once.
 
-    seconds: of reading, at most, also where no document ends.
+    seconds: of reading, at most, also where no document ends. GolfError, with the shard, for holes and for what is no token.
     """
     end = time.monotonic() + seconds
     blocks = [(shard, start) for shard in shards for start in range(0, len(shard), SAMPLED_TOKENS)]
@@ -244,7 +246,9 @@ def sampled_documents(shards: Sequence[np.ndarray | Shard], bos_id: int, seconds
             return
         shard, start = blocks[number * step % len(blocks)]
         tokens = shard[start : start + SAMPLED_TOKENS + OVERHANG]
-        check_holes(tokens[:SAMPLED_TOKENS], getattr(shard, "path", "training text"), start)
+        where = getattr(shard, "path", "training text")
+        check_holes(tokens[:SAMPLED_TOKENS], where, start)
+        check_token_range(tokens, vocab_size, where)
         bounds = [*np.flatnonzero(tokens == bos_id).tolist(), *([len(tokens)] if start + len(tokens) == len(shard) else [])]
         for first, stop in zip(bounds, bounds[1:], strict=False):
             if first < SAMPLED_TOKENS:
@@ -265,7 +269,7 @@ def refuse_overlap(
     train: Sequence[np.ndarray | Shard], val_tokens: np.ndarray, tokenizer: Tokenizer, bos_id: int, seconds: float = 2.0
 ) -> Overlap:
     """The quick form, over what of training is read in time; GolfError when more than 1 % of validation is in it."""
-    train_documents, held_out = sampled_documents(train, bos_id, seconds), split_documents(val_tokens, bos_id)
+    train_documents, held_out = sampled_documents(train, tokenizer.vocab_size, bos_id, seconds), split_documents(val_tokens, bos_id)
     found = find_overlap(train_documents, held_out, tokenizer, seconds, SHORT)
     if found.leaked > TOLERATED * found.documents:
         raise GolfError(

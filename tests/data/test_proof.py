@@ -68,9 +68,10 @@ def test_random_tokens_are_no_text(tokenizer, split):
         prove_text(tokenizer, [], tokens)
 
 
-def test_tokens_that_the_tokenizer_has_not_are_refused(tokenizer, split):
-    with pytest.raises(GolfError, match="text: token 600 is outside a vocabulary of 512"):
-        prove_text(tokenizer, [np.array([1, 5, 600, 1, 5, 600, 1], np.uint16)], split[1])
+def test_tokens_that_the_tokenizer_has_not_are_refused(tokenizer, split, tmp_path):
+    write_shard(tmp_path / "train_3.bin", np.array([1, 5, 600, 1, 5, 600, 1], np.uint16))
+    with pytest.raises(GolfError, match="train_3.bin: token 600 is outside a vocabulary of 512"):
+        prove_text(tokenizer, [open_shard(tmp_path / "train_3.bin")], split[1])
 
 
 def test_documents_without_a_start_are_refused(tokenizer, split):
