@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from tiny_recipes import tiny
+from tiny_recipes import SHIPPED, tiny
 
 from golf_jax.config import GolfError
 from golf_jax.mesh import REPLICATED, ROWS, make_mesh
@@ -60,12 +60,13 @@ def test_the_newest_comes_back_whole(state, copy):
     assert restore(copy.parent / "none") is None
 
 
-@pytest.mark.parametrize("name", ["pr562", "pr1182"])
-def test_averages_of_weights_come_back(name, tmp_path):
-    recipe = tiny(name)
+@pytest.mark.parametrize("name", [*SHIPPED, "pr2135"])
+def test_the_state_of_every_recipe_comes_back(name, tmp_path):
+    """Averages, stale gradients, low-precision copies: whatever a recipe's state is made of."""
+    recipe = tiny(name, numerics="as_run")
     recipe, mesh = replace(recipe, model=resolve(recipe.model, "cpu")), make_mesh(1)
     state = init_state(recipe, mesh, 0)
-    assert recipe.schedule.swa_every and state.swa is not None
+    assert (state.swa is not None) == bool(recipe.schedule.swa_every)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(recipe, 3, state, position={}, seconds=1.0, wait=True)
     found = checkpoints.restore(state_shapes(recipe, mesh), pytest.fail)
