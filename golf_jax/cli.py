@@ -17,7 +17,7 @@ import tyro
 from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
 from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
-LEAST_ADDRESSES = 2 << 30
+LEAST_ADDRESSES, LEAST_FILES = 2 << 30, 64
 WANTED = """The flags most runs want; the full list follows.
 
   --data.train GLOB --data.val GLOB --data.tokenizer MODEL   shards and their SentencePiece model
@@ -97,7 +97,7 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
         with catching():
             _refuse_empty(sys.argv[1:])
             if computes:
-                _refuse_little_memory()
+                _refuse_little_room()
             status = main(sys.argv[1:])
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -142,13 +142,15 @@ def _use_huge_pages() -> None:
             os.execv(sys.executable, [sys.executable, *words[1:]])
 
 
-def _refuse_little_memory() -> None:
-    """GolfError where `ulimit -v` leaves less than the libraries need to start: there they end in C++, with a stack or none."""
+def _refuse_little_room() -> None:
+    """GolfError where `ulimit` leaves less than the libraries need: without addresses they end in C++, without files they never end."""
     with contextlib.suppress(ImportError):  # no such limits on this system
         import resource
 
         if 0 < (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) < LEAST_ADDRESSES:
             raise GolfError(f"ulimit -v leaves {limit / 1e9:.1f} GB of addresses; jax needs more than {LEAST_ADDRESSES >> 30} to start")
+        if 0 < (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < LEAST_FILES:
+            raise GolfError(f"ulimit -n leaves {limit} open files; at least {LEAST_FILES} are needed")
 
 
 def _refuse_empty(argv: Sequence[str]) -> None:

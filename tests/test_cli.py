@@ -55,6 +55,7 @@ def test_an_unknown_recipe_is_refused(name, message):
         (["--model.width", "100"], ["model.width 100 is not divisible by model.num_heads 6"]),
         (["--eval.sliding.stride", "999"], ["eval.sliding.stride 999 exceeds the window of 256 tokens (data.seq_len)"]),
         (["--data.train", "x.bin"], ["data.val is empty: give the glob"]),
+        (["--data.val", "x.bin"], ["data.val would not be read; give data.train, too"]),
     ],
 )
 def test_flags_that_cannot_be_are_refused(flags, words, capsys):
@@ -187,16 +188,23 @@ def test_what_computes_starts_over_in_huge_pages_once_and_never_another_process(
 
 
 def test_a_signal_held_back_over_the_second_start_is_heard_then():
-    code = "import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}); os.kill(os.getpid(), signal.SIGINT)\n"
+    code = "import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); os.kill(os.getpid(), signal.SIGTERM)\n"
     code += "from golf_jax import cli; cli.run(lambda argv: 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted by SIGINT\n")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "interrupted by SIGTERM\n")
 
 
-def test_too_few_addresses_are_one_line_before_any_library_meets_them():
-    command = f"ulimit -v 1000000; exec {sys.executable} -m golf_jax.train"
+@pytest.mark.parametrize(
+    ("limit", "line"),
+    [
+        ("-v 1000000", "ulimit -v leaves 1.0 GB of addresses; jax needs more than 2 to start"),
+        ("-n 20", "ulimit -n leaves 20 open files; at least 64 are needed"),
+    ],
+)
+def test_too_little_room_is_one_line_before_any_library_meets_it(limit, line):
+    command = f"ulimit {limit}; exec {sys.executable} -m golf_jax.train"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: ulimit -v leaves 1.0 GB of addresses; jax needs more than 2 to start\n"
+    assert (done.returncode, done.stderr) == (2, f"error: {line}\n")
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

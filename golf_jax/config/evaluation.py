@@ -29,6 +29,8 @@ class SlidingConfig:
 class TTTConfig(SlidingConfig):
     """Sliding evaluation with training on the validation text: what both kinds of it share."""
 
+    stride: int = 64
+    """New targets per window."""
     epochs: int = 0
     """Passes over what is trained on; 0 leaves this evaluation out."""
     lr: float = 0.002

@@ -16,9 +16,9 @@ class DataConfig:
     train: str = "embedded"
     """Glob of training shards, or `embedded`: the corpus made from this Python's own documentation."""
     val: str = ""
-    """Glob of validation shards (unused with `embedded`)."""
+    """Glob of validation shards (none with `embedded`)."""
     tokenizer: str = ""
-    """SentencePiece model file (unused with `embedded`)."""
+    """SentencePiece model file (none with `embedded`)."""
     order: Literal["stream", "shuffled", "documents"] = "stream"
     """`stream`: consecutive spans per rank (PRs 372, 562, 638, 1182); `shuffled`: random sequences per rank (PR 2005); `documents`: one
     packed row per rank, attention inside documents cut at `seq_len` (PR 2135)."""
@@ -30,7 +30,10 @@ class DataConfig:
 
     def __post_init__(self):
         positive(self, "data", "seq_len", "ranks", "rows_per_rank")
-        if self.train != "embedded":
+        if self.train == "embedded":
+            given = " and ".join(f"data.{name}" for name in ("val", "tokenizer") if getattr(self, name))
+            check(not given, f"data.train is the embedded corpus, which has its own: {given} would not be read; give data.train, too")
+        else:
             check(bool(self.val), "data.val is empty: give the glob of the validation shards")
             check(bool(self.tokenizer), "data.tokenizer is empty: give the SentencePiece model file")
 

@@ -32,7 +32,8 @@ class Shard:
         self.path = Path(path)
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would block for ever
-                raise GolfError(f"{path}: cannot be read (not a regular file)")
+                glob = f"a directory; give a glob of its shards, as '{path}/*train_*.bin'" if os.path.isdir(path) else "not a regular file"
+                raise GolfError(f"{path}: cannot be read ({glob})")
             self._descriptor = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
             self._stamp = self._stat()

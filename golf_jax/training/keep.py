@@ -91,6 +91,8 @@ class Keeper:
         if step in self.checkpoints.steps():
             self.checkpoints.set_aside(step, "diverged")
         left = self.checkpoints.steps()
-        resume = f"{go_on(self.run.path)} --accept optim.groups.0.lr --optim.groups.0.lr N"
+        rates = [group.lr for group in self.recipe.optim.groups]
+        field = f"optim.groups.{rates.index(max(rates))}.lr"
+        resume = f"{go_on(self.run.path)} --accept {field} --{field} N"
         on = f", or go on from checkpoint {left[0]} with lower ones: {resume}" if left else ""
         return GolfError(f"step {step + 1}: the training loss is {loss}; lower the learning rates in a new run{on}")

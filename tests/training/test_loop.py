@@ -108,9 +108,11 @@ def test_a_diverged_state_is_set_aside_and_the_one_before_goes_on(run_training, 
     recipe, path = replace(small(), checkpoint_every=1), tmp_path / "run"
     run_training(replace(recipe, budget=replace(recipe.budget, steps=2)), path)
     with closing(RunDir(path, resume=True)) as run, closing(Checkpoints(path / "checkpoints")) as checkpoints:
-        error = Keeper(recipe, checkpoints, run, Signals(), {}).diverged(2, math.nan)
+        hot = replace(recipe, optim=replace(recipe.optim, groups=(*recipe.optim.groups[:-1], replace(recipe.optim.groups[-1], lr=1e30))))
+        error = Keeper(hot, checkpoints, run, Signals(), {}).diverged(2, math.nan)
     advice = "go on from checkpoint 1 with lower ones: python -m golf_jax.train --resume"
     assert "step 3: the training loss is nan" in str(error) and advice in str(error)
+    assert f"--accept optim.groups.{len(recipe.optim.groups) - 1}.lr" in str(error)  # the highest rate, not always the first
     assert (path / "checkpoints/2.diverged").is_dir()
     run_training(recipe, path, resume=True)
     assert "resumed at step 1," in (path / "log.txt").read_text()
