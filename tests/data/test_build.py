@@ -273,6 +273,15 @@ def test_a_damaged_embedded_corpus_is_made_anew(tmp_path, monkeypatch, name):
     assert damage(Path(manifest["directory"])) == ""
 
 
+def test_a_pipe_in_place_of_a_shard_is_damage(built, tmp_path):
+    copy = Path(shutil.copytree(built, tmp_path / "copy"))
+    assert damage(copy) == ""
+    shard = next(copy.glob("*val*.bin"))
+    shard.unlink()
+    os.mkfifo(shard)
+    assert damage(copy) == f"{shard}: differs from the manifest"
+
+
 def test_a_manifest_names_nothing_outside_its_directory(built):
     manifest = json.loads((built / "manifest.json").read_text())
     files = [{"tokenizer": {**manifest["tokenizer"], "file": name}} for name in ("../tokenizer.model", "..", "", "a\0b", "\ud800", "c:x")]
