@@ -92,7 +92,8 @@ def test_a_refusal_ends_both_processes(tmp_path, text, programs):
     """A run directory that is taken, seen by process 0 alone."""
     file = recipe_file(on_text(tiny("baseline", vocab_size=300), text), tmp_path / "mine.py")
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken/config.json").write_text("{}")
+    for name in ("config.json", "result.json"):  # a run that has kept something
+        (tmp_path / "taken" / name).write_text("{}")
     begin = time.monotonic()
     pair = start_pair(["golf_jax.train", file, "--run-dir", "taken"], programs, tmp_path)
     outputs = finish(pair)
