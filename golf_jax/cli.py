@@ -133,7 +133,7 @@ def _use_huge_pages() -> None:
     """
     given, words = os.environ.get("GLIBC_TUNABLES", ""), sys.orig_argv
     as_module = any(flag == "-m" and name.split(".")[0] == "golf_jax" for flag, name in itertools.pairwise(words))
-    if "glibc.malloc.hugetlb" in given or not (as_module or Path(words[1]).name == "golf-jax"):
+    if "glibc.malloc.hugetlb" in given or not (as_module or Path(" ".join(words[1:2])).name == "golf-jax"):
         return  # never somebody else's process: a notebook that runs the module, a test
     with contextlib.suppress(OSError, ValueError):  # another system, another C library, a program that cannot be started
         if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text() and os.confstr("CS_GNU_LIBC_VERSION"):

@@ -166,6 +166,7 @@ def test_a_closed_standard_input_is_an_empty_one():
         (["/usr/bin/golf-jax", "train"], "glibc.cpu.x=1", "glibc.cpu.x=1:glibc.malloc.hugetlb=1"),
         (["-m", "golf_jax.train"], "glibc.malloc.hugetlb=0", None),
         (["-m", "ipykernel_launcher", "-f", "golf_jax.json"], "", None),
+        ([], "", None),
     ],
 )
 def test_what_computes_starts_over_in_huge_pages_once_and_never_another_process(words, given, set_to, monkeypatch):
