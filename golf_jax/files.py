@@ -13,6 +13,10 @@ from typing import Any
 from golf_jax.config import GolfError, parse_json
 
 
+class NotWritten(GolfError):
+    """A disk that is full, read-only or gone."""
+
+
 def read_bytes(path: str | Path, limit: int = 1 << 31) -> bytes:
     """The bytes of a regular file of at most `limit` bytes. GolfError, naming it, for anything else (a pipe would block for ever)."""
     try:
@@ -44,7 +48,7 @@ def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
         os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
     except OSError as error:
-        raise GolfError(f"{path}: cannot be written ({error.strerror})") from None
+        raise NotWritten(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)

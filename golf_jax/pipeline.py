@@ -34,6 +34,7 @@ from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import split_documents
 from golf_jax.evaluation import Result, Stream
 from golf_jax.evaluation.methods import METHODS, methods_of
+from golf_jax.files import NotWritten
 from golf_jax.interrupt import Interrupted, Signals, catching
 from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import Model as Network
@@ -105,9 +106,12 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
         try:
             with others_alive(), compiling_ahead(min(4, cores() - 2)):  # two are busy with the run itself
                 return _stages(plan, options, changes, directory, signals)
-        except Interrupted as stop:
+        except (Interrupted, NotWritten, OSError) as stop:
             begin = f"nothing was trained yet; start again with: {start_again(path, plan.mesh.size)}"
-            rest = f"go on with: {go_on(path)}" if kept(path) else begin
+            rest = f"go on with: {go_on(path)}" if kept(path) else begin if (Path(path) / "config.json").exists() else "start again"
+            if not isinstance(stop, Interrupted):  # a disk that is full
+                what = stop if isinstance(stop, NotWritten) else f"{stop.filename or path}: {stop.strerror or stop}"
+                raise GolfError(f"{what}; once that is mended, {rest}") from None
             directory.log(f"interrupted by {stop}{'' if stop.advice else f': {rest}'}")
             stop.told = True
             raise

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny_recipes import SHIPPED, build_text, command, environment, on_text, recipe_file, tiny
 
-from golf_jax import pipeline
+from golf_jax import files, pipeline
 from golf_jax.config import EvalConfig, GolfError, QuantRule, Recipe, SlidingConfig, from_dict, load_recipe, to_dict
 from golf_jax.data.shards import write_shard
 from golf_jax.data.tokenizer import Tokenizer
@@ -185,6 +185,27 @@ def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monke
     for damage in (json.dumps(result | {"sha256": "0"}), json.dumps(result | {"evaluations": {}}), "[]", ""):
         (path / "result.json").write_text(damage)
         assert pipeline.run(recipe, Options(resume=str(path))) == json.loads((path / "result.json").read_text()) == result
+
+
+@pytest.mark.parametrize("name", ["config.json", "stages.json", "artifact.golf", "result.json"])
+def test_a_full_disk_names_the_command_that_goes_on(tmp_path, text, monkeypatch, name):
+    """Whatever could not be written last: the same artifact comes of the command that the last line names."""
+    recipe = on_text(tiny("baseline", vocab_size=300, seq_len=32), text)
+    path, write = tmp_path / "run", RunDir.write
+
+    def full(run, file, content):
+        if file == name and (name != "stages.json" or "train" in content):
+            raise files.NotWritten(f"{run.path / file}: cannot be written (No space left on device)")
+        return write(run, file, content)
+
+    monkeypatch.setattr(RunDir, "write", full)
+    with pytest.raises(GolfError) as stop:
+        run(recipe, path)
+    rest = "start again" if name == "config.json" else f"go on with: python -m golf_jax.train --resume {path}"
+    assert str(stop.value) == f"{path / name}: cannot be written (No space left on device); once that is mended, {rest}"
+    monkeypatch.undo()
+    result = pipeline.run(recipe, Options(resume=str(path))) if name != "config.json" else run(recipe, path)
+    check_run(path, result)
 
 
 def test_what_is_no_longer_there_is_said(tmp_path, text):

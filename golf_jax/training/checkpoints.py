@@ -97,6 +97,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).absolute()
+        self._last = 0  # step of the save under way
         _set_up()
         with self._reported("cannot be opened"):
             self.directory.mkdir(parents=True, exist_ok=True)  # orbax finds out that it is a file when the first save is due
@@ -110,13 +111,14 @@ class Checkpoints:
         """Start saving; returns once the arrays are copied out (`wait`: once they are on disk).
 
         facts: JSON data for `Found.meta` (position, seconds, ...). Raises GolfError: a state that is not finite is never
-        saved; a disk that is full, also for the save before.
+        saved; a disk that is full, also for the save before, unless `wait` has told that one.
         """
         named, finite = _named_digests(state)
         if not finite:
             raise GolfError(f"step {step}: the weights are not finite any more; nothing is saved from here on")
         meta = sealed({"recipe": to_dict(recipe), "step": step, "digests": named, **facts})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
+        self._last = step
         with self._written(f"checkpoint {step} cannot be written"):
             self._manager.save(step, args=args, force=True)
             if wait:
@@ -175,7 +177,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the save under way is on disk. Raises GolfError if it failed."""
-        with self._written("the last checkpoint cannot be written"):
+        with self._written(f"checkpoint {self._last} cannot be written"):
             self._manager.wait_until_finished()
 
     def close(self) -> None:

@@ -1,6 +1,8 @@
 """When the state of a training is saved, and what happens when that fails or somebody asks the run to stop."""
 
 import contextlib
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from golf_jax.training.rundir import RunDir, go_on
 from golf_jax.training.state import TrainState
 
 SECONDS = 60.0  # of training between two checkpoints, where the recipe does not count steps
+UNTRAINED = 0.999  # of the loss of a uniform distribution
 ASK_EVERY = 10  # steps; several processes have to ask each other
 LOOKAHEAD = 2 * ASK_EVERY  # batches: what one of them cannot read is told twice before its turn comes, and heard at least once
 
@@ -24,6 +27,7 @@ class Keeper:
     def __init__(self, recipe: Recipe, checkpoints: Checkpoints, run: RunDir, signals: Signals, facts: dict[str, Any]) -> None:
         self.recipe, self.checkpoints, self.run, self.signals, self.facts = recipe, checkpoints, run, signals, facts
         self._saved_step, self._saved_at = 0, 0.0
+        self._losses: dict[int, float] = {}  # of the states that were saved
 
     def starts_at(self, step: int, seconds: float) -> None:
         self._saved_step, self._saved_at = step, seconds
@@ -59,16 +63,22 @@ class Keeper:
         return number, (on_step or by_time) and step > self._saved_step, trouble
 
     def save(self, step: int, state: TrainState, seconds: float, position: dict[str, int], loss: float, *, wait: bool = False) -> bool:
-        """Whether it could be saved: a full disk must not end a run that goes well without checkpoints."""
+        """Whether it is saved: a full disk must not end a run that goes well without checkpoints."""
+        sound = self._tried(self.checkpoints.wait)  # the save before is told under its own step
+        if step == self._saved_step and sound:
+            return True
+        facts = {"position": position, "seconds": seconds, "loss": loss, **self.facts}
+        if not self._tried(lambda: self.checkpoints.save(self.recipe, step, state, wait=wait, **facts)):
+            return False
+        self.starts_at(step, seconds)
+        return True
+
+    def _tried(self, save: Callable[[], None]) -> bool:
         try:
-            if step == self._saved_step:
-                self.checkpoints.wait()
-                return True
-            self.checkpoints.save(self.recipe, step, state, wait=wait, position=position, seconds=seconds, loss=loss, **self.facts)
+            save()
         except GolfError as error:
             self.run.log(f"warning: {error}; the run goes on")
             return False
-        self.starts_at(step, seconds)
         return True
 
     def stop(self, number: int, step: int, state: TrainState, seconds: float, position: dict[str, int], loss: float) -> Interrupted:
@@ -84,12 +94,19 @@ class Keeper:
             return GolfError(why)
         return GolfError(f"{why} (saved after step {step}; then go on with: {go_on(self.run.path)})")
 
+    def learned(self, step: int, loss: float) -> None:
+        """The state after `step` steps has this loss."""
+        if step == self._saved_step:
+            self._losses[step] = loss
+
     def diverged(self, step: int, loss: float) -> GolfError:
-        """The state after `step` steps has a loss that is not finite: its checkpoint is good for nothing and set aside."""
+        """The state after `step` steps has a loss that is not finite. Its checkpoint, and one that is no better than weights nobody has
+        trained (which too high a rate leaves before it leaves NaN), are good for nothing and set aside."""
         with contextlib.suppress(GolfError):
             self.checkpoints.wait()
-        if step in self.checkpoints.steps():
-            self.checkpoints.set_aside(step, "diverged")
+        for saved in self.checkpoints.steps():
+            if saved == step or self._losses.get(saved, 0.0) > UNTRAINED * math.log(self.recipe.model.vocab_size):
+                self.checkpoints.set_aside(saved, "diverged")
         left = self.checkpoints.steps()
         rates = [group.lr for group in self.recipe.optim.groups]
         field = f"optim.groups.{rates.index(max(rates))}.lr"

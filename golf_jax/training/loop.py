@@ -214,6 +214,7 @@ class _Watch:
     def step(self, step: int, inputs: StepInputs, metrics: StepMetrics, clock: TrainingClock) -> None:
         self.loss, norm = (float(v) for v in jax.device_get((metrics.loss, metrics.grad_norm)))
         seconds = clock.local_seconds  # read after the wait: the time at which this step was done
+        self.keeper.learned(step, self.loss)
         if not math.isfinite(self.loss):
             self.run.metrics("train", step=step, loss=None, seconds=seconds)
             raise self.keeper.diverged(step, self.loss)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import signal
 from contextlib import closing
 from dataclasses import replace
@@ -113,10 +115,26 @@ def test_a_diverged_state_is_set_aside_and_the_one_before_goes_on(run_training, 
     advice = "go on from checkpoint 1 with lower ones: python -m golf_jax.train --resume"
     assert "step 3: the training loss is nan" in str(error) and advice in str(error)
     assert f"--accept optim.groups.{len(recipe.optim.groups) - 1}.lr" in str(error)  # the highest rate, not always the first
-    assert (path / "checkpoints/2.diverged").is_dir()
+    assert (path / "checkpoints/2.diverged").is_dir() and (path / "checkpoints/1").is_dir()
     run_training(recipe, path, resume=True)
     assert "resumed at step 1," in (path / "log.txt").read_text()
     assert [row["step"] for row in metrics(path)] == list(range(6))
+
+
+def test_a_checkpoint_no_better_than_untrained_weights_is_no_advice(run_training, tmp_path):
+    """Too high a rate leaves finite weights that predict nothing, and NaN some steps later."""
+    recipe, path = replace(small(), checkpoint_every=1), tmp_path / "run"
+    run_training(replace(recipe, budget=replace(recipe.budget, steps=2)), path)
+    with closing(RunDir(path, resume=True)) as run, closing(Checkpoints(path / "checkpoints")) as checkpoints:
+        keeper = Keeper(recipe, checkpoints, run, Signals(), {})
+        for step, loss in ((1, 3.0), (2, math.log(64) + 1e-4)):
+            keeper.starts_at(step, 1.0)
+            keeper.learned(step, loss)
+        assert "or go on from checkpoint 1 with lower ones" in str(keeper.diverged(5, math.nan))
+        assert checkpoints.steps() == [1]
+        keeper.starts_at(1, 1.0)
+        keeper.learned(1, 40.0)
+        assert str(keeper.diverged(3, math.nan)).endswith("lower the learning rates in a new run")
 
 
 def test_what_was_trained_is_saved_when_the_text_cannot_be_read_on(run_training, tmp_path):
@@ -187,6 +205,25 @@ def test_the_final_state_is_kept_without_any_checkpoint(run_training, tmp_path):
     trained = run_training(small(), tmp_path / "run")
     assert trained.steps == 6 and [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit()] == ["6"]
     assert run_training(small(), tmp_path / "run", resume=True).final_loss == trained.final_loss
+
+
+def test_a_save_that_fails_in_the_background_is_told_under_its_own_step(run_training, tmp_path, saved, monkeypatch):
+    """And that of the next step is tried all the same; the last one, once more."""
+    finalize, failed = ocp.CheckpointManager._finalize, []
+
+    def full(manager, step, *rest):
+        if step in failed or step == 2:
+            return finalize(manager, step, *rest)
+        failed.append(step)
+        manager._wait_for_checkpointers()
+        shutil.rmtree(manager.directory / str(step))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "_finalize", full)
+    run_training(saved, tmp_path / "run")
+    log = (tmp_path / "run/log.txt").read_text()
+    assert re.findall(r"checkpoint (\d) cannot be written \(\[Errno 28\]", log) == ["4", "6"] and failed == [4, 6]
+    assert "training complete: step 6 is saved" in log and {"2", "6"} == {p.name for p in (tmp_path / "run/checkpoints").iterdir()}
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(run_training, tmp_path, saved, monkeypatch):
