@@ -48,6 +48,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     _check(path, manifest["tokenizer"], "tokenizer.", {"file": str, "sha256": str, "vocab_size": int})
     if not _is_name(manifest["tokenizer"]["file"]):
         raise GolfError(f"{path}: tokenizer.file {manifest['tokenizer']['file']!a} names no file in the directory; give --tokenizer MODEL")
+    if "text" in manifest:
+        _check(path, manifest, "", {"text": dict})
+        _check(path, manifest["text"], "text.", {field: int for field in {"documents", "repeated", "blank"} & set(manifest["text"])})
     for split in ("train", "val"):
         _check(path, manifest[split], f"{split}.", {"tokens": int, "files": list})
         for field in {"documents", "bytes"} & set(manifest[split]):

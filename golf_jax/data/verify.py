@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.data.manifest import NAME, read_manifest, sha256_file
+from golf_jax.data.manifest import NAME, read_manifest, sha256_file, text_bytes
 from golf_jax.data.overlap import find_overlap
 from golf_jax.data.proof import prove_text
 from golf_jax.data.shards import Shard, check_holes, check_token_range, find_shards, open_shard
 from golf_jax.data.sidecar import Sidecar, find_sidecars, load_sidecar
-from golf_jax.data.tokenizer import Tokenizer
+from golf_jax.data.tokenizer import Tokenizer, byte_tables
 from golf_jax.progress import Log, Progress
 
 PROOF_SECONDS = 60.0  # per split, of encoding again
@@ -57,6 +57,7 @@ def verify(train: str, val: str, tokenizer: str | Path, manifest: dict[str, Any]
     elif manifest["tokenizer"]["sha256"] != model.sha256:
         report.problems.append(f"{tokenizer}: sha256 {model.sha256}, the manifest says {manifest['tokenizer']['sha256']}")
     say = log or (lambda line: None)
+    before = len(report.problems)
     say("reading the shards")
     splits = {
         split: _verify_split(report, split, pattern, model, (manifest or {}).get(split), log)
@@ -64,8 +65,10 @@ def verify(train: str, val: str, tokenizer: str | Path, manifest: dict[str, Any]
     }
     if splits["val"]:
         say(f"encoding documents again, for {PROOF_SECONDS:.0f} s at most of train and of val")
-        entry = (manifest or {}).get("val", {})
-        _verify_text(report, splits, model, entry, _verify_sidecar(report, val, entry), log)
+        sidecar = _verify_sidecar(report, val, (manifest or {}).get("val", {}))
+        _verify_text(report, splits, model, sidecar, log)
+        if manifest and len(report.problems) == before:  # else the totals cannot be right
+            _verify_totals(report, splits, model, sidecar, manifest)
     say("looking for validation text in training")
     train_documents, held_out = (documents_of(splits[split], model.bos_id) for split in ("train", "val"))
     progress = Progress(log, "overlap: tokens of training compared:", sum(map(len, splits["train"])))
@@ -132,27 +135,51 @@ def _verify_sidecar(report: Report, pattern: str, entry: dict[str, Any]) -> Side
                 report.problems.append(f"{pattern}: {listed['name']} of the manifest is missing")
             elif sha256_file(found[listed["name"]]) != listed["sha256"]:
                 report.problems.append(f"{found[listed['name']]}: sha256 differs from the manifest's; the file was altered")
+            elif (count := len(open_shard(found[listed["name"]]))) != listed["tokens"]:
+                report.problems.append(f"{found[listed['name']]}: {count} byte counts, the manifest says {listed['tokens']}")
         return load_sidecar(pattern)
     except GolfError as error:
         report.problems.append(str(error))
         return None
 
 
-def _verify_text(
-    report: Report, splits: dict[str, list[Shard]], model: Tokenizer, entry: dict[str, Any], sidecar: Sidecar | None, log: Log | None
-) -> None:
+def _verify_text(report: Report, splits: dict[str, list[Shard]], model: Tokenizer, sidecar: Sidecar | None, log: Log | None) -> None:
     tokens = np.concatenate([shard[:] for shard in splits["val"]])
     try:
-        proof = prove_text(model, splits["train"], tokens, PROOF_SECONDS, overlap=False, sidecar=sidecar, log=log)
+        report.facts += prove_text(model, splits["train"], tokens, PROOF_SECONDS, overlap=False, sidecar=sidecar, log=log).facts
     except GolfError as error:
         report.problems.append(str(error))
         return
-    report.facts += proof.facts
-    num_bytes = int(sidecar.counts[1:].sum(dtype=np.int64)) if sidecar else proof.val_bytes
-    official = num_bytes == OFFICIAL_BYTES and np.count_nonzero(tokens == model.bos_id) == OFFICIAL_DOCUMENTS
+    official = _bytes(splits["val"], model, sidecar) == OFFICIAL_BYTES and np.count_nonzero(tokens == model.bos_id) == OFFICIAL_DOCUMENTS
     report.facts.append("the official validation set" if official else "not the official validation set")
-    if num_bytes != entry.get("bytes", num_bytes):
-        report.problems.append(f"validation text has {num_bytes} bytes, the manifest says {entry['bytes']}")
+
+
+def _bytes(shards: list[Shard], model: Tokenizer, sidecar: Sidecar | None) -> int:
+    """Bytes of text of all shards of a split."""
+    if sidecar:
+        return int(sidecar.counts[1:].sum(dtype=np.int64))
+    tables, last, total = byte_tables(model.processor), np.empty(0, np.uint16), 0
+    for tokens in (np.concatenate([last, shard[:]]) for shard in shards):
+        total, last = total + text_bytes(tables, tokens), tokens[-1:]
+    return total
+
+
+def _verify_totals(
+    report: Report, splits: dict[str, list[Shard]], model: Tokenizer, sidecar: Sidecar | None, manifest: dict[str, Any]
+) -> None:
+    """Whatever the manifest sums up, against the sum."""
+    there: dict[str, Any] = {"tokenizer.vocab_size": model.vocab_size, "transform": "caseops" if model.caseops else ""}
+    there |= {f"{split}.tokens": sum(map(len, shards)) for split, shards in splits.items()}
+    there["val.bytes"] = _bytes(splits["val"], model, sidecar)
+    if not model.caseops:  # else original bytes, which nothing beside the training shards counts
+        there["train.bytes"] = _bytes(splits["train"], model, None)
+    if {"repeated", "blank"} <= (text := manifest.get("text", {})).keys():
+        there["text.documents"] = sum(manifest[split].get("documents", 0) for split in splits) + text["repeated"] + text["blank"]
+    for name, value in there.items():
+        section, _, field = name.rpartition(".")
+        said = (manifest[section] if section else manifest).get(field, value)
+        if said != value:
+            report.problems.append(f"{NAME}: {name} is {said!r} there and {value!r} here")
 
 
 def verify_directory(directory: str | Path, tokenizer: str | Path | None = None, log: Log | None = None) -> Report:

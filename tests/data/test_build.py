@@ -13,7 +13,7 @@ import pytest
 import golf_jax
 from golf_jax.config import GolfError
 from golf_jax.data import build as build_module
-from golf_jax.data import corpus
+from golf_jax.data import corpus, proof
 from golf_jax.data.build import build, is_validation
 from golf_jax.data.documents import find_files, read_documents
 from golf_jax.data.identity import identify
@@ -136,6 +136,19 @@ def test_verify_finds_a_flipped_byte(built):
     raw[-2] ^= 1
     path.write_bytes(raw)
     assert "train_000000.bin: sha256 differs" in problems(built)
+
+
+@pytest.mark.parametrize(
+    "field", ["tokenizer.vocab_size", "train.tokens", "train.bytes", "train.documents", "val.tokens", "val.bytes", "text.documents"]
+)
+def test_verify_compares_every_total_of_the_manifest(built, field, monkeypatch):
+    monkeypatch.setattr(proof, "PROVED_TOKENS", 100)  # whatever part of the byte count is proved, the total is that of all
+    assert problems(built) == ""
+    manifest, (section, name) = json.loads((built / "manifest.json").read_text()), field.split(".")
+    manifest[section][name] += 1
+    (built / "manifest.json").write_text(json.dumps(manifest))
+    report = verify_directory(built)
+    assert len(report.problems) == 1 and str(manifest[section][name]) in report.problems[0]
 
 
 def test_a_run_finds_a_token_that_was_altered_between_the_samples(tmp_path, built):
