@@ -236,7 +236,7 @@ def _compile_ahead(plan: Plan, recipe: Recipe) -> None:
 def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, checkpoints: Checkpoints, code_bytes: int) -> Trained:
     """Train from the newest sound checkpoint on, or from the start; the final state is always saved."""
     recipe, mesh, d = plan.recipe, plan.mesh, plan.recipe.data
-    facts = {"text": plan.text.identity, "dtype": recipe.model.dtype}
+    facts = {"recipe": to_dict(plan.asked), "text": plan.text.identity, "dtype": recipe.model.dtype}
     found = None
     if options.resume:
         found = checkpoints.restore(state_shapes(recipe, mesh), run.log)

@@ -208,6 +208,20 @@ def test_a_full_disk_names_the_command_that_goes_on(tmp_path, text, monkeypatch,
     check_run(path, result)
 
 
+def test_an_altered_config_is_found_by_the_checkpoint_alone(tmp_path, text):
+    """stages.json, which has the recipe too, is removed where it was damaged."""
+    recipe, path = on_text(tiny("baseline", vocab_size=300, seq_len=32, steps=4), text), tmp_path / "run"
+    result = run(recipe, path)
+    (path / "stages.json").unlink()
+    altered = replace(recipe, optim=replace(recipe.optim, clip_norm=7.0), log_every=3)
+    (path / "config.json").write_text(json.dumps(to_dict(altered)))
+    with pytest.raises(GolfError, match=f"optim.clip_norm is 7.0 and was {recipe.optim.clip_norm} when the run wrote it"):
+        pipeline.run(altered, Options(resume=str(path)))
+    (path / "config.json").write_text(json.dumps(to_dict(recipe)))
+    accepted = pipeline.run(altered, Options(resume=str(path), accept=("optim.clip_norm",)))
+    assert accepted["sha256"] == result["sha256"] and [c["field"] for c in accepted["changes"]] == ["optim.clip_norm", "log_every"]
+
+
 def test_what_is_no_longer_there_is_said(tmp_path, text):
     recipe = on_text(tiny("baseline", vocab_size=300, seq_len=32), text)
     with pytest.raises(GolfError, match="nowhere: no run is there"):

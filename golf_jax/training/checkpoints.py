@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from golf_jax.ahead import ahead
-from golf_jax.config import GolfError, Recipe, to_dict
+from golf_jax.config import GolfError
 from golf_jax.files import sealed
 from golf_jax.mesh import ROWS
 from golf_jax.processes import from_main
@@ -107,16 +107,16 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, recipe: Recipe, step: int, state: TrainState, *, wait: bool = False, **facts: Any) -> None:
+    def save(self, step: int, state: TrainState, *, wait: bool = False, **facts: Any) -> None:
         """Start saving; returns once the arrays are copied out (`wait`: once they are on disk).
 
-        facts: JSON data for `Found.meta` (position, seconds, ...). Raises GolfError: a state that is not finite is never
+        facts: JSON data for `Found.meta` (recipe, position, seconds, ...). Raises GolfError: a state that is not finite is never
         saved; a disk that is full, also for the save before, unless `wait` has told that one.
         """
         named, finite = _named_digests(state)
         if not finite:
             raise GolfError(f"step {step}: the weights are not finite any more; nothing is saved from here on")
-        meta = sealed({"recipe": to_dict(recipe), "step": step, "digests": named, **facts})
+        meta = sealed({"step": step, "digests": named, **facts})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
         self._last = step
         with self._written(f"checkpoint {step} cannot be written"):

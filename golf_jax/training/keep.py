@@ -22,7 +22,7 @@ LOOKAHEAD = 2 * ASK_EVERY  # batches: what one of them cannot read is told twice
 
 
 class Keeper:
-    """Saves a run: at intervals, when it is asked to end, and at its end. `facts` go into every checkpoint (the data's identity)."""
+    """Saves a run: at intervals, when it is asked to end, and at its end. `facts` go into every checkpoint (recipe, data)."""
 
     def __init__(self, recipe: Recipe, checkpoints: Checkpoints, run: RunDir, signals: Signals, facts: dict[str, Any]) -> None:
         self.recipe, self.checkpoints, self.run, self.signals, self.facts = recipe, checkpoints, run, signals, facts
@@ -68,7 +68,7 @@ class Keeper:
         if step == self._saved_step and sound:
             return True
         facts = {"position": position, "seconds": seconds, "loss": loss, **self.facts}
-        if not self._tried(lambda: self.checkpoints.save(self.recipe, step, state, wait=wait, **facts)):
+        if not self._tried(lambda: self.checkpoints.save(step, state, wait=wait, **facts)):
             return False
         self.starts_at(step, seconds)
         return True

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from golf_jax.config import GolfError, Recipe, differences, from_dict, to_dict
-from golf_jax.training.rundir import read_json, read_stages
+from golf_jax.training.rundir import newest_meta, read_json, read_stages
 
 # What cannot change what has been trained; the text is compared by content (`golf_jax.data.identity`), wherever it lies.
 FREE = ("log_every", "checkpoint_every", "micro_rows", "model.attention", "quant", "eval", "data.train", "data.val", "data.tokenizer")
@@ -13,14 +13,18 @@ REPACKED = ("quant", "eval")  # the artifact holds both
 
 
 def stored_recipe(path: str | Path) -> Recipe:
-    """The recipe of the run in `path`. Raises GolfError, also if config.json is not what the run wrote (`stages.json` has it, sealed)."""
+    """The recipe of the run in `path`. Raises GolfError, also if config.json is not what the run wrote: `stages.json` has it, sealed, and
+    where that was removed the newest checkpoint, up to what cannot change what has been trained."""
     file = Path(path) / "config.json"
     try:
-        stored, written = from_dict(Recipe, read_json(file)), read_stages(Path(path)).get("recipe")
+        stored, written, free = from_dict(Recipe, read_json(file)), read_stages(Path(path)).get("recipe"), ()
+        if not written:
+            written, free = newest_meta(Path(path)).get("recipe"), FREE
         for field, before, now in differences(written, to_dict(stored)) if written else ():
-            raise GolfError(
-                f"{field} is {now!r} and was {before!r} when the run wrote it; put that back, and give what is to change as a flag"
-            )
+            if not _within(field, free):
+                raise GolfError(
+                    f"{field} is {now!r} and was {before!r} when the run wrote it; put that back, and give what is to change as a flag"
+                )
         return stored
     except FileNotFoundError:
         raise GolfError(f"{path}: no run is there (config.json is missing)") from None

@@ -71,6 +71,15 @@ def read_stages(run: Path) -> dict[str, Any]:
     return {stage: facts for stage, facts in stages.items() if stage != "sha256"}
 
 
+def newest_meta(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint whose meta data are whole says of the run; nothing where there is none."""
+    for folder in sorted((p for p in run.glob("checkpoints/*") if p.name.isdecimal()), key=lambda p: -int(p.name)):
+        with contextlib.suppress(GolfError, FileNotFoundError):
+            if isinstance(meta := read_json(folder / "meta/metadata"), dict) and meta == sealed(meta):
+                return meta
+    return {}
+
+
 def kept(run: str | Path) -> bool:
     """Whether the run in this directory left anything to go on from: a checkpoint, or what it packed."""
     made = ("artifact.golf", "result.json")

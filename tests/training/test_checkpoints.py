@@ -34,7 +34,7 @@ def saved(state, tmp_path_factory) -> Path:
     checkpoints = Checkpoints(folder)
     for step in (5, 10):
         changed = state._replace(params={name: p + step for name, p in state.params.items()})
-        checkpoints.save(RECIPE, step, changed, position={"batches": step}, seconds=1.5 * step, wait=True)
+        checkpoints.save(step, changed, position={"batches": step}, seconds=1.5 * step, wait=True)
     checkpoints.close()
     return folder
 
@@ -68,7 +68,7 @@ def test_the_state_of_every_recipe_comes_back(name, tmp_path):
     state = init_state(recipe, mesh, 0)
     assert (state.swa is not None) == bool(recipe.schedule.swa_every)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(recipe, 3, state, position={}, seconds=1.0, wait=True)
+    checkpoints.save(3, state, position={}, seconds=1.0, wait=True)
     found = checkpoints.restore(state_shapes(recipe, mesh), pytest.fail)
     checkpoints.close()
     assert found is not None
@@ -135,7 +135,7 @@ def test_a_state_that_is_not_finite_is_never_saved(state, tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     bad = state._replace(params=state.params | {"q": state.params["q"] * np.nan})
     with pytest.raises(GolfError, match="step 3: the weights are not finite"):
-        checkpoints.save(RECIPE, 3, bad)
+        checkpoints.save(3, bad)
     assert checkpoints.steps() == []
     checkpoints.close()
 
