@@ -7,8 +7,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# A command that is still being imported (`python -m golf_jax...`): Ctrl-C ends it without a traceback until `cli.run` listens.
-_starting = sys.argv[:1] == ["-m"] and "golf_jax" in " ".join(sys.orig_argv)
+# A command that is still being imported (`python -m golf_jax...`, `golf-jax`): Ctrl-C ends it without a traceback until `cli.run` hears it.
+_name = "".join(sys.argv[:1])
+_starting = "golf_jax" in " ".join(sys.orig_argv) if _name == "-m" else _name.endswith("/golf-jax")
 if _starting and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

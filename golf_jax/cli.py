@@ -17,6 +17,7 @@ import tyro
 from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
 from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
+AGAIN = "golf_jax_in_huge_pages"
 LEAST_ADDRESSES, LEAST_FILES = 2 << 30, 64
 WANTED = """The flags most runs want; the full list follows.
 
@@ -129,17 +130,18 @@ def _use_huge_pages() -> None:
     """Start this process over with glibc's huge pages, where Linux gives them to those that ask for them.
 
     XLA:CPU maps its temporaries anew in every step, page by page (a sixth of pr638's time, benchmarks/README.md). glibc reads the variable
-    only when a process starts. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 keeps small pages.
+    only when a process starts. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 keeps small pages. The second start is marked on its command line: an
+    environment may be emptied around every Python, which would start over for ever.
     """
     given, words = os.environ.get("GLIBC_TUNABLES", ""), sys.orig_argv
     as_module = any(flag == "-m" and name.split(".")[0] == "golf_jax" for flag, name in itertools.pairwise(words))
-    if "glibc.malloc.hugetlb" in given or not (as_module or Path(" ".join(words[1:2])).name == "golf-jax"):
+    if AGAIN in sys._xoptions or "glibc.malloc.hugetlb" in given or not (as_module or Path(" ".join(words[1:2])).name == "golf-jax"):
         return  # never somebody else's process: a notebook that runs the module, a test
     with contextlib.suppress(OSError, ValueError):  # another system, another C library, a program that cannot be started
         if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text() and os.confstr("CS_GNU_LIBC_VERSION"):
             os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [given, "glibc.malloc.hugetlb=1"]))
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept until the new start listens
-            os.execv(sys.executable, [sys.executable, *words[1:]])
+            os.execv(sys.executable, [sys.executable, "-X", AGAIN, *words[1:]])
 
 
 def _refuse_little_room() -> None:

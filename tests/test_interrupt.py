@@ -101,10 +101,12 @@ def test_the_first_signal_ends_in_good_order_however_late_c_code_returns():
         assert child.wait(60) == 143 and child.stdout.read() == "in order\n"
 
 
-def test_a_command_that_is_still_imported_ends_without_a_traceback(tmp_path):
+@pytest.mark.parametrize("words", [["-m", "golf_jax.train"], ["golf-jax", "train"]])
+def test_a_command_that_is_still_imported_ends_without_a_traceback(tmp_path, words):
+    (tmp_path / "golf-jax").write_text("from golf_jax.__main__ import main\nmain()\n")  # as an installer writes it
     (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")  # the first that a command imports
     path = os.pathsep.join([str(tmp_path), str(Path(golf_jax.__file__).parents[1])])
-    call = [sys.executable, "-m", "golf_jax.train"]
+    call = [sys.executable, *(str(tmp_path / word) if word == "golf-jax" else word for word in words)]
     done = subprocess.run(call, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 

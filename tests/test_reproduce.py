@@ -4,6 +4,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +131,13 @@ def test_what_is_wrong_with_the_input_is_said(references, tmp_path):
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(GolfError, match="missing smear.gate"):
         reproduce.reproduce(tmp_path / "set.npz", "model")
+
+
+def test_a_bomb_is_refused_before_it_is_decompressed(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.npz", "w", zipfile.ZIP_DEFLATED) as z, z.open("reference.npy", "w") as entry:
+        for _ in range(300):
+            entry.write(bytes(1 << 20))
+    begin = time.perf_counter()
+    with pytest.raises(GolfError, match=r"set.npz: not a readable npz .*its entries claim 314,572,800 bytes"):
+        reproduce.reproduce(tmp_path / "set.npz")
+    assert time.perf_counter() - begin < 1

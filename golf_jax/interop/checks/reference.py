@@ -24,6 +24,7 @@ from golf_jax.interop.hparams import scoring_settings
 from golf_jax.model import from_tensors
 
 Arrays = dict[str, np.ndarray]
+FREE_BYTES, BYTES_PER_BYTE = 1 << 28, 64  # a file of n bytes may hold 256 MiB + 64 n: a small one can never cost gigabytes
 BOS = 1  # starts every document, in all tokenizers of the challenge
 # Items that a case takes as given; everything else in its section is compared.
 INPUTS = {
@@ -122,6 +123,9 @@ def read_npz(path: Path) -> Arrays:
     """All entries of an npz file, nothing pickled."""
     try:
         with np.load(path, allow_pickle=False) as z:
+            claimed, allowed = sum(entry.file_size for entry in z.zip.infolist()), FREE_BYTES + BYTES_PER_BYTE * path.stat().st_size
+            if claimed > allowed:
+                raise ValueError(f"its entries claim {claimed:,} bytes; of a file of this size at most {allowed:,} are read")
             return {key: z[key] for key in z.files}
     except Exception as e:  # damage of zip and npy raises half a dozen types
         told = str(e) and not isinstance(e, zipfile.BadZipFile) and "pickle" not in str(e)  # NumPy's advice there is to load it unsafely
