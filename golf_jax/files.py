@@ -1,12 +1,16 @@
 """Reading and writing files whole: only regular files of a size that was agreed on, and never half a file."""
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,12 @@ from golf_jax.config import GolfError, parse_json
 
 class NotWritten(GolfError):
     """A disk that is full, read-only or gone."""
+
+
+def refuse_pointer(path: str | Path, head: bytes) -> None:
+    """GolfError if a file that begins with `head` only says where Git LFS has the file itself, as a clone without it leaves."""
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise GolfError(f"{path}: a Git LFS pointer, not the file itself; fetch it: git lfs pull")
 
 
 def read_bytes(path: str | Path, limit: int = 1 << 31) -> bytes:
@@ -26,7 +36,9 @@ def read_bytes(path: str | Path, limit: int = 1 << 31) -> bytes:
             raise GolfError(f"{path}: cannot be read ({kind}, not a file)")
         if status.st_size > limit:
             raise GolfError(f"{path}: {status.st_size} bytes; at most {limit} are read")
-        return Path(path).read_bytes()
+        data = Path(path).read_bytes()
+        refuse_pointer(path, data)
+        return data
     except (OSError, ValueError) as error:
         if isinstance(error, GolfError):
             raise
@@ -53,6 +65,37 @@ def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+@contextlib.contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, which the caller renames when it is complete; else it is removed at the end.
+
+    It is locked, and the lock goes with its process: folders that killed processes left are removed first. OSError where it cannot be made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.????????"):
+        with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_NB):  # a living process has it
+            shutil.rmtree(left, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+            with contextlib.suppress(OSError):  # also of a file system without locks, where nothing is taken for left
+                stack.enter_context(_locked(folder))
+            if folder.exists():  # not taken for left in the moment before
+                break
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: int = 0) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | wait)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_target(path: str | Path) -> None:

@@ -31,7 +31,7 @@ from golf_jax.model.inputs import check_tokens
 from golf_jax.options import Sampling
 from golf_jax.progress import Log
 from golf_jax.training.resume import stored_recipe
-from golf_jax.training.rundir import read_stages
+from golf_jax.training.rundir import go_on, read_stages
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ def load(path: str | Path, tokenizer: str | Path = "") -> Model:
     folder = Path(path)
     file = folder / "artifact.golf" if folder.is_dir() else folder
     if folder.is_dir() and not file.exists():
-        raise GolfError(f"{folder}: holds no artifact.golf; go on with the run first: python -m golf_jax.train --resume {folder}")
+        run = (folder / "config.json").exists()
+        first = f"go on with the run first: {go_on(folder)}" if run else "give an artifact, or the directory of a run"
+        raise GolfError(f"{folder}: holds no artifact.golf; {first}")
     data = read_bytes(file, MAX_FILE_BYTES)
     beside = file.with_name("tokenizer.model")
     return open_artifact(data, str(file), Tokenizer(tokenizer) if tokenizer else Tokenizer(beside) if beside.is_file() else None)

@@ -1,6 +1,7 @@
 """Processes and what they share: joining a cluster, messages, a CPU as several devices, the cache of compiled programs."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -132,8 +133,13 @@ def cache_directory() -> Path:
             raise PermissionError(f"{place} belongs to someone else")
     except OSError as error:
         raise GolfError(f"no place for a cache ({reason}; {error}); set GOLF_JAX_CACHE to a directory") from None
-    print(f"cache: {place} ({reason}); GOLF_JAX_CACHE names a lasting one", file=sys.stderr)
+    _say_once(f"cache: {place} ({reason}); GOLF_JAX_CACHE names a lasting one")
     return place
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def keep_compiled_programs(directory: Path | None = None) -> None:

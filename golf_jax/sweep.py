@@ -57,6 +57,8 @@ def main(argv: list[str]) -> int:
     rows = compare.compare(groups, method)
     (folder / "runs.csv").write_text(compare.runs_csv(groups), encoding="utf8")
     closing = compare.conclusion(rows)
+    if len({file.read_bytes() for r in records if (file := r.path / "code.pyz").is_file()}) > 1:
+        closing += "\n\nWARNING: the runs did not run the same code (code.pyz differs): a difference may be the code's"
     text = f"`{recipe.name}`, scored by the {method} evaluation.\n\n{compare.markdown(rows)}\n\n{closing}\n"
     (folder / "sweep.md").write_text(text, encoding="utf8")
     print(f"\nscored by the {method} evaluation; gains against the first line, p of a paired t-test\n{compare.table(rows)}\n\n{closing}")

@@ -136,6 +136,7 @@ def test_a_wrong_tokenizer_is_refused(folder, tokenizer, message):
     [
         (["nowhere.golf"], "nowhere.golf: cannot be read"),
         (["x.pt"], "x.pt"),
+        (["/usr"], "/usr: holds no artifact.golf; give an artifact, or the directory of a run$"),
         (["nowhere.golf", "--json", "/nowhere/x.json"], "/nowhere/x.json: cannot be written .there is no directory /nowhere"),
     ],
 )

@@ -9,6 +9,14 @@ from pathlib import Path
 import hostile_files
 import pytest
 
+from golf_jax.config import GolfError
+from golf_jax.data.documents import read_documents
+from golf_jax.data.shards import open_shard
+from golf_jax.data.tokenizer import Tokenizer
+from golf_jax.interop import open_model
+from golf_jax.interop.checks.reference import read_npz
+from golf_jax.opening import load
+
 
 def check(report):
     for kind, outcomes in report["outcomes"].items():
@@ -26,3 +34,15 @@ def test_five_thousand_altered_files_in_bounded_memory(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=1200)
     assert done.returncode == 0, done.stderr
     check(json.loads(done.stdout))
+
+
+OPENED = {"x.golf": load, "x.bin": open_shard, "x.model": Tokenizer, "x.npz": read_npz}
+OPENED |= dict.fromkeys(("x.txt", "x.jsonl"), lambda path: list(read_documents([path])))
+OPENED |= dict.fromkeys(("x.pt", "x.ptz", "x.safetensors"), lambda path: open_model(str(path)))
+
+
+@pytest.mark.parametrize("name", OPENED)
+def test_a_git_lfs_pointer_is_told_as_that(tmp_path, name):
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 15900000\n")
+    with pytest.raises(GolfError, match=f"{name}: a Git LFS pointer, not the file itself; fetch it: git lfs pull$"):
+        OPENED[name](tmp_path / name)

@@ -68,6 +68,7 @@ def made_up(point, directory, *more):
     stages = {"train": {"steps": 2, "seconds": 1.5}, "pack": {"total_bytes": 9, "code_bytes": 1}, "evaluations": {"standard": e}}
     for name, content in (("config", to_dict(point.recipe)), ("stages", sealed(stages)), ("result", {})):
         (directory / f"{name}.json").write_text(json.dumps(content))
+    (directory / "code.pyz").write_bytes(b"code")
     return ""
 
 
@@ -79,7 +80,8 @@ def test_table_and_going_on(tmp_path, monkeypatch, capsys):
     arguments = ["quickstart", "--seeds", "1,2,3", "--vary", "optim.clip_norm=0.3,1", "--sweep-dir", str(folder), "--jobs", "2"]
     assert sweep.main(arguments) == 0
     first, names = capsys.readouterr().out, [f"optim.clip_norm={c}-seed={s}" for c in ("0.3", "1") for s in (1, 2, 3)]
-    assert sorted(asked) == names and "0 of them finished before" in first
+    assert sorted(asked) == names and "0 of them finished before" in first and "WARNING" not in first
+    (folder / names[0] / "code.pyz").write_bytes(b"edited")  # while the sweep went on
     rows = list(csv.DictReader((folder / "runs.csv").open()))
     assert [(r["run"], r["settings"], r["seed"], r["steps"]) for r in rows] == [
         (name, f"optim.clip_norm={c}", s, "2") for name, c, s in zip(names, ["0.3"] * 3 + ["1.0"] * 3, "123123", strict=True)
@@ -91,6 +93,7 @@ def test_table_and_going_on(tmp_path, monkeypatch, capsys):
     asked.clear()
     assert sweep.main(arguments) == 1
     again = capsys.readouterr().out
+    assert "WARNING: the runs did not run the same code" in again and "WARNING" in (folder / "sweep.md").read_text()
     assert sorted(asked) == [f"optim.clip_norm=99-seed={s}" for s in (1, 2, 3)]
     assert "6 of them finished before" in again and "optim.clip_norm=99-seed=2: error: clip_norm" in again
     with pytest.raises(GolfError, match="holds another run .*num_layers"):

@@ -3,8 +3,6 @@
 import hashlib
 import itertools
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from golf_jax.data.proof import refuse_markers, refuse_private_text
 from golf_jax.data.shards import load_val_tokens, open_shard, write_shard
 from golf_jax.data.sidecar import Sidecar, beside, encode_counted, prove_sidecar
 from golf_jax.data.tokenizer import SPACE, ByteTables, Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
-from golf_jax.files import write_atomic
+from golf_jax.files import folder_beside, write_atomic
 from golf_jax.progress import Log, Progress
 
 TOKENIZER_SAMPLE = 100_000_000  # characters of training text the tokenizer learns from; more changes little and takes long
@@ -96,36 +94,32 @@ def build_documents(
     if val_every < 2 or shard_tokens < 2:
         raise GolfError(f"data build: val_every={val_every} and shard_tokens={shard_tokens} must be at least 2")
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+        with folder_beside(directory) as temporary:
+            if tokenizer is None:
+                log(f"training a tokenizer of {vocab_size} pieces")
+                training = _first_characters((text for text in documents() if not is_validation(text, val_every)), TOKENIZER_SAMPLE)
+                model = (
+                    train_bpe(map(caseops.encode, training), vocab_size, caseops.OPERATORS)
+                    if transform
+                    else train_bpe(training, vocab_size)
+                )
+            else:
+                model = Tokenizer(tokenizer).model
+            name = str(tokenizer or "tokenizer.model")
+            if bool(transform) != (opened := Tokenizer(model, name)).caseops:
+                why = "text of a tokenizer with case operators is CaseOps text: give --transform caseops"
+                raise GolfError(f"tokenizer {name}: {'has not the four case operators as user-defined pieces' if transform else why}")
+            manifest = {
+                "source": source,
+                "split": f"validation: first 8 bytes of SHA-256(text), big-endian, mod {val_every} == 0; repeated documents dropped",
+                **({"transform": transform} if transform else {}),
+                **_write_splits(documents(), temporary, opened, val_every, shard_tokens, log),
+            }
+            write_manifest(temporary, manifest)
+            temporary.chmod(0o755)
+            os.rename(temporary, directory)
     except OSError as error:
         raise GolfError(f"{directory}: cannot be written ({error.strerror})") from error
-    try:
-        if tokenizer is None:
-            log(f"training a tokenizer of {vocab_size} pieces")
-            training = _first_characters((text for text in documents() if not is_validation(text, val_every)), TOKENIZER_SAMPLE)
-            model = (
-                train_bpe(map(caseops.encode, training), vocab_size, caseops.OPERATORS) if transform else train_bpe(training, vocab_size)
-            )
-        else:
-            model = Tokenizer(tokenizer).model
-        name = str(tokenizer or "tokenizer.model")
-        if bool(transform) != (opened := Tokenizer(model, name)).caseops:
-            why = "text of a tokenizer with case operators is CaseOps text: give --transform caseops"
-            raise GolfError(f"tokenizer {name}: {'has not the four case operators as user-defined pieces' if transform else why}")
-        manifest = {
-            "source": source,
-            "split": f"validation: first 8 bytes of SHA-256(text), big-endian, mod {val_every} == 0; repeated documents dropped",
-            **({"transform": transform} if transform else {}),
-            **_write_splits(documents(), temporary, opened, val_every, shard_tokens, log),
-        }
-        write_manifest(temporary, manifest)
-        temporary.chmod(0o755)
-        os.rename(temporary, directory)
-    except OSError as error:
-        raise GolfError(f"{directory}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     text = manifest["text"]
     log(
         "text: {documents:,} documents, {bytes:,} bytes; left out: {repeated:,} repeated, {blank:,} blank, {left_out_bytes:,} bytes".format(
@@ -133,7 +127,9 @@ def build_documents(
         )
     )
     kept, counted = text["bytes"] - text["left_out_bytes"], sum(manifest[split]["bytes"] for split in ("train", "val"))
-    log(f"counted: {counted:,} of {kept:,} bytes; changed: {'; '.join(text['changes']) or 'nothing'}")
+    lossy = f" (with this tokenizer {'; '.join(text['changes'])})" if text["changes"] else ""
+    changed = f"{text['changed']:,} documents{lossy}" if text["changed"] else "nothing"
+    log(f"counted: {counted:,} of {kept:,} bytes; changed: {changed}")
     for split in ("train", "val"):
         log("{}: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(split, **manifest[split]))
     return read_manifest(directory / NAME)
@@ -159,20 +155,23 @@ def _write_splits(
     while batch := list(itertools.islice(texts, ENCODE_BATCH)):
         progress.at(text_facts["documents"])
         for text, (tokens, counts) in zip(batch, _encode(tokenizer, tables, batch), strict=True):
-            size = len(text.encode())
+            size, plain = len(text.encode()), caseops.encode(text) if tokenizer.caseops else text
             text_facts.update(documents=1, bytes=size, blocks=text.count(SPACE))
             words = " ".join(text.split())
             digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
             if not words or len(tokens) < 2 or digest in seen:
                 text_facts.update({"repeated" if words else "blank": 1, "left_out_bytes": size})
                 continue
-            if np.any(tokens == tokenizer.processor.unk_id()):
+            if np.any(tokens == (unknown := tokenizer.processor.unk_id())):
+                parts = zip(*tokenizer.encode_surfaces(plain), strict=True)
+                lost = next(surface for token, surface in parts if token == unknown)
                 raise GolfError(
                     f"tokenizer {tokenizer.name}: characters of document {text_facts['documents'] - 1} are unknown to it and would be lost "
-                    f"(it has no byte fallback): {text[:40]!a}"
+                    f"(it has no byte fallback): {lost!a}"
                 )
             if exact and counts.sum() != (kept := len(text.replace(SPACE, " ").encode())):
                 raise GolfError(f"tokenizer {tokenizer.name}: counts {counts.sum()} bytes for a text of {kept}: {text[:40]!a}")
+            text_facts["changed"] += not tokenizer.keeps(plain)
             seen.add(digest)
             writers["val" if is_validation(text, val_every) else "train"].add(tokens, counts)
     splits = {split: writer.finish() for split, writer in writers.items()}
@@ -187,7 +186,7 @@ def _write_splits(
         check_tables(tokenizer, val_tokens, tables)
         refuse_private_text(tokenizer, val_tokens, tokenizer.bos_id)
     identity = {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
-    counts = {name: text_facts[name] for name in ("documents", "bytes", "repeated", "blank", "left_out_bytes")}
+    counts = {name: text_facts[name] for name in ("documents", "bytes", "repeated", "blank", "left_out_bytes", "changed")}
     blocks = [f"{text_facts['blocks']:,} characters U+2581 become spaces"] if text_facts["blocks"] else []
     return {"tokenizer": identity, "text": {**counts, "changes": tokenizer.changes() + blocks}, **splits}
 

@@ -12,7 +12,6 @@ import shutil
 import sys
 import sysconfig
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,6 @@ from golf_jax.data.manifest import NAME, damage, read_manifest
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__pycache__"}
 RULES = "5"  # counts changes of what `documents` and `train_bpe` do
-ABANDONED_SECONDS = 3600
 PARSER = threading.Lock()  # ast.parse in two threads at once fails on CPython 3.11 (SystemError: recursion depth mismatch)
 
 
@@ -101,9 +99,6 @@ def build_embedded(root: str | Path, vocab_size: int = 1024) -> dict[str, Any]:
         shutil.rmtree(directory, ignore_errors=True)
     if not directory.exists():
         print(f"embedded corpus: made once, in {directory}: about half a minute", file=sys.stderr, flush=True)
-        for left in Path(root).glob(".embedded-*"):  # by processes that were killed
-            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
         python = f"{platform.python_implementation()} {platform.python_version()} on {sys.platform}"
         texts = documents()
         try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from golf_jax.config import GolfError
+from golf_jax.files import refuse_pointer
 
 PATTERNS = ("*.txt", "*.md", "*.jsonl", "*.ndjson")
 JSON_LINES = (".jsonl", ".ndjson")
@@ -50,6 +51,7 @@ def read_documents(files: Sequence[Path], field: str = "text", counts: Counter[P
 
 
 def _decode(path: Path, raw: bytes, line: int = 1) -> str:
+    refuse_pointer(path, raw)
     try:
         text = raw.decode()
         if len(raw) < 5 * raw.count(0):  # what UTF-16 without a mark is mistaken for: every character and a NUL

@@ -4,6 +4,7 @@ In the dataset repository everything lies under `datasets/`: manifest.json (list
 datasets/fineweb10B_<variant>/fineweb_{train,val}_NNNNNN.bin, tokenizers/. Here the same tree is written without that prefix.
 """
 
+import logging
 import os
 import re
 import time
@@ -45,6 +46,8 @@ class HuggingFaceHub:
             import huggingface_hub  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise GolfError("download needs huggingface_hub: pip install 'golf-jax[data]'") from error
+        retries = logging.getLogger("huggingface_hub.utils._http")  # its other line repeats the address, and `_ask` tells the error
+        retries.addFilter(lambda record: record.getMessage().startswith("Retrying"))
         self.hub, self.repo, self.revision = huggingface_hub, repo, revision
 
     def fetch(self, path: str, into: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.files import write_atomic
+from golf_jax.files import refuse_pointer, write_atomic
 
 MAGIC = 20240520
 VERSION = 1
@@ -32,8 +32,7 @@ class Shard:
         self.path = Path(path)
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would block for ever
-                glob = f"a directory; give a glob of its shards, as '{path}/*train_*.bin'" if os.path.isdir(path) else "not a regular file"
-                raise GolfError(f"{path}: cannot be read ({glob})")
+                raise GolfError(f"{path}: cannot be read (not a regular file)")
             self._descriptor = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
             self._stamp = self._stat()
@@ -75,6 +74,7 @@ class Shard:
 
 def _count_of(path: str | Path, raw: np.ndarray, size: int) -> int:
     """The tokens that the header `raw` (uint8) of a file of `size` bytes promises; GolfError unless they are there."""
+    refuse_pointer(path, raw[:64].tobytes())
     if raw.size < HEADER_BYTES:
         raise GolfError(f"{path}: truncated, {size} bytes where the header alone takes {HEADER_BYTES}; fetch it again")
     magic, version, count = (int(word) for word in raw.view("<i4")[:3])
@@ -106,6 +106,8 @@ def find_shards(pattern: str | Path) -> list[Path]:
     Byte counts beside the tokens (`golf_jax.data.sidecar`, `_bytes_` in the name) are of the same format and are left out: read as tokens
     they would pass every check.
     """
+    if os.path.isdir(pattern):
+        raise GolfError(f"{pattern}: a directory; give a glob of its shards, as '{pattern}/*train_*.bin' or '{pattern}/*val_*.bin'")
     found = [Path(name) for name in sorted(glob.glob(str(pattern)))]
     paths = [path for path in found if "_bytes_" not in path.name]
     if found and not paths:

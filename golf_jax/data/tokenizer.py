@@ -113,6 +113,10 @@ class Tokenizer:
             found.append("a space is put behind every document and counts 1 byte")
         return found
 
+    def keeps(self, text: str) -> bool:
+        """Whether encoding keeps this (transformed) text, up to spaces at its ends."""
+        return self._normal(text) == text.strip(" ")
+
     def _normal(self, text: str) -> str:
         return self.processor.normalize(text).replace(SPACE, " ").strip(" ")
 

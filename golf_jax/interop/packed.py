@@ -21,6 +21,7 @@ import numpy as np
 import zstandard
 
 from golf_jax.config import GolfError
+from golf_jax.files import refuse_pointer
 from golf_jax.interop import pgrp
 from golf_jax.interop.safetensors import read_safetensors
 from golf_jax.quant import QTensor, dequantize_all
@@ -71,7 +72,8 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
         arrays = read_safetensors(path)
     else:
         with path.open("rb") as file:
-            zipped = file.read(4) == b"PK\3\4"
+            refuse_pointer(path, head := file.read(64))
+            zipped = head[:4] == b"PK\3\4"
             file.seek(-min(22, path.stat().st_size), 2)
             if zipped and file.read(4) != b"PK\5\6":  # the last record of a zip without a comment, as torch writes it
                 raise GolfError(f"{path}: is cut off, or has bytes behind its end")

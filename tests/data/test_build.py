@@ -1,5 +1,6 @@
 """Build, embedded corpus, verify: what comes out is complete, counted, split without overlap; damage is found."""
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 import golf_jax
 from golf_jax.config import GolfError
@@ -21,6 +23,7 @@ from golf_jax.data.manifest import damage, read_manifest, sha256_file
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard, write_shard
 from golf_jax.data.tokenizer import Tokenizer, split_documents
 from golf_jax.data.verify import documents_of, verify_directory
+from golf_jax.files import folder_beside
 
 TEXTS = [f"Document {number} has its own words: {number * 7919:x} and {number * 104729:o}." for number in range(200)]
 
@@ -66,6 +69,58 @@ def test_manifest_counts_and_hashes_are_true(built):
         "vocab_size": 300,
     }
     assert verify_directory(built).problems == []
+
+
+def test_what_is_said_to_be_changed_is_what_was_changed(tmp_path, jsonl, built):
+    """Not what the tokenizer might change in another text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=330, byte_fallback=True, bos_id=1, unk_id=0, minloglevel=2
+    )
+    (tmp_path / "lossy.model").write_bytes(model.getvalue())
+    lines: list[str] = []
+    kept = build([jsonl], tmp_path / "kept", tokenizer=tmp_path / "lossy.model", log=lines.append)
+    assert kept["text"]["changes"][:2] == ["line ends become spaces", "runs of spaces become one"] and kept["text"]["changed"] == 0
+    assert any(line.endswith("; changed: nothing") for line in lines)
+    jsonl.write_text(jsonl.read_text() + json.dumps({"text": "two lines\nand  two spaces"}) + "\n")
+    build([jsonl], tmp_path / "lost", tokenizer=tmp_path / "lossy.model", log=lines.append)
+    assert any("; changed: 1 documents (with this tokenizer line ends become spaces; " in line for line in lines)
+
+
+def test_an_unknown_character_is_shown_itself(tmp_path, jsonl):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=60, model_type="char", bos_id=1, unk_id=0, minloglevel=2
+    )
+    (tmp_path / "few.model").write_bytes(model.getvalue())
+    jsonl.write_text(jsonl.read_text() + json.dumps({"text": f"{TEXTS[0]} {TEXTS[1]} \u2603"}) + "\n")
+    with pytest.raises(GolfError, match=r"document 200 are unknown .*: '\\u2603'$"):
+        build([jsonl], tmp_path / "data", tokenizer=tmp_path / "few.model", log=lambda line: None)
+
+
+KILLED = """
+import os, signal, sys
+from golf_jax.data import build
+build._write_splits = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
+build.build([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], log=lambda line: None)
+"""
+
+
+def test_what_a_killed_build_left_is_cleared_by_the_next_one(tmp_path, jsonl, built):
+    def hidden():
+        return [path.name for path in tmp_path.iterdir() if path.name[0] == "."]
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(golf_jax.__file__).parents[1])}
+    arguments = [str(jsonl), str(tmp_path / "new"), str(built / "tokenizer.model")]
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment)
+        assert len(hidden()) == 1
+    left = hidden()
+    with folder_beside(tmp_path / "new") as living:  # clears the dead one's, and keeps its own
+        assert hidden() == [living.name] != left
+        build([jsonl], tmp_path / "new", tokenizer=built / "tokenizer.model", log=lambda line: None)
+        assert hidden() == [living.name]
+    assert not hidden() and verify_directory(tmp_path / "new").problems == []
 
 
 def test_the_tokenizer_never_saw_validation_text(tmp_path, jsonl, monkeypatch):

@@ -1,6 +1,7 @@
 """Download, against a local stand-in of the hub with the export's layout."""
 
 import json
+import logging
 import shutil
 import sys
 
@@ -149,11 +150,15 @@ def test_without_huggingface_hub_the_extra_is_named(monkeypatch):
         HuggingFaceHub()
 
 
-def test_the_real_client_is_asked_for_a_dataset_file_below_the_target(monkeypatch, tmp_path):
+def test_the_real_client_is_asked_for_a_dataset_file_below_the_target(monkeypatch, tmp_path, caplog):
     class Client:
         def hf_hub_download(self, repo, path, **options):
             assert (repo, options["repo_type"], options["revision"]) == ("willdepueoai/parameter-golf", "dataset", None)
             return str(options["local_dir"] / path)
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", Client())
-    assert HuggingFaceHub().fetch("datasets/manifest.json", tmp_path) == tmp_path / "datasets/manifest.json"
+    hub = HuggingFaceHub()
+    for line in ("'refused' thrown while requesting HEAD http://x\n", "Retrying in 1s [Retry 1/5]."):
+        logging.getLogger("huggingface_hub.utils._http").warning(line)
+    assert caplog.messages == ["Retrying in 1s [Retry 1/5]."]
+    assert hub.fetch("datasets/manifest.json", tmp_path) == tmp_path / "datasets/manifest.json"

@@ -264,6 +264,7 @@ def test_the_cache_has_a_place(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert cache_directory().parent == tmp_path and "GOLF_JAX_CACHE" in capsys.readouterr().err
+    assert cache_directory().parent == tmp_path and not capsys.readouterr().err  # once in a command
 
 
 def test_room_that_was_never_written_to_is_no_text(tokenizer, split):

@@ -46,6 +46,11 @@ def test_a_shard_truncated_or_overwritten_while_it_is_read_is_an_error(shard, da
             tokens[part]
 
 
+def test_a_directory_is_answered_with_globs(tmp_path):
+    with pytest.raises(GolfError, match=rf"{tmp_path}: a directory; give a glob of its shards, .*/\*train_\*.bin' or .*/\*val_\*.bin'$"):
+        load_val_tokens(str(tmp_path))
+
+
 def test_a_fifo_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe.bin")
     with pytest.raises(GolfError, match="not a regular file"):

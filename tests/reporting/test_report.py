@@ -100,7 +100,7 @@ def test_several_runs_and_what_they_do_not_hold(folder, capsys):
 
 
 def test_bad_input(tmp_path, folder):
-    for arguments, word in (([], "nothing to show"), ([str(tmp_path)], "no run is there")):
+    for arguments, word in (([], "nothing to show"), ([str(tmp_path)], "no run is there"), (["nowhere"], "nowhere: no run is there")):
         with pytest.raises(GolfError, match=word):
             report.main(arguments)
     with pytest.raises(GolfError, match="--sample must not be negative"):

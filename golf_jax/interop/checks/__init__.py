@@ -1,6 +1,8 @@
 """Cross-framework checks: one function per section of a reference set, `(Case) -> None`, that compares what it computes."""
 
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from golf_jax.config import GolfError
 from golf_jax.interop.checks.base import CheckResult
@@ -31,7 +33,9 @@ def run(refs: Set, section: str) -> Iterator[CheckResult]:
         except GolfError:
             raise
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as e:  # text for numbers, null for a table, ...
-            raise GolfError(f"{refs.path}: {case.where}: not what the format asks for ({type(e).__name__}: {e})") from e
+            at = traceback.extract_tb(e.__traceback__)[-1]  # a fault of ours would look the same, and this says where
+            told = f"{type(e).__name__}: {e}; {Path(at.filename).name}, line {at.lineno}"
+            raise GolfError(f"{refs.path}: {case.where}: not what the format asks for ({told})") from e
         yield from case.results()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe, named, parse_json
 from golf_jax.config.serialize import from_dict, to_dict
-from golf_jax.files import read_bytes
+from golf_jax.files import read_bytes, refuse_pointer
 from golf_jax.interop.checks.base import CheckResult
 from golf_jax.interop.hparams import scoring_settings
 from golf_jax.model import from_tensors
@@ -121,6 +121,8 @@ class Set:
 
 def read_npz(path: Path) -> Arrays:
     """All entries of an npz file, nothing pickled."""
+    with open(path, "rb") as file:
+        refuse_pointer(path, file.read(64))
     try:
         with np.load(path, allow_pickle=False) as z:
             claimed, allowed = sum(entry.file_size for entry in z.zip.infolist()), FREE_BYTES + BYTES_PER_BYTE * path.stat().st_size
