@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from golf_jax import cli
 from golf_jax.config.base import check
-from golf_jax.files import check_target, json_text
+from golf_jax.files import check_target, json_text, write_atomic
 from golf_jax.progress import to_screen
 
 WINDOWED = ("sliding", "score_first", "adapt_first")
@@ -87,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     result = next(score(model, text, mesh, eval, say, seq_len=model.seq_len, methods=[method_of(eval, options.mode)], max_targets=most))
     if options.json and jax.process_index() == 0:  # before the screen, which may be gone by now
         about = {"model": model.name, "sha256": model.sha256, "text_facts": list(text.facts)}
-        Path(options.json).write_text(json_text(about | result.to_dict()))
+        write_atomic(options.json, json_text(about | result.to_dict()).encode())
     say("\n".join([*result.lines(), *doubts]))
     return 0
 

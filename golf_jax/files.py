@@ -46,11 +46,18 @@ def read_bytes(path: str | Path, limit: int = 1 << 31) -> bytes:
 
 
 def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
-    """Writes `chunks` to `path` so that readers see the old file or the whole new one, also when the disk fills up."""
+    """Writes `chunks` to `path` so that readers see the old file or the whole new one, also when the disk fills up.
+
+    A link or a device (`/dev/stdout`) is written through, not replaced.
+    """
     path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if _through(path):
+            with open(path, "wb") as file:
+                file.writelines(chunks)
+            return path
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
             for chunk in chunks:
@@ -65,6 +72,10 @@ def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+def _through(path: Path) -> bool:
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 @contextlib.contextmanager
@@ -102,7 +113,7 @@ def check_target(path: str | Path) -> None:
     """GolfError unless a file may be written at `path`: told before the work whose result goes there, not after."""
     path = Path(path)
     reason = "is a directory" if path.is_dir() else "" if path.parent.is_dir() else f"there is no directory {path.parent}"
-    if reason or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if reason or not os.access(path if path.exists() and _through(path) else path.parent, os.W_OK):
         raise GolfError(f"{path}: cannot be written ({reason or 'permission denied'})")
 
 

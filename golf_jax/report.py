@@ -12,7 +12,7 @@ import tyro
 from golf_jax import cli
 from golf_jax.config import GolfError
 from golf_jax.config.base import check
-from golf_jax.files import check_target
+from golf_jax.files import check_target, write_atomic
 
 DESCRIPTION = """Show runs in one self-contained HTML file: training, schedule, bytes, quantization, a text sample, what differs.
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     title = f"{records[0].recipe.name}: {records[0].name}" if len(records) == 1 else f"{len(records)} runs"
     html = page.page(title, contents.sections(records, drawn, again))
     try:
-        out.write_text(html, encoding="utf8")
+        write_atomic(out, html.encode())
         if options.figures:
             Path(options.figures).mkdir(parents=True, exist_ok=True)
             for name, (_, figure) in drawn.items():

@@ -21,7 +21,7 @@ import tyro
 
 from golf_jax import cli
 from golf_jax.config import GolfError
-from golf_jax.files import check_target, json_text
+from golf_jax.files import check_target, json_text, write_atomic
 from golf_jax.progress import to_screen
 
 
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
         report = reproduce(args.path, args.only, args.devices, args.tokenizer)
         document, ok = report.to_dict(), bool(report.results) and all(r.ok for r in report.results)
     if args.json:
-        args.json.write_text(json_text(document))
+        write_atomic(args.json, json_text(document).encode())
     return int(not ok)
 
 

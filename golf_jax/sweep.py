@@ -6,6 +6,7 @@ from pathlib import Path
 
 from golf_jax import cli
 from golf_jax.config import GolfError
+from golf_jax.files import write_atomic
 
 DESCRIPTION = """Run a recipe over seeds and settings, and say which differences are more than noise.
 
@@ -55,12 +56,12 @@ def main(argv: list[str]) -> int:
         raise GolfError(f"{folder}: no run has finished; the first said: {next(iter(problems.values()), 'nothing')}")
     groups, method = compare.groups(records), compare.common_method(records)
     rows = compare.compare(groups, method)
-    (folder / "runs.csv").write_text(compare.runs_csv(groups), encoding="utf8")
+    write_atomic(folder / "runs.csv", compare.runs_csv(groups).encode())
     closing = compare.conclusion(rows)
     if len({file.read_bytes() for r in records if (file := r.path / "code.pyz").is_file()}) > 1:
         closing += "\n\nWARNING: the runs did not run the same code (code.pyz differs): a difference may be the code's"
     text = f"`{recipe.name}`, scored by the {method} evaluation.\n\n{compare.markdown(rows)}\n\n{closing}\n"
-    (folder / "sweep.md").write_text(text, encoding="utf8")
+    write_atomic(folder / "sweep.md", text.encode())
     print(f"\nscored by the {method} evaluation; gains against the first line, p of a paired t-test\n{compare.table(rows)}\n\n{closing}")
     print(f"runs.csv and sweep.md are in {folder}; figures: python -m golf_jax.report {folder}")
     return int(bool(problems))

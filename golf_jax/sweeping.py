@@ -18,6 +18,7 @@ from typing import Any
 
 from golf_jax import cli
 from golf_jax.config import GolfError, Recipe, differences, from_dict, parse_json, to_dict
+from golf_jax.files import write_atomic
 from golf_jax.interrupt import Interrupted
 from golf_jax.progress import SECONDS, Log
 from golf_jax.training.resume import stored_recipe
@@ -158,7 +159,7 @@ def _run_point(
     say: hears every 5 s what the run says of itself.
     """
     file = directory.with_name(f"{directory.name}.json")
-    file.write_text(json.dumps(to_dict(point.recipe), indent=1) + "\n")
+    write_atomic(file, (json.dumps(to_dict(point.recipe), indent=1) + "\n").encode())
     command = [sys.executable, "-m", "golf_jax.sweeping", str(file), str(directory), str(devices)]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     running.add(child)

@@ -15,7 +15,9 @@ from golf_jax.artifact import pack
 from golf_jax.artifact.code import bundle, raw_code_bytes, unbundle
 from golf_jax.config import GolfError, load_recipe, to_dict
 from golf_jax.data.manifest import sha256_file
+from golf_jax.files import NotWritten, write_atomic
 from golf_jax.pipeline import Options, run
+from golf_jax.proof import submission
 from golf_jax.proof.checking import check
 from golf_jax.quant import QTensor
 from golf_jax.submit import main
@@ -92,6 +94,21 @@ def test_a_run_that_fails_is_no_record(tmp_path, text):
     assert re.search(r"^ *fail +data ", (tmp_path / "out/README.md").read_text(), re.M)
     with pytest.raises(GolfError, match="is not empty"):
         submit(bad, out=tmp_path / "out")
+
+
+def test_a_full_disk_leaves_no_half_submission(tmp_path, text, monkeypatch):
+    run = finished_run(tmp_path / "run", text)
+
+    def full(path, content):
+        if path.name == "submission.json":
+            raise NotWritten(f"{path}: cannot be written")
+        return write_atomic(path, content)
+
+    monkeypatch.setattr(submission, "write_atomic", full)
+    with pytest.raises(GolfError, match="submission.json: cannot be written"):
+        submit(run, out=tmp_path / "out")
+    monkeypatch.undo()
+    assert not list((tmp_path / "out").iterdir()) and submit(run, out=tmp_path / "out") == 0
 
 
 def test_a_run_that_contradicts_itself_is_no_submission_at_all(tmp_path, text):

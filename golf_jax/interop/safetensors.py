@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from golf_jax.config import GolfError, named, parse_json
-from golf_jax.files import read_bytes
+from golf_jax.files import read_bytes, write_atomic
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 MAX_HEADER = 1 << 24
@@ -74,4 +74,4 @@ def write_safetensors(tensors: Mapping[str, Any], path: str | Path, metadata: Ma
         position += len(raw)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    Path(path).write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *parts]))
+    write_atomic(path, len(text).to_bytes(8, "little"), text, *parts)

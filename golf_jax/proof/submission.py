@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from golf_jax.config import CAP_BYTES, GolfError, Recipe, to_dict
+from golf_jax.files import write_atomic
 from golf_jax.options import Author
 from golf_jax.progress import clock_seconds
 from golf_jax.proof.finding import Finding, table
@@ -191,7 +192,11 @@ def write_submission(
     for run in runs:
         files[f"train_seed{run.recipe.seed}.log"] = (run.path / "log.txt").read_bytes()
         files[f"artifact_seed{run.recipe.seed}.golf"] = (run.path / "artifact.golf").read_bytes()
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    try:
+        for name, content in files.items():
+            write_atomic(folder / name, content)
+    except GolfError:  # half a submission would have to be removed before the next
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
+        raise
     return facts

@@ -8,6 +8,7 @@ import functools
 import logging
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ def _set_up() -> None:
 
     A failure is raised here, as one line; orbax and asyncio log it, too, and tensorstore's threads print dozens of tracebacks of it.
     """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # orbax's, beside an error that is told
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     hook = sys.unraisablehook

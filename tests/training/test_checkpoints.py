@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tiny_recipes import SHIPPED, tiny
 from golf_jax.config import GolfError
 from golf_jax.mesh import REPLICATED, ROWS, make_mesh
 from golf_jax.model import resolve
+from golf_jax.training import checkpoints
 from golf_jax.training.checkpoints import Checkpoints, check_same_shapes, digests
 from golf_jax.training.state import TrainState, init_state, state_shapes
 
@@ -99,6 +102,20 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(copy):
     assert restore(copy, lines).step == 5
     assert len(lines) == 1 and lines[0].startswith("checkpoint 10 is damaged and set aside as ") and "\n" not in lines[0]
     assert (copy / "10.damaged").is_dir() and not (copy / "10").exists()
+
+
+def test_what_orbax_leaves_unawaited_is_not_told(monkeypatch):
+    """Beside a damaged checkpoint, sometimes, whenever it is collected as garbage."""
+
+    async def metadata():
+        pass
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checkpoints._set_up.__wrapped__()
+        metadata()
+    assert not caught
 
 
 def test_arrays_of_one_step_with_the_facts_of_another_are_refused(copy):

@@ -1,0 +1,42 @@
+"""Files are written whole or not at all, where that was promised before the work began."""
+
+import os
+import resource
+
+import numpy as np
+import pytest
+
+from golf_jax.config import GolfError
+from golf_jax.files import NotWritten, check_target, write_atomic
+from golf_jax.interop.safetensors import write_safetensors
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    target = tmp_path / "x.safetensors"
+    target.write_text("before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(NotWritten, match=r"x.safetensors: cannot be written \(File too large\)"):
+            write_safetensors({"a": np.zeros(5000, np.float32)}, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == [target.name] and target.read_text() == "before"
+
+
+def test_links_and_devices_are_written_through(tmp_path, capfd):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_atomic(tmp_path / "link", b"text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
+    write_atomic("/dev/stdout", b"te", b"xt\n")
+    assert capfd.readouterr().out == "text\n"
+    with pytest.raises(NotWritten, match="Is a directory"):
+        write_atomic(tmp_path, b"text")
+
+
+def test_a_place_where_no_file_can_be_made_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "old.json").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(GolfError, match=r"old.json: cannot be written \(permission denied\)"):
+        check_target(tmp_path / "old.json")
+    check_target("/dev/null")
