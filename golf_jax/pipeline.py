@@ -34,7 +34,7 @@ from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import split_documents
 from golf_jax.evaluation import Result, Stream
 from golf_jax.evaluation.methods import METHODS, methods_of
-from golf_jax.files import NotWritten
+from golf_jax.files import NotWritten, read_bytes
 from golf_jax.interrupt import Interrupted, Signals, catching
 from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import Model as Network
@@ -141,6 +141,9 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
     run.write("tokenizer.model", plan.text.tokenizer.model)
     by_name = {f"golf_jax.configs.{recipe.name}": recipe.name in recipe_names(), "golf_jax.data.corpus": recipe.data.train == "embedded"}
     code = bundle("golf_jax.train", *(module for module, needed in by_name.items() if needed))
+    if options.resume and (other := _other_code(run, code)) and other not in (before := record.get("changes", [])):
+        run.note("changes", [*before, other])
+        run.log("WARNING: the code is another than this run's so far (code.pyz): what was trained before, that one trained")
     if not artifact:  # what was counted with an artifact stays what lies beside it
         run.write("code.pyz", code)
     run.log(f"golf_jax {recipe.name} in {run.path}")
@@ -160,6 +163,14 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         artifact = pack(plan, run, signals, trained, len(code), raw_code_bytes(code)).data  # on every process: only 0 writes the file
     score(plan, run, artifact, signals)
     return finish(plan, run)
+
+
+def _other_code(run: RunDir, code: bytes) -> dict[str, Any]:
+    """What the run did so far was done by other code than this: as a change of the field `code`; else nothing."""
+    file = run.path / "code.pyz"
+    before = from_main(hashlib.sha256(read_bytes(file)).hexdigest()[:12] if run.main and file.exists() else "")
+    now = hashlib.sha256(code).hexdigest()[:12]
+    return {"field": "code", "before": before, "after": now} if before not in ("", now) else {}
 
 
 def _finished_before(run: RunDir, artifact: bytes) -> dict[str, Any] | None:

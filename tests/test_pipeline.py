@@ -1,5 +1,6 @@
 """The main job: from text to a scored artifact and a run directory that tells all of it."""
 
+import hashlib
 import json
 import os
 import re
@@ -206,6 +207,20 @@ def test_a_full_disk_names_the_command_that_goes_on(tmp_path, text, monkeypatch,
     monkeypatch.undo()
     result = pipeline.run(recipe, Options(resume=str(path))) if name != "config.json" else run(recipe, path)
     check_run(path, result)
+
+
+def test_other_code_is_told_and_recorded(tmp_path, text, monkeypatch):
+    """Of another version, or edited since: the result must not pass for that of one program."""
+    recipe, path = on_text(tiny("baseline", vocab_size=300, seq_len=32, steps=4), text), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(pipeline, "pack_model", lambda *_, **__: (_ for _ in ()).throw(Interrupted(signal.SIGTERM)))
+        run(recipe, path)
+    (path / "code.pyz").write_bytes(b"an earlier version")
+    result = pipeline.run(recipe, Options(resume=str(path)))
+    now = hashlib.sha256((path / "code.pyz").read_bytes()).hexdigest()[:12]
+    assert result["changes"] == [{"field": "code", "before": hashlib.sha256(b"an earlier version").hexdigest()[:12], "after": now}]
+    log = (path / "log.txt").read_text()
+    assert log.count("WARNING: the code is another") == 1 and f"code: {result['changes'][0]['before']} -> {now}" in log
 
 
 def test_an_altered_config_is_found_by_the_checkpoint_alone(tmp_path, text):
