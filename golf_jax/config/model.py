@@ -105,8 +105,9 @@ class ModelConfig:
     """Parameters that `numerics = "as_run"` keeps in bfloat16 (with their AdamW moments), as the records do."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activation dtype; `auto` is bfloat16 on accelerators and float32 on CPU."""
-    attention: Literal["auto", "xla", "pallas", "cudnn"] = "auto"
-    """Attention backend; `auto` picks by platform. What is named is what runs, or an error."""
+    attention: Literal["auto", "xla", "native", "pallas", "cudnn"] = "auto"
+    """Attention backend; `auto` picks by platform (CPU: `xla`; `native` is faster and needs a C++ compiler). What is named is what runs,
+    or an error."""
 
     def __post_init__(self) -> None:
         c = self

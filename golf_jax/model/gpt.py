@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from golf_jax.config import GolfError, ModelConfig
-from golf_jax.kernels.attention import default_backend, supported_backends, xsa_attention
+from golf_jax.kernels.attention import SUFFIX, default_backend, prepare, supported_backends, xsa_attention
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
 from golf_jax.model import layers as ops
 from golf_jax.model.cache import Cache
@@ -44,7 +44,12 @@ def resolve(config: ModelConfig, platform: str, *, documents: bool = False) -> M
         attention = default_backend(platform, config.head_dim, jnp.dtype(dtype), documents=documents)
     if attention not in (backends := supported_backends(platform, config.head_dim, jnp.dtype(dtype), documents=documents)):
         here = f"{platform} with head_dim {config.head_dim} in {dtype}{', inside documents' * documents}"
-        raise GolfError(f"model.attention {attention!r} does not run on {here}: choose auto or {', '.join(backends)}")
+        needs = "; native needs float32, head_dim % 16 == 0 and a C++ compiler (CXX, c++, g++ or clang++)" * (attention == "native")
+        raise GolfError(f"model.attention {attention!r} does not run on {here}: choose auto or {', '.join(backends)}{needs}")
+    try:
+        prepare(attention)
+    except ValueError as e:
+        raise GolfError(f"model.attention: {e}; auto and xla need none") from None
     return replace(config, dtype=dtype, attention=attention)
 
 
@@ -294,7 +299,7 @@ def attention(
     tap("k", k_BTGK)
     tap("v", v_BTGK)
     xsa = i >= c.num_layers - c.xsa_last_n
-    backend = c.attention if last is None else "xla"  # rectangular attention exists in the reference only
+    backend = c.attention if last is None or c.attention in SUFFIX else "xla"
     first_BT, longest = sight or (None, None)
     first_BS = None if first_BT is None else first_BT[:, t - s :]
     gate_BSH = _gate(c, w, maps, z_BTD[:, t - s :])

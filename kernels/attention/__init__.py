@@ -1,23 +1,26 @@
 """XSA attention: causal grouped-query attention, optionally with the exclusive-self-attention epilogue.
 
-One operation, `xsa_attention`, and three backends. What is asked for is what runs, or an error:
+One operation, `xsa_attention`, and four backends. What is asked for is what runs, or an error:
 - `xla`     the reference (`reference.py`): any platform, any shape, also a suffix of the queries.
+- `native`  on a CPU, float32: C++ (`native.cc`) that this machine's compiler builds when it is first asked for; also a suffix.
 - `pallas`  on NVIDIA Hopper our fused Mosaic GPU kernels (`mosaic_gpu.py`), bf16 or fp16; on a TPU the shipped splash
             attention followed by the XSA custom_vjp (`splash_tpu.py`).
 - `cudnn`   cuDNN's fused attention through jax.nn.dot_product_attention, then the XSA custom_vjp (`cudnn.py`).
 
 `pallas` is opaque to the SPMD partitioner: on more than one device call it inside `jax.shard_map(..., check_vma=False)`.
-With `first_BS` attention stays inside the documents of a packed row, in `xla` and `pallas`; cuDNN has segments in a private
-call of jax only. Shapes: B batch, T positions, S query positions, H query heads, G kv heads, K head_dim.
+With `first_BS` attention stays inside the documents of a packed row, but in `cudnn`, which has segments in a private call of jax only.
+Shapes: B batch, T positions, S query positions, H query heads, G kv heads, K head_dim.
 """
 
 import jax
 
+from golf_jax.kernels.attention import native
 from golf_jax.kernels.attention.reference import causal_attention
 from golf_jax.kernels.attention.xsa import exclude_self_value
 
-BACKENDS = ("xla", "pallas", "cudnn")
-_MARKERS = {"pallas": ("mosaic_gpu", "tpu_custom_call"), "cudnn": ("__cudnn$fmha",)}
+BACKENDS = ("xla", "native", "pallas", "cudnn")
+SUFFIX = ("xla", "native")  # those that take the last queries of a row alone
+_MARKERS = {"native": ("golf_xsa_",), "pallas": ("mosaic_gpu", "tpu_custom_call"), "cudnn": ("__cudnn$fmha",)}
 
 
 def xsa_attention(
@@ -34,7 +37,7 @@ def xsa_attention(
     """Causal attention with scale 1/sqrt(K), softmax in fp32; with `xsa` the part along the own value is removed.
 
     q [B,T,H,K], k and v [B,T,G,K] of one dtype, H a multiple of G (query head h reads kv head h // (H//G)); returns
-    q's shape and dtype. With the `xla` backend q may hold only the last S <= T positions. Differentiable (reverse).
+    q's shape and dtype. With the backends of `SUFFIX` q may hold only the last S <= T positions. Differentiable (reverse).
     first (int32 [B,S]): the first key that each query sees, which is the start of the segment that it lies in. longest: no segment
     is longer (not checked); lets `xla` be linear in T, where the kernels find out for themselves.
     gate [B,S,H], with `pallas` only: each head's output is multiplied by its sigmoid before it is written.
@@ -45,6 +48,8 @@ def xsa_attention(
         o = causal_attention(q_BTHK, k_BTGK, v_BTGK, first_BS, longest)
         last_v = v_BTGK[:, v_BTGK.shape[1] - q_BTHK.shape[1] :]
         return exclude_self_value(o, last_v) if xsa else o.astype(q_BTHK.dtype)
+    if backend == "native":
+        return native.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS)
     if backend == "cudnn":
         from golf_jax.kernels.attention import cudnn
 
@@ -65,8 +70,8 @@ def _check(q, k, v, first, gate, backend):
         raise ValueError(f"q, k, v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}: cast after RoPE and gains")
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"{q.shape[1]} query positions but only {k.shape[1]} key positions")
-    if q.shape[1] != k.shape[1] and backend != "xla":
-        raise ValueError(f"attention backend {backend!r} needs as many queries as keys; a suffix of queries needs 'xla'")
+    if q.shape[1] != k.shape[1] and backend not in SUFFIX:
+        raise ValueError(f"attention backend {backend!r} needs as many queries as keys; a suffix of queries needs {' or '.join(SUFFIX)}")
     if first is not None and (first.shape != q.shape[:2] or first.dtype != jax.numpy.int32):
         raise ValueError(f"first must be int32 {q.shape[:2]} like the queries, got {first.dtype} {first.shape}")
     if gate is not None and (backend != "pallas" or gate.shape != q.shape[:3]):
@@ -83,7 +88,7 @@ def supported_backends(platform: str, head_dim: int, dtype, *, documents: bool =
     """
     name, half = jax.numpy.dtype(dtype).name, jax.numpy.dtype(dtype).itemsize == 2
     if platform == "cpu":
-        return ("xla",)
+        return ("xla", "native") if name == "float32" and head_dim % 16 == 0 and native.compiler() else ("xla",)
     if platform == "tpu":
         return ("pallas", "xla") if name in ("bfloat16", "float32") and (head_dim == 64 or head_dim % 128 == 0) else ("xla",)
     if platform in ("gpu", "cuda"):
@@ -91,6 +96,12 @@ def supported_backends(platform: str, head_dim: int, dtype, *, documents: bool =
         mosaic = ("pallas",) if half and head_dim in (32, 64, 128) else ()
         return (*cudnn, *mosaic, "xla")
     raise ValueError(f"unknown platform {platform!r}: expected cpu, gpu, cuda or tpu")
+
+
+def prepare(backend: str) -> None:
+    """Build what the backend needs before anything is traced. Raises ValueError."""
+    if backend == "native":
+        native.load()
 
 
 def default_backend(platform: str, head_dim: int, dtype, *, documents: bool = False) -> str:

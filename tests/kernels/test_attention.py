@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from golf_jax.kernels.attention import assert_backend, default_backend, mosaic_gpu, splash_tpu, supported_backends, xsa_attention
+from golf_jax.kernels.attention import SUFFIX, assert_backend, default_backend, mosaic_gpu, splash_tpu, supported_backends, xsa_attention
 from golf_jax.kernels.attention.xsa import exclude_self_value
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
 IMPLEMENTATIONS = {
     "xla": functools.partial(xsa_attention, backend="xla"),
     "xla in blocks": functools.partial(xsa_attention, backend="xla", longest=161),
+    "native": functools.partial(xsa_attention, backend="native"),
     "mosaic": functools.partial(mosaic_gpu.xsa_attention, interpret=True),
     "splash": functools.partial(splash_tpu.xsa_attention, interpret=True),
 }
@@ -90,6 +91,8 @@ CASES = [
     *[("xla", SHORT, dtype, False) for dtype in ("float32", "bfloat16")],
     ("xla", LONG, "float32", True),
     ("xla", LONG, "bfloat16", False),
+    *[("native", shape, "float32", True) for shape in (SHORT, RECIPE, WIDE, ODD, (2, 37, 4, 1, 16))],
+    ("native", LONG, "float32", False),
     ("splash", (1, 130, 4, 2, 64), "float32", True),  # T padded
     ("splash", (1, 128, 4, 2, 64), "bfloat16", True),
     ("mosaic", (1, 200, 2, 1, 64), "bfloat16", True),  # T padded
@@ -138,6 +141,8 @@ DOCUMENTS = [
     ("xla", (2, 70, 4, 2, 16), "float32", True),
     ("xla", LONG, "float32", True),
     ("xla in blocks", (2, 402, 4, 2, 16), "float32", True),  # the last block is shorter
+    ("native", (2, 402, 4, 2, 16), "float32", True),
+    ("native", (1, 130, 2, 1, 64), "float32", False),
     ("splash", (2, 130, 4, 2, 64), "float32", True),
     pytest.param("mosaic", (1, 256, 2, 1, 64), "bfloat16", True, marks=needs_interpreter),
     pytest.param("mosaic", (2, 600, 2, 1, 64), "bfloat16", True, marks=[needs_interpreter, pytest.mark.slow]),  # padded, blocks skipped
@@ -153,32 +158,42 @@ def test_inside_documents_forward_and_gradients_match_float64(implementation, sh
     assert_close(got, results_float64(q, k, v, dy, xsa, first), dtype)
 
 
+@pytest.mark.parametrize("backend", SUFFIX)
 @pytest.mark.parametrize("first", [None, first_keys(2, 100, BORDERS)])
 @pytest.mark.parametrize("queries", [1, 70])
-def test_suffix_of_queries_equals_the_suffix_of_all(queries, first):
+def test_suffix_of_queries_equals_the_suffix_of_all(queries, first, backend):
     q, k, v, _ = inputs(2, 100, 4, 2, 16)
     whole = jax.jit(functools.partial(xsa_attention, xsa=True))(q, k, v, first_BS=first)
-    part = jax.jit(functools.partial(xsa_attention, xsa=True))(
+    part = jax.jit(functools.partial(xsa_attention, xsa=True, backend=backend))(
         q[:, -queries:], k, v, first_BS=None if first is None else first[:, -queries:]
     )
     np.testing.assert_allclose(part, whole[:, -queries:], atol=2e-6)
 
 
-def test_no_gradient_crosses_a_document_border():
+@pytest.mark.parametrize("backend", SUFFIX)
+def test_gradients_of_a_suffix_of_queries(backend):
+    q, k, v, dy = inputs(2, 100, 4, 2, 16)
+    got = results(functools.partial(xsa_attention, xsa=True, backend=backend), q[:, -70:], k, v, dy[:, -70:])
+    assert_close(got, results_float64(q[:, -70:], k, v, dy[:, -70:], True), "float32")
+
+
+@pytest.mark.parametrize("backend", SUFFIX)
+def test_no_gradient_crosses_a_document_border(backend):
     q, k, v, _ = inputs(1, 72, 2, 1, 16)
     first, document = first_keys(1, 72, (20, 50)), slice(20, 50)
-    total = lambda q, k, v: jnp.sum(xsa_attention(q, k, v, xsa=True, first_BS=first)[:, document] ** 2)  # noqa: E731
+    total = lambda q, k, v: jnp.sum(xsa_attention(q, k, v, xsa=True, first_BS=first, backend=backend)[:, document] ** 2)  # noqa: E731
     for gradient in map(np.array, jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)):
         assert gradient[:, document].any()
         gradient[:, document] = 0
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("backend", SUFFIX)
 @pytest.mark.parametrize("xsa", [True, False])
-def test_causal_by_gradient_zeros(xsa):
+def test_causal_by_gradient_zeros(xsa, backend):
     q, k, v, _ = inputs(1, 72, 2, 1, 16)
     position = 40
-    total = lambda q, k, v: jnp.sum(xsa_attention(q, k, v, xsa=xsa)[:, position] ** 2)  # noqa: E731
+    total = lambda q, k, v: jnp.sum(xsa_attention(q, k, v, xsa=xsa, backend=backend)[:, position] ** 2)  # noqa: E731
     for gradient in jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v):
         assert not gradient[:, position + 1 :].any() and gradient[:, position].any()
 
@@ -217,14 +232,15 @@ BAD_CALLS = {
     "gate must be": dict(gate=jnp.zeros((1, 16, 4))),
     "first must be int32": dict(first=jnp.zeros((1, 15), jnp.int32)),
     "has kernels for GPU and TPU": dict(backend="pallas"),
+    "'native' needs float32": dict(backend="native", dtype="bfloat16"),
 }
 
 
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_unsupported_calls_are_refused(message):
-    options = dict(S=16, H=4, k_dtype="float32", first=None, gate=None, backend="xla") | BAD_CALLS[message]
-    q = jnp.zeros((1, options["S"], options["H"], 64))
-    k, v = jnp.zeros((1, 16, 2, 64), options["k_dtype"]), jnp.zeros((1, 16, 2, 64))
+    options = dict(S=16, H=4, dtype="float32", k_dtype=None, first=None, gate=None, backend="xla") | BAD_CALLS[message]
+    q = jnp.zeros((1, options["S"], options["H"], 64), options["dtype"])
+    k, v = jnp.zeros((1, 16, 2, 64), options["k_dtype"] or options["dtype"]), jnp.zeros((1, 16, 2, 64), options["dtype"])
     with pytest.raises(ValueError, match=message):
         xsa_attention(q, k, v, xsa=True, first_BS=options["first"], gate_BSH=options["gate"], backend=options["backend"])
 
@@ -237,7 +253,11 @@ def test_kernels_refuse_what_they_do_not_have(module, dtype, head_dim, message):
         module.xsa_attention(*arrays, xsa=True)
 
 
-def test_default_backends():
+def test_default_backends(monkeypatch):
+    assert supported_backends("cpu", 64, jnp.float32) == ("xla", "native")
+    assert supported_backends("cpu", 24, jnp.float32) == ("xla",)
+    monkeypatch.setenv("PATH", "")
+    assert supported_backends("cpu", 64, jnp.float32) == ("xla",)  # no compiler
     assert default_backend("cpu", 64, jnp.bfloat16) == "xla"
     assert default_backend("cuda", 64, jnp.float32) == "xla"
     assert supported_backends("gpu", 64, jnp.bfloat16) == ("cudnn", "pallas", "xla")
@@ -248,8 +268,16 @@ def test_default_backends():
 
 
 def test_program_text_is_checked_for_the_backend():
-    text = jax.jit(lambda q, k, v: xsa_attention(q, k, v, xsa=True)).lower(*inputs(1, 16, 2, 1, 16)[:3]).as_text()
+    text, native = (
+        jax.jit(lambda q, k, v, backend=backend: xsa_attention(q, k, v, xsa=True, backend=backend))
+        .lower(*inputs(1, 16, 2, 1, 16)[:3])
+        .as_text()
+        for backend in SUFFIX
+    )
     assert_backend(text, "xla")
+    assert_backend(native, "native")
+    with pytest.raises(ValueError, match="shows native"):
+        assert_backend(native, "xla")
     for backend in ("pallas", "cudnn"):
         with pytest.raises(ValueError, match="shows xla"):
             assert_backend(text, backend)

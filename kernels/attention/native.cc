@@ -1,0 +1,293 @@
+// Causal grouped-query attention with the XSA epilogue on one CPU core, float32: forward and backward.
+//
+// Per sequence and kv head, blocks of queries meet the keys that they see; scores stay in the cache and are computed again in the backward
+// pass. Every product is one `tile` of registers: left operand read by broadcast, right operand in rows of vectors. Scores are in units of
+// log2, so that exp2 is all that is needed. B batch, S queries (the last S of T positions), H query heads, G kv heads, K head_dim.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int W = 16, ROWS = 8, COLS = 3;  // floats of a vector; a tile holds ROWS COLS + COLS + 1 of them in registers
+#else
+constexpr int W = 8, ROWS = 4, COLS = 2;
+#endif
+constexpr int PANEL = 48, BLOCK = 64;  // keys of a panel; queries of one head at a time
+constexpr float LN2 = 0.693147181f;
+
+typedef float Vec __attribute__((vector_size(4 * W), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4)));
+
+const Ints IOTA = [] { Ints x; for (int i = 0; i < W; ++i) x[i] = i; return x; }();
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
+
+// C[M, N W] (+)= sum over k < depth of A[m am + k ak] B[k ldb + n].
+template <int M, int N>
+inline void tile(int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  Vec sum[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * ldc + n * W) : Vec{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[N];
+    for (int n = 0; n < N; ++n) row[n] = load(b + k * ldb + n * W);
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) sum[m][n] += a[m * am + k * ak] * row[n];
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) store(c + m * ldc + n * W, sum[m][n]);
+}
+
+template <int M>
+inline void tiles(int64_t width, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
+                  bool add) {
+  int64_t n = 0;
+  for (; n + COLS * W <= width; n += COLS * W) tile<M, COLS>(depth, a, am, ak, b + n, ldb, c + n, ldc, add);
+  for (; n < width; n += W) tile<M, 1>(depth, a, am, ak, b + n, ldb, c + n, ldc, add);
+}
+
+// The same for any width that W divides and any count of rows up to ROWS.
+inline void product(int64_t count, int64_t width, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
+                    float* c, int64_t ldc, bool add = false) {
+  if (count == ROWS) return tiles<ROWS>(width, depth, a, am, ak, b, ldb, c, ldc, add);
+  for (int64_t m = 0; m < count; ++m) tiles<1>(width, depth, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
+}
+
+template <int N, class F>
+inline float fold(const float* x, F f) {
+  typedef float Half __attribute__((vector_size(2 * N), aligned(4)));
+  if constexpr (N == 2) return f(x[0], x[1]);
+  else {
+    const Half y = f(*reinterpret_cast<const Half*>(x), *reinterpret_cast<const Half*>(x + N / 2));
+    return fold<N / 2>(reinterpret_cast<const float*>(&y), f);
+  }
+}
+inline float sum(Vec x) { return fold<W>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a + b; }); }
+inline float top(Vec x) { return fold<W>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a > b ? a : b; }); }
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  Vec s{};
+  for (int64_t k = 0; k < n; k += W) s += load(a + k) * load(b + k);
+  return sum(s);
+}
+
+// 2^x to 1e-7 relative; below -126 the smallest normal number.
+inline Vec exp2(Vec x) {
+  x = x > -126.0f ? x : Vec{} - 126.0f;
+  const Vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
+  Vec p = r * 1.535336188e-4f + 1.339887440e-3f;
+  p = p * r + 9.618437357e-3f;
+  p = p * r + 5.550332471e-2f;
+  p = p * r + 2.402264791e-1f;
+  p = p * r + 6.931472028e-1f;
+  p = p * r + 1.0f;
+  return (Vec)(((Ints)shifted << 23) + (Ints)p);
+}
+
+// One head's side of a call: rows of K floats, `stride` apart.
+struct Rows {
+  float* at;
+  int64_t stride;
+  float* operator[](int64_t i) const { return at + i * stride; }
+};
+
+struct Shape {
+  int64_t B, S, T, H, G, K, padded;
+  Shape(ffi::Span<const int64_t> q, ffi::Span<const int64_t> k)
+      : B(q[0]), S(q[1]), T(k[1]), H(q[2]), G(k[2]), K(q[3]), padded((T + PANEL - 1) / PANEL * PANEL) {}
+  Rows query(const float* x, int64_t b, int64_t s, int64_t h) const { return {const_cast<float*>(x) + ((b * S + s) * H + h) * K, H * K}; }
+  Rows key(const float* x, int64_t b, int64_t g) const { return {const_cast<float*>(x) + (b * T * G + g) * K, G * K}; }
+};
+
+// The transpose of [T, K] as panels [T / PANEL][K][PANEL]; what lies beyond T is zero.
+void transpose(const Shape& s, Rows x, std::vector<float>& panels) {
+  panels.assign(s.padded * s.K, 0.0f);
+  for (int64_t t = 0; t < s.T; ++t)
+    for (int64_t k = 0; k < s.K; ++k) panels[t / PANEL * PANEL * s.K + k * PANEL + t % PANEL] = x[t][k];
+}
+
+struct Always {};
+inline Vec pick(Always, Vec x, Vec) { return x; }
+inline Vec pick(Ints seen, Vec x, Vec other) { return seen ? x : other; }
+
+// A block of queries of one head: `count` of them from position `last` on; some of them see the keys from `from` on.
+struct Block {
+  const Shape& s;
+  int64_t count, last, from;
+
+  Block(const Shape& s, int64_t start, const int32_t* first)
+      : s(s), count(std::min<int64_t>(BLOCK, s.S - start)), last(s.T - s.S + start), from(*std::min_element(first, first + count)) {}
+
+  // out[m, j] = x_m . y_j, for the panels that a tile of rows sees.
+  void scores(const float* x, const std::vector<float>& panels, float* out) const {
+    for (int64_t m = 0; m < count; m += ROWS) {
+      const int64_t n = std::min<int64_t>(ROWS, count - m);
+      for (int64_t p = from / PANEL * PANEL; p < last + m + n; p += PANEL)
+        product(n, PANEL, s.K, x + m * s.K, s.K, 1, &panels[p * s.K], PANEL, out + m * s.padded + p, s.padded);
+    }
+  }
+  // out[m] = sum over j of weights[m, j] y_j.
+  void gather(const float* weights, Rows y, Rows out) const {
+    for (int64_t m = 0; m < count; m += ROWS) {
+      const int64_t n = std::min<int64_t>(ROWS, count - m);
+      product(n, s.K, last + m + n - from, weights + m * s.padded + from, s.padded, 1, y[from], y.stride, out[m], out.stride);
+    }
+  }
+  // out[j] += sum over m of weights[m, j] x_m.
+  void scatter(const float* weights, const float* x, Rows out) const {
+    for (int64_t j = from; j < last + count; j += ROWS) {
+      const int64_t n = std::min<int64_t>(ROWS, last + count - j), m = std::max<int64_t>(0, j - last);
+      product(n, s.K, count - m, weights + m * s.padded + j, 1, s.padded, x + m * s.K, s.K, out[j], out.stride, true);
+    }
+  }
+  // f(j, seen) for the vectors of keys that row m looks at, in part or whole; zero(j) for the others that its products read.
+  template <class F, class Z>
+  inline void each(int64_t m, int32_t first, F f, Z zero) const {
+    const int32_t end = last + count, mine = last + m;
+    int32_t j = from / W * W;
+    for (; j + W <= first; j += W) zero(j);
+    for (; j <= mine; j += W) {
+      if (j >= first && j + W - 1 <= mine) f(j, Always{});
+      else f(j, (IOTA + j >= first) & (IOTA + j <= mine));
+    }
+    for (; j < end; j += W) zero(j);
+  }
+};
+
+// u = v / max(|v|, 1e-12); returns 1 / max(|v|, 1e-12).
+inline float unit(const float* v, int64_t K, float* u) {
+  const float inverse = 1.0f / std::sqrt(std::max(dot(v, v, K), 1e-24f));
+  for (int64_t k = 0; k < K; ++k) u[k] = v[k] * inverse;
+  return inverse;
+}
+
+using In = ffi::Buffer<ffi::F32>;
+using Out = ffi::ResultBuffer<ffi::F32>;
+
+ffi::Error Forward(In q, In k, In v, ffi::Buffer<ffi::S32> first, bool xsa, Out y, Out along, Out lse) {
+  const Shape s(q.dimensions(), k.dimensions());
+  const float scale = 1.0f / (std::sqrt((float)s.K) * LN2);
+  std::vector<float> keys, weights(BLOCK * s.padded), scaled(BLOCK * s.K), u(s.K);
+  for (int64_t b = 0; b < s.B; ++b)
+    for (int64_t g = 0; g < s.G; ++g) {
+      const Rows values = s.key(v.typed_data(), b, g);
+      transpose(s, s.key(k.typed_data(), b, g), keys);
+      for (int64_t start = 0; start < s.S; start += BLOCK) {
+        const int32_t* f = first.typed_data() + b * s.S + start;
+        const Block block(s, start, f);
+        const int64_t count = block.count;
+        for (int64_t h = g * s.H / s.G; h < (g + 1) * s.H / s.G; ++h) {
+          const Rows from = s.query(q.typed_data(), b, start, h), out = s.query(y->typed_data(), b, start, h);
+          for (int64_t m = 0; m < count; ++m)
+            for (int64_t i = 0; i < s.K; i += W) store(&scaled[m * s.K + i], load(from[m] + i) * scale);
+          block.scores(scaled.data(), keys, weights.data());
+          float inverse[BLOCK];
+          for (int64_t m = 0; m < count; ++m) {
+            float* w = &weights[m * s.padded];
+            Vec most = Vec{} - INFINITY, total{};
+            block.each(m, f[m], [&](int64_t j, auto seen) {
+              const Vec x = pick(seen, load(w + j), most);
+              most = x > most ? x : most;
+            }, [](int64_t) {});
+            const float shift = top(most);
+            block.each(m, f[m], [&](int64_t j, auto seen) {
+              const Vec e = pick(seen, exp2(load(w + j) - shift), Vec{});
+              store(w + j, e);
+              total += e;
+            }, [&](int64_t j) { store(w + j, Vec{}); });
+            const float all = sum(total);
+            inverse[m] = 1 / all;
+            lse->typed_data()[(b * s.S + start + m) * s.H + h] = shift + std::log2(all);
+          }
+          block.gather(weights.data(), values, out);
+          for (int64_t m = 0; m < count; ++m) {
+            float part = 0;
+            if (xsa) {
+              unit(values[block.last + m], s.K, u.data());
+              part = dot(out[m], u.data(), s.K) * inverse[m];
+            }
+            along->typed_data()[(b * s.S + start + m) * s.H + h] = part;
+            for (int64_t i = 0; i < s.K; i += W) store(out[m] + i, load(out[m] + i) * inverse[m] - load(&u[i]) * part);
+          }
+        }
+      }
+    }
+  return ffi::Error::Success();
+}
+
+// Of y = o - (o.u) u: do = dy - (dy.u) u, and do . o = do . y because do is orthogonal to u (kernels/attention/xsa.py).
+ffi::Error Backward(In q, In k, In v, ffi::Buffer<ffi::S32> first, In y, In along, In lse, In dy, bool xsa, Out dq, Out dk, Out dv) {
+  const Shape s(q.dimensions(), k.dimensions());
+  const float scale = 1.0f / (std::sqrt((float)s.K) * LN2);
+  std::vector<float> keys, values, p(BLOCK * s.padded), ds(BLOCK * s.padded), scaled(BLOCK * s.K), grad(BLOCK * s.K), u(s.K);
+  std::fill_n(dk->typed_data(), dk->element_count(), 0.0f);
+  std::fill_n(dv->typed_data(), dv->element_count(), 0.0f);
+  for (int64_t b = 0; b < s.B; ++b)
+    for (int64_t g = 0; g < s.G; ++g) {
+      const Rows key = s.key(k.typed_data(), b, g), value = s.key(v.typed_data(), b, g);
+      const Rows to_key = s.key(dk->typed_data(), b, g), to_value = s.key(dv->typed_data(), b, g);
+      transpose(s, key, keys);
+      transpose(s, value, values);
+      for (int64_t start = 0; start < s.S; start += BLOCK) {
+        const int32_t* f = first.typed_data() + b * s.S + start;
+        const Block block(s, start, f);
+        const int64_t count = block.count;
+        for (int64_t h = g * s.H / s.G; h < (g + 1) * s.H / s.G; ++h) {
+          const Rows from = s.query(q.typed_data(), b, start, h), out = s.query(y.typed_data(), b, start, h);
+          const Rows given = s.query(dy.typed_data(), b, start, h), to = s.query(dq->typed_data(), b, start, h);
+          float inner[BLOCK];
+          for (int64_t m = 0; m < count; ++m) {
+            float a = 0, c = 0, inverse = 0, *own = to_value[block.last + m];
+            if (xsa) {
+              inverse = unit(value[block.last + m], s.K, u.data());
+              a = dot(given[m], u.data(), s.K);
+              c = along.typed_data()[(b * s.S + start + m) * s.H + h];
+            }
+            for (int64_t i = 0; i < s.K; i += W) {
+              const Vec d = load(given[m] + i) - load(&u[i]) * a;
+              store(&scaled[m * s.K + i], load(from[m] + i) * scale);
+              store(&grad[m * s.K + i], d);
+              store(own + i, load(own + i) - (load(out[m] + i) * a + d * c) * inverse);
+            }
+            inner[m] = dot(given[m], out[m], s.K);
+          }
+          block.scores(scaled.data(), keys, p.data());
+          block.scores(grad.data(), values, ds.data());
+          for (int64_t m = 0; m < count; ++m) {
+            const float shift = lse.typed_data()[(b * s.S + start + m) * s.H + h];
+            float *w = &p[m * s.padded], *d = &ds[m * s.padded];
+            block.each(m, f[m], [&](int64_t j, auto seen) {
+              const Vec e = pick(seen, exp2(load(w + j) - shift), Vec{});
+              store(w + j, e);
+              store(d + j, pick(seen, e * (load(d + j) - inner[m]) * LN2, Vec{}));
+            }, [&](int64_t j) { store(w + j, Vec{}); store(d + j, Vec{}); });
+          }
+          block.gather(ds.data(), key, to);
+          block.scatter(ds.data(), scaled.data(), to_key);
+          block.scatter(p.data(), grad.data(), to_value);
+          for (int64_t m = 0; m < count; ++m)
+            for (int64_t i = 0; i < s.K; i += W) store(to[m] + i, load(to[m] + i) * scale);
+        }
+      }
+    }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(golf_xsa_forward, Forward,
+                              ffi::Ffi::Bind().Arg<In>().Arg<In>().Arg<In>().Arg<ffi::Buffer<ffi::S32>>().Attr<bool>("xsa")
+                                  .Ret<In>().Ret<In>().Ret<In>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(golf_xsa_backward, Backward,
+                              ffi::Ffi::Bind().Arg<In>().Arg<In>().Arg<In>().Arg<ffi::Buffer<ffi::S32>>().Arg<In>().Arg<In>().Arg<In>()
+                                  .Arg<In>().Attr<bool>("xsa").Ret<In>().Ret<In>().Ret<In>());

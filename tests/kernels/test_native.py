@@ -1,0 +1,67 @@
+"""The library that a machine's C++ compiler makes of native.cc: built once, by whichever compiler is named, or told why not."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from golf_jax.config import GolfError, ModelConfig
+from golf_jax.kernels.attention import native
+from golf_jax.model import resolve
+
+
+@pytest.fixture
+def unloaded(tmp_path, monkeypatch):
+    """Nothing loaded and nothing built; the folder where libraries are kept."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
+    native.load.cache_clear()
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *a, **k: None)  # other tests use those that are registered
+    yield tmp_path / "xla"
+    jax.config.update("jax_compilation_cache_dir", before)
+    native.load.cache_clear()
+
+
+def test_built_once_and_kept_with_the_compiled_programs(unloaded, monkeypatch):
+    native.load()
+    (library,) = unloaded.iterdir()
+    native.load.cache_clear()
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("built twice"))
+    native.load()
+    assert [*unloaded.iterdir()] == [library]
+
+
+def test_another_compiler_builds_its_own(monkeypatch):
+    names = set()
+    for compiler in ("g++", "clang++ -stdlib=libc++"):
+        monkeypatch.setenv("CXX", compiler)
+        names.add(native._digest(native.compiler().split()))
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("/nowhere/c++", "cannot be run"),
+        (f"{sys.executable} -c raise(SystemExit(3))", "cannot compile .*exit status 3"),
+    ],
+)
+def test_a_compiler_that_fails_is_told_when_the_model_is_resolved(unloaded, monkeypatch, compiler, message):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(GolfError, match=f"model.attention: .*{message}.*auto and xla need none"):
+        resolve(ModelConfig(attention="native"), "cpu")
+    assert not [path for path in unloaded.iterdir() if path.suffix == ".so"]
+
+
+def test_a_damaged_library_is_told(unloaded, monkeypatch):
+    monkeypatch.setattr(native, "_build", lambda command, library: (library.parent.mkdir(), library.write_bytes(b"no library")))
+    with pytest.raises(ValueError, match="cannot be loaded .* remove it"):
+        native.load()
+
+
+def test_without_a_compiler_the_need_is_told(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(GolfError, match="native needs float32, .* and a C\\+\\+ compiler"):
+        resolve(ModelConfig(attention="native"), "cpu")
