@@ -85,7 +85,7 @@ def _attend(q_BSHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, first_BS: j
 
 
 def _call(name: str, results: tuple, *args: jax.Array, xsa: bool) -> tuple:
-    return jax.ffi.ffi_call(TARGETS[name], results, vmap_method="sequential")(*args, xsa=xsa)
+    return tuple(jax.ffi.ffi_call(TARGETS[name], results, vmap_method="sequential")(*args, xsa=xsa))
 
 
 def _forward(q_BSHK, k_BTGK, v_BTGK, first_BS, xsa):
