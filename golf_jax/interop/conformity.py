@@ -62,7 +62,7 @@ def problems(path: Path) -> list[str]:
 
 def _arrays(case: Case) -> list[str]:
     found, extra, sizes = [], case.refs.json.get("extra", {}), {}
-    weights = case.tensors_stored() if case.section in ("grads", "train", "quant", "ttt") else {}
+    weights = case.stored if case.section in ("grads", "train", "quant", "ttt") else {}
     for item, x in sorted(case.seen.items(), key=lambda kv: kv[0] != "tokens"):  # tokens first: they fix the sizes
         if x.dtype.kind == "f" and not np.isfinite(x).all():
             found.append(f"{item} is not finite")

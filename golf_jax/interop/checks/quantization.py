@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from golf_jax.artifact.calibration import collect_hessians
-from golf_jax.interop.checks.base import quick_compilation
 from golf_jax.interop.checks.reference import Arrays, Case, tensor_of
 from golf_jax.interop.packed import read_packed_codes
 from golf_jax.interop.pgrp import NotInstalled
@@ -123,9 +122,8 @@ def _hessians(case: Case) -> Arrays:
     """Our own, from the calibration tokens."""
 
     def make() -> Arrays:
-        with quick_compilation():
-            config = resolve(case.model, jax.default_backend())
-            return collect_hessians(config, case.params, case.seen["calibration"], make_mesh(case.refs.devices))
+        config = resolve(case.model, jax.default_backend())
+        return collect_hessians(config, case.params, case.seen["calibration"], make_mesh(case.refs.devices))
 
     return case.refs.once(("hessians", case.where), make)
 
