@@ -191,9 +191,9 @@ class Case:
                 parts += tuple(found.T) if found.ndim == 2 else (found,)
         return parts
 
-    def under(self, prefix: str, of: str = "seen") -> Arrays:
+    def under(self, prefix: str) -> Arrays:
         """Items that start with `prefix`, without it."""
-        return {k[len(prefix) :]: v for k, v in getattr(self, of).items() if k.startswith(prefix)}
+        return {k.removeprefix(prefix): v for k, v in self.seen.items() if k.startswith(prefix)}
 
     @cached_property
     def recipe(self) -> Recipe:

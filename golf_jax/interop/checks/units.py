@@ -208,7 +208,7 @@ def _lqer(case: Case, given: Arrays) -> Outputs:
 def _quant_extra(case: Case, _: Arrays) -> Outputs:
     """The record's frame: its numbers, its row orders, the same content packed by brotli; low-rank factors with the stored signs."""
     source = case.refs.case("quant/main")
-    codes = {n: x for n, x in source.under("codes/", "own").items()}
+    codes = source.under("codes/")
     ours: Outputs = {f"row_order/{n}": pgrp.row_order(codes[n]) for n in case.under("out/row_order/")}
     if "artifact" in source.own:
         ours["frame"] = pgrp.sizes(source.own["artifact"].tobytes())
@@ -220,7 +220,7 @@ def _quant_extra(case: Case, _: Arrays) -> Outputs:
         except NotInstalled as e:
             case.refs.not_checked[f"{case.where}/out/artifact_brotli"] = str(e)
             case.added.add("out/artifact_brotli")
-    tensors, scales = source.tensors, source.under("scale/", "own")
+    tensors, scales = source.tensors, source.under("scale/")
     for name in case.under("out/lowrank_a_float/"):
         q = QTensor("int8", "float32", codes=codes[name], scale=scales[name])
         theirs = (case.own[f"out/lowrank_{x}_float/{name}"] for x in "ab")
