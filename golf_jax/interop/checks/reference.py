@@ -185,9 +185,8 @@ class Case:
             elif re.fullmatch(r"-?\d+", p):
                 parts += (int(p),)
             else:
-                if f"index/{p}" not in self.seen and f"index/{p}" not in self.own:
+                if (found := self.own.get(f"index/{p}")) is None:
                     raise GolfError(f"{self.refs.path}: {self.where}: @{p} needs the entry index/{p}")
-                found = self.own[f"index/{p}"]
                 parts += tuple(found.T) if found.ndim == 2 else (found,)
         return parts
 
