@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.interop.checks.reference import Case, Set, is_input, tensor_of
+from golf_jax.interop.reference import Case, Set, is_input, tensor_of
 
 # Section -> {items: axes}. One letter is one size within a case, T1 is T + 1, digits are sizes; "*": any shape; "tensor", "rows": that of
 # the parameter (its first axis); "start": that of the trajectory's tensor.

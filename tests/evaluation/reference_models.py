@@ -8,7 +8,7 @@ import numpy as np
 from golf_jax.config import ModelConfig
 from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation import Stream
-from golf_jax.interop.checks import Set
+from golf_jax.interop.reference import Set
 from golf_jax.model import Model, init_params, resolve
 
 

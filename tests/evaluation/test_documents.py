@@ -17,9 +17,9 @@ from golf_jax.evaluation import METHODS, Stream, packed
 from golf_jax.evaluation.documents import Work, target_order
 from golf_jax.evaluation.legality import tilt_breaks_order
 from golf_jax.evaluation.queue import BOS, Documents, Queue
-from golf_jax.interop.checks import Set
 from golf_jax.interop.checks.evaluation import check_eval, check_ttt
 from golf_jax.interop.checks.units import check_units
+from golf_jax.interop.reference import Set
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model, init_params, nll, resolve
 from golf_jax.progress import Progress

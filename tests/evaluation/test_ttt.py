@@ -12,8 +12,8 @@ from golf_jax.config import AdaptFirstConfig, GolfError, ModelConfig, ScoreFirst
 from golf_jax.evaluation import METHODS, Stream
 from golf_jax.evaluation.adapt_first import adam_rule
 from golf_jax.evaluation.adapter import Plan
-from golf_jax.interop.checks import Set
 from golf_jax.interop.checks.evaluation import check_ttt
+from golf_jax.interop.reference import Set
 from golf_jax.mesh import make_mesh
 from golf_jax.model import leaves
 

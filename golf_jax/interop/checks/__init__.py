@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator
 import jax
 
 from golf_jax.config import GolfError
-from golf_jax.interop.checks.base import CheckResult
 from golf_jax.interop.checks.evaluation import check_eval, check_ttt
 from golf_jax.interop.checks.forward import check_grads, check_model
 from golf_jax.interop.checks.init import check_init
 from golf_jax.interop.checks.optimizers import check_newton_schulz, check_optimizer
 from golf_jax.interop.checks.quantization import check_quant
-from golf_jax.interop.checks.reference import Case, NotComputed, Set
 from golf_jax.interop.checks.schedule import check_loader, check_schedule
 from golf_jax.interop.checks.training import check_train
 from golf_jax.interop.checks.units import check_units
+from golf_jax.interop.comparison import CheckResult
+from golf_jax.interop.reference import Case, NotComputed, Set
 
 CHECKS: dict[str, Callable[[Case], None]] = {
     "model": check_model, "grads": check_grads, "newton_schulz": check_newton_schulz, "optimizer": check_optimizer, "init": check_init,

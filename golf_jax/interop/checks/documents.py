@@ -12,8 +12,8 @@ from golf_jax.evaluation.adapters import chunk_loss
 from golf_jax.evaluation.documents import GlobalPhase, evaluate_documents
 from golf_jax.evaluation.queue import BOS, Documents, Queue, chunk_window, segments
 from golf_jax.evaluation.scorer import shapes_of
-from golf_jax.interop.checks.reference import Arrays, Case, NotComputed
 from golf_jax.interop.checks.schedule import row_starts
+from golf_jax.interop.reference import Arrays, Case, NotComputed
 from golf_jax.mesh import replicate
 from golf_jax.model import to_tensors
 

@@ -16,7 +16,7 @@ from golf_jax.evaluation.scorebook import ScoreBook
 from golf_jax.evaluation.scorer import WindowScorer, shapes_of
 from golf_jax.evaluation.windows import Windows, chunk_windows, sliding_windows
 from golf_jax.interop.checks import documents
-from golf_jax.interop.checks.reference import Case, NotComputed
+from golf_jax.interop.reference import Case, NotComputed
 from golf_jax.mesh import replicate
 from golf_jax.model import to_tensors
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import ModelConfig
-from golf_jax.interop.checks.reference import Case, NotComputed
+from golf_jax.interop.reference import Case, NotComputed
 from golf_jax.kernels.attention import xsa_attention
 from golf_jax.model import layers as ops
 from golf_jax.model import logits, to_tensors

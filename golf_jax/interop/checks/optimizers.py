@@ -10,7 +10,7 @@ import numpy as np
 from golf_jax.config import GolfError, GroupConfig, OptimConfig
 from golf_jax.evaluation.adapter import initial_state, update
 from golf_jax.evaluation.score_first import momentum_rule
-from golf_jax.interop.checks.reference import Arrays, Case
+from golf_jax.interop.reference import Arrays, Case
 from golf_jax.optim import StackLayout, make_optimizer, newton_schulz
 from golf_jax.optim.optimizer import group_scalars
 

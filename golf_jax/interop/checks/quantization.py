@@ -8,9 +8,9 @@ import numpy as np
 
 from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.config import QuantConfig, QuantRule
-from golf_jax.interop.checks.reference import Arrays, Case, tensor_of
 from golf_jax.interop.packed import read_packed_codes
 from golf_jax.interop.pgrp import NotInstalled
+from golf_jax.interop.reference import Arrays, Case, tensor_of
 from golf_jax.model import resolve
 from golf_jax.quant import QTensor, dequantize, dequantize_all, quantize, rules_for
 from golf_jax.quant.lowrank import low_rank, pack, residual_norm

@@ -10,7 +10,7 @@ import numpy as np
 
 from golf_jax.config import GolfError
 from golf_jax.data.loader import Batch
-from golf_jax.interop.checks.reference import Arrays, Case
+from golf_jax.interop.reference import Arrays, Case
 from golf_jax.mesh import make_mesh, replicated, rows
 from golf_jax.model import to_tensors
 from golf_jax.optim import schedules

@@ -21,10 +21,10 @@ from golf_jax.interop.checks import documents
 from golf_jax.interop.checks.evaluation import packed_result
 from golf_jax.interop.checks.forward import activations, hash_ids
 from golf_jax.interop.checks.quantization import aligned
-from golf_jax.interop.checks.reference import Arrays, Case, NotComputed
 from golf_jax.interop.checks.schedule import padded_starts, row_starts
 from golf_jax.interop.packed import read_packed_codes, unshuffle_bytes
 from golf_jax.interop.pgrp import NotInstalled
+from golf_jax.interop.reference import Arrays, Case, NotComputed
 from golf_jax.kernels.attention.xsa import exclude_self_value
 from golf_jax.kernels.cross_entropy import soft_cap, softcap_cross_entropy
 from golf_jax.kernels.fake_quant import RowScheme, fake_quant

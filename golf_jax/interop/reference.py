@@ -24,7 +24,7 @@ from golf_jax.data.sidecar import Sidecar
 from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation.queue import BOS
 from golf_jax.files import read_bytes
-from golf_jax.interop.checks.base import CheckResult
+from golf_jax.interop.comparison import CheckResult
 from golf_jax.interop.hparams import scoring_settings
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model, from_tensors
