@@ -114,6 +114,18 @@ def test_a_set_that_does_not_conform_is_told_why(references, tmp_path, capsys):
     assert "model/main: logits is" in capsys.readouterr().out
 
 
+def test_a_case_that_refers_to_itself_is_refused(references, tmp_path):
+    def circular(text):
+        about = json.loads(str(text))
+        about["sections"]["model"]["cases"]["main"]["inputs"] = "model/main"
+        return np.array(json.dumps(about))
+
+    path = rewritten(references, tmp_path, reference=circular)
+    with pytest.raises(GolfError, match="model/main: not what the format asks for"):
+        reproduce.reproduce(path, "model")
+    assert any(line.startswith("model/main: refers to what is not there") for line in problems(path))
+
+
 def test_what_is_wrong_with_the_input_is_said(references, tmp_path):
     with pytest.raises(GolfError, match="holds no reference.json"):
         reproduce.reproduce(tmp_path)

@@ -55,7 +55,7 @@ def problems(path: Path) -> list[str]:
         case = refs.case(where)
         try:
             found += [f"{where}: {line}" for line in [*_arrays(case), *_settings(case)]]
-        except (GolfError, KeyError, IndexError, ValueError) as e:
+        except (GolfError, KeyError, IndexError, ValueError, RecursionError) as e:
             found.append(f"{where}: refers to what is not there ({e})")
     return found
 

@@ -168,12 +168,9 @@ class Case:
     def seen(self) -> Arrays:
         """Own items, and the inputs that `inputs` names elsewhere."""
         found, (source, _, spec) = dict(self.own), self.settings.get("inputs", "").partition("@")
-        while source:
-            other = self.refs.case(source)
-            for item, array in other.own.items():
-                if is_input(self.section, item) or (self.section == "loader" and item == "tokens"):
-                    found.setdefault(item, array[self.index(spec)] if item == "tokens" else array)
-            source = other.settings.get("inputs", "").partition("@")[0]
+        for item, array in self.refs.case(source).seen.items() if source else ():
+            if is_input(self.section, item) or (self.section == "loader" and item == "tokens"):
+                found.setdefault(item, array[self.index(spec)] if item == "tokens" else array)
         return found
 
     def index(self, spec: str) -> tuple:

@@ -46,7 +46,8 @@ def run(refs: Set, section: str) -> Iterator[CheckResult]:
             refs.not_checked[case.where] = str(e)
         except GolfError:
             raise
-        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as e:  # text for numbers, null for a table, ...
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as e:
+            # Text for numbers, null for a table, a case that refers to itself, ...
             raise GolfError(f"{refs.path}: {case.where}: not what the format asks for ({type(e).__name__}: {e})") from e
         yield from case.results()
 
