@@ -81,28 +81,34 @@ def check_ttt(case: Case) -> None:
     name = next((name for name, method in methods.items() if method.on), None)
     if name is None:
         raise NotComputed("the recipe has no test-time training")
-    ttt, seq_len = methods[name], case.recipe.data.seq_len
     if name == "documents":
-        result, chunks = documents.result(case), documents.spans(case)
+        result, ours = documents.result(case), documents.spans(case)
     else:
-        stream = replace(Stream.of(*case.text, seq_len, TTT_ROWS), keep_scores=True)
-        result, chunks = METHODS[name](case.opened, stream, case.mesh, ttt), {}
-    assert (trace := result.trace) is not None and result.scores is not None
-    start, after = to_tensors(case.model, case.params), to_tensors(case.model, trace.params)
-    ours = _sums(result.score) | {"nll": result.scores, "loss": trace.loss, "loss_per_rank": trace.loss_per_rank}
+        stream = replace(Stream.of(*case.text, case.recipe.data.seq_len, TTT_ROWS), keep_scores=True)
+        result = METHODS[name](case.opened, stream, case.mesh, methods[name])
+        ours = _on_the_way(case, stream, methods[name], result)
+    assert (trace := result.trace) is not None
+    ours |= _sums(result.score) | {"nll": result.scores, "loss": trace.loss, "loss_per_rank": trace.loss_per_rank}
     ours |= {"grad_norm": trace.grad_norm, "lr": _rates(case, trace.lr)}
-    ours |= {"chunk_nats": trace.chunks[:, 0], "chunk_counts": trace.chunks[:, 1:3]} | chunks
-    if isinstance(ttt, ScoreFirstConfig):
-        w, chunk = chunk_windows(ttt.windows, stream.targets, seq_len, ttt.stride, ttt.chunk_tokens)
-        ours |= {"windows": _table(w), "window_chunk": chunk}
-        if result.facts.duplicates == 0:
-            ours["window_nll"] = np.add.reduceat(result.scores.astype(np.float64), w.start + w.score_from)
+    start, after = to_tensors(case.model, case.params), to_tensors(case.model, trace.params)
     for tensor, x in after.items():
         change = x.astype(np.float64) - start[tensor]
         ours |= {f"final/{tensor}": x, f"final_change/{tensor}": change, f"change_norm/{tensor}": np.linalg.norm(change)}
+    case.compare(ours, start=start)
+
+
+def _on_the_way(case: Case, stream: Stream, ttt: TTTConfig, result: Result) -> dict[str, Any]:
+    """Sums by chunk, windows, and weights after the updates that the set looks at."""
+    assert (trace := result.trace) is not None and result.scores is not None
+    ours: dict[str, Any] = {"chunk_nats": trace.chunks[:, 0], "chunk_counts": trace.chunks[:, 1:3]}
+    if isinstance(ttt, ScoreFirstConfig):
+        w, chunk = chunk_windows(ttt.windows, stream.targets, stream.seq_len, ttt.stride, ttt.chunk_tokens)
+        ours |= {"windows": _table(w), "window_chunk": chunk}
+        if result.facts.duplicates == 0:
+            ours["window_nll"] = np.add.reduceat(result.scores.astype(np.float64), w.start + w.score_from)
     for k in sorted({int(item.split("/")[1]) for item in case.own if item.startswith("after/")}):
         ours |= {f"after/{k}/{n}": x for n, x in _after(case, stream, ttt, k).items()}
-    case.compare(ours, start=start)
+    return ours
 
 
 def _rates(case: Case, lr: np.ndarray) -> np.ndarray:
