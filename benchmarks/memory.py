@@ -64,7 +64,7 @@ def programs(recipe: Recipe, mesh: Mesh, batch: int, seq_len: int) -> Iterator[t
         yield "Hessians", lambda: jax.jit(add, donate_argnums=0).lower(total, *given).compile()
     if recipe.eval.score_first.on:
         rule = Rule(optax.trace(recipe.eval.score_first.momentum), 1.0)
-        yield "test-time training", lambda: training_program(config, rule, mesh, shapes, (1, 2 * batch), seq_len, 1, batch)
+        yield "test-time training", lambda: training_program(config, rule, mesh, shapes, (1, 2 * batch, 1), seq_len, 1, batch)
 
 
 def measure(recipe: Recipe, mesh: Mesh, batch: int, seq_len: int) -> Iterator[dict[str, Any]]:

@@ -28,9 +28,9 @@ from golf_jax.data.shards import load_val_tokens
 from golf_jax.data.tokenizer import Tokenizer, byte_tables
 from golf_jax.data.verify import verify_directory
 from golf_jax.files import json_rows, sealed
-from golf_jax.interop.checks.reference import Set, read_npz
 from golf_jax.interop.conformity import problems
 from golf_jax.interop.packed import read_checkpoint, read_packed
+from golf_jax.interop.reference import Set, read_npz
 from golf_jax.interop.safetensors import write_safetensors
 from golf_jax.proof.claims import read_claims
 from golf_jax.proof.own import check_own

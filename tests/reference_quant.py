@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from golf_jax.config import QuantConfig
-from golf_jax.interop.checks.reference import Case, Set
+from golf_jax.interop.reference import Case, Set
 from golf_jax.quant import QTensor, rules_for
 from golf_jax.quant.rounding import prune_by_magnitude
 

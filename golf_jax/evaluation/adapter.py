@@ -39,26 +39,27 @@ class TTTState(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which sequences each step of one epoch takes, [steps, rows] each; spare rows weigh nothing."""
+    """Which sequences each step of one epoch takes, [steps, rows], and what they weigh in their rank's loss, [steps, rows, ranks]."""
 
     sequence: np.ndarray
     weight: np.ndarray
 
     @classmethod
     def of(cls, sequences: int, ttt: TTTConfig, devices: int, micro: int) -> "Plan":
-        """Contiguous share per rank, `batch_rows` of it per step. A sequence weighs 1 / (its rank's rows * ranks in that step)."""
-        bounds = [sequences * r // ttt.ranks for r in range(ttt.ranks + 1)]
-        steps = -(-max(np.diff(bounds)) // ttt.batch_rows)
-        plans: list[tuple[list[int], list[float]]] = []
-        for k in range(steps):
-            shares = [range(a, b)[k * ttt.batch_rows : (k + 1) * ttt.batch_rows] for a, b in zip(bounds, bounds[1:], strict=False)]
-            shares = [share for share in shares if share]
-            plans.append(([i for s in shares for i in s], [1 / (len(s) * len(shares)) for s in shares for _ in s]))
-        local = -(-max(len(rows) for rows, _ in plans) // devices)
+        """Contiguous share per rank, `batch_rows` of it per step. A sequence weighs 1 / (its rank's rows * ranks in that step) in its
+        own rank's loss; spare rows weigh nothing."""
+        every, bounds = np.arange(sequences), np.arange(ttt.ranks + 1) * sequences // ttt.ranks
+        rank = np.searchsorted(bounds, every, side="right") - 1
+        step = (every - bounds[rank]) // ttt.batch_rows
+        count = np.zeros((step.max() + 1, ttt.ranks), np.int64)
+        np.add.at(count, (step, rank), 1)
+        local = -(-count.sum(1).max() // devices)
         local = -(-local // min(local, micro)) * min(local, micro)
-        sequence, weight = np.zeros((steps, local * devices), np.int64), np.zeros((steps, local * devices), np.float32)
-        for k, (rows, weights) in enumerate(plans):
-            sequence[k, : len(rows)], weight[k, : len(rows)] = rows, weights
+        sequence, weight = np.zeros((len(count), local * devices), np.int64), np.zeros((len(count), local * devices, ttt.ranks), np.float32)
+        for k, of_ranks in enumerate(count):
+            rows = np.arange(of_ranks.sum())
+            sequence[k, rows] = taken = every[step == k]
+            weight[k, rows, rank[taken]] = 1 / (of_ranks[rank[taken]] * np.count_nonzero(of_ranks))
         return cls(sequence, weight)
 
     def tokens(self, tokens: np.ndarray, first: int, seq_len: int) -> np.ndarray:
@@ -102,37 +103,39 @@ def update(rule: Rule, state: TTTState, grads: Params, lr: Any) -> tuple[TTTStat
 
 @kept(8)
 def training_program(
-    config: ModelConfig, rule: Rule, mesh: Mesh, shapes: Shapes, rows: tuple[int, int], seq_len: int, epochs: int, micro: int
+    config: ModelConfig, rule: Rule, mesh: Mesh, shapes: Shapes, rows: tuple[int, int, int], seq_len: int, epochs: int, micro: int
 ) -> jax.stages.Compiled:
-    """Compiled (state, tokens uint16 [steps, rows, T + 1], weight [steps, rows], lr [epochs, steps]) -> (state, loss, norm).
+    """Compiled (state, tokens uint16 [steps, rows, T + 1], weight [steps, rows, ranks], lr [epochs, steps]) -> (state, loss, norm).
 
-    loss, norm: [epochs, steps], before each update, norm before clipping. All epochs of a chunk are one scan; state is donated.
-    rows: (steps, rows) of the plan. micro: rows per device and forward pass. Kept for the process.
+    loss [epochs, steps, ranks], whose sum over the ranks is minimised, and norm [epochs, steps]: before each update and before clipping.
+    All epochs of a chunk are one scan; state is donated.
+    rows: (steps, rows, ranks) of the plan. micro: rows per device and forward pass. Kept for the process.
     """
     strength = 1.0 if rule.fake_quant else None
 
-    def loss_fn(params: Params, tokens_BT: jax.Array, weight_B: jax.Array) -> jax.Array:
+    def loss_fn(params: Params, tokens_BT: jax.Array, weight_BR: jax.Array) -> tuple[jax.Array, jax.Array]:
         tokens_BT = tokens_BT.astype(jnp.int32)
         nll_BT = nll(config, params, tokens_BT[:, :-1], tokens_BT[:, 1:], fake_quant=strength)
-        return jnp.sum(jnp.mean(nll_BT, -1) * weight_B)
+        loss_R = jnp.sum(jnp.mean(nll_BT, -1)[:, None] * weight_BR, 0)
+        return jnp.sum(loss_R), loss_R
 
-    def gradient(params: Params, tokens_RT: jax.Array, weight_R: jax.Array) -> tuple[jax.Array, Params]:
-        """Weighted loss and its gradient over this device's rows, `micro` at a time, float32."""
+    def gradient(params: Params, tokens_BT: jax.Array, weight_BR: jax.Array) -> tuple[jax.Array, Params]:
+        """Weighted losses by rank and the gradient of their sum over this device's rows, `micro` at a time, float32."""
 
         def one(total: tuple[jax.Array, Params], batch: tuple[jax.Array, jax.Array]):
-            loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
-            return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, (loss, grads)), None
+            (_, loss_R), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *batch)
+            return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, (loss_R, grads)), None
 
-        zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-        size = min(micro, len(weight_R))
-        parts = tokens_RT.reshape(-1, size, seq_len + 1), weight_R.reshape(-1, size)
+        zeros = (jnp.zeros(rows[2], jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+        size = min(micro, len(weight_BR))
+        parts = tokens_BT.reshape(-1, size, seq_len + 1), weight_BR.reshape(-1, size, rows[2])
         if len(parts[0]) == 1:
             return one(zeros, (parts[0][0], parts[1][0]))[0]
         return jax.lax.scan(one, zeros, parts)[0]
 
     def step(state: TTTState, inputs: tuple[jax.Array, jax.Array, jax.Array]):
-        tokens_RT, weight_R, lr = inputs
-        loss, grads = jax.lax.psum(gradient(state.params, tokens_RT, weight_R), AXIS)
+        tokens_BT, weight_BR, lr = inputs
+        loss, grads = jax.lax.psum(gradient(state.params, tokens_BT, weight_BR), AXIS)
         grads = {n: g.astype(state.params[n].dtype) for n, g in grads.items()}
         state, norm = update(rule, state, grads, lr)
         return state, (loss, norm)
@@ -152,7 +155,7 @@ def training_program(
         check_vma=False,
     )
     split, whole = NamedSharding(mesh, STEP_ROWS), replicated(mesh)
-    tokens = jax.ShapeDtypeStruct((*rows, seq_len + 1), jnp.uint16, sharding=split)
+    tokens = jax.ShapeDtypeStruct((*rows[:2], seq_len + 1), jnp.uint16, sharding=split)
     weight = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=split)
     lr = jax.ShapeDtypeStruct((epochs, rows[0]), jnp.float32, sharding=whole)
     state = jax.eval_shape(functools.partial(initial_state, rule), avals(mesh, shapes))
@@ -162,7 +165,7 @@ def training_program(
 
 def program_of(model: Model, stream: Stream, mesh: Mesh, rule: Rule, plan: Plan, epochs: int) -> tuple[Any, ...]:
     """Arguments of `training_program`. Of the parameters only shapes and dtypes count."""
-    return model.config, rule, mesh, shapes_of(model.params), plan.sequence.shape, stream.seq_len, epochs, stream.batch_rows(mesh)
+    return model.config, rule, mesh, shapes_of(model.params), plan.weight.shape, stream.seq_len, epochs, stream.batch_rows(mesh)
 
 
 class Adapter:
@@ -198,15 +201,18 @@ class Adapter:
         """All epochs of one call; lr: [epochs, steps]. Waits for the result."""
         lr_ES = put(self.mesh, lr.astype(np.float32), REPLICATED)
         self.state, loss, norm = self.program(self.state, tokens, self.weight, lr_ES)
-        self.loss.append(np.asarray(loss).ravel())
+        self.loss.append(np.asarray(loss).reshape(self.steps, -1))
         self.norm.append(np.asarray(norm).ravel())
         self.lr.append(lr.ravel())
 
     def result(self, name: str, book: ScoreBook, seconds: dict[str, float]) -> Result:
         """What method `name` returns, once all is scored."""
         score, chunks = book.totals()
-        loss, norm, lr = (np.concatenate(x or [np.zeros(0)]) for x in (self.loss, self.norm, self.lr))
-        trace = Trace(chunks, loss, norm, lr, self.params, tuple(book.order))
+        norm, lr = (np.concatenate(x or [np.zeros(0)]) for x in (self.norm, self.lr))
+        shares = np.resize(self.plan.weight.sum(1), (len(lr), self.plan.weight.shape[-1]))  # of each rank in every step's loss
+        by_rank = np.concatenate([np.zeros((0, shares.shape[1])), *self.loss])
+        means = np.divide(by_rank, shares, out=np.zeros_like(by_rank), where=shares > 0)
+        trace = Trace(chunks, by_rank.sum(1), norm, lr, self.params, tuple(book.order), means)
         return Result(name, score, book.facts(), seconds, book.stream.share, trace, book.scores)
 
 

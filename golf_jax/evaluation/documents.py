@@ -35,7 +35,7 @@ from golf_jax.mesh import AXIS, REPLICATED, ROWS, own_rows, put, replicate, repl
 from golf_jax.model import Model, nll
 from golf_jax.progress import Log, Progress
 
-Observer = Callable[[str, int, Any], None]
+Observer = Callable[[str, Any, Any], None]
 Start = Callable[[int], dict[str, np.ndarray]]
 
 
@@ -78,22 +78,24 @@ def chunk_program(
 
 @functools.lru_cache(maxsize=8)
 def global_program(config: ModelConfig, looping: bool, rule: Rule, mesh: Mesh, shapes: Shapes, rows: int, length: int, longest: int):
-    """Compiled (state, tokens uint16 [rows, L + 1], segments int32 [rows, L], weight [rows, L], lr) -> (state, loss, norm).
+    """Compiled (state, tokens uint16 [rows, L + 1], segments int32 [rows, L], weight [rows, L], lr) -> (state, loss [rows], norm).
 
-    One step of stochastic gradient descent on all weights; a row is a rank's flat stream. The softcap is that of training.
+    One step of stochastic gradient descent on all weights; a row is a rank's flat stream, and the sum of the losses is minimised. The
+    softcap is that of training.
     """
 
-    def loss_fn(params: dict[str, jax.Array], tokens_BT: jax.Array, segments_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
+    def loss_fn(params: dict[str, jax.Array], tokens_BT: jax.Array, segments_BT: jax.Array, weight_BT: jax.Array):
         x_BT = tokens_BT.astype(jnp.int32)
         losses = nll(
             config, params, x_BT[:, :-1], x_BT[:, 1:], segments_BT=segments_BT, longest=longest, looping=looping, training=True
         )  # fmt: skip
-        return jnp.sum(losses * weight_BT)
+        loss_B = jnp.sum(losses * weight_BT, 1)
+        return jnp.sum(loss_B), loss_B
 
     def local(state: TTTState, tokens: jax.Array, segment: jax.Array, weight: jax.Array, lr: jax.Array):
-        loss, grads = jax.lax.psum(jax.value_and_grad(loss_fn)(state.params, tokens, segment, weight), AXIS)
-        state, norm = update(rule, state, grads, lr)
-        return state, loss, norm
+        (_, loss_B), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, tokens, segment, weight)
+        state, norm = update(rule, state, jax.lax.psum(grads, AXIS), lr)
+        return state, jax.lax.all_gather(loss_B, AXIS, tiled=True), norm
 
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(REPLICATED, ROWS, ROWS, ROWS, REPLICATED), out_specs=REPLICATED, check_vma=False)
     split, whole = NamedSharding(mesh, ROWS), replicated(mesh)
@@ -128,7 +130,6 @@ class GlobalPhase:
         self.loss: list[jax.Array] = []
         self.norm: list[jax.Array] = []
         self.lr: list[float] = []
-        self.observe: Callable[[dict[str, jax.Array], tuple[np.ndarray, ...]], None] | None = None
 
     def batch(self, tokens: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(tokens [rows, L + 1], segments, weights [rows, L]) of a chunk of the stream; every rank's mean counts the same."""
@@ -149,15 +150,16 @@ class GlobalPhase:
         state = jax.jit(functools.partial(initial_state, self.rule), out_shardings=replicated(self.mesh))(params)
         for c in range(chunks - 1):
             lr = self.ttt.global_lr * cosine(c, chunks - 1)
-            batch = self.batch(tokens, c)
-            if self.observe:
-                self.observe(state.params, batch)
-            inputs = [put(self.mesh, x) for x in batch]
+            inputs = [put(self.mesh, x) for x in self.batch(tokens, c)]
             state, loss, norm = self.program(state, *inputs, put(self.mesh, np.array(lr, np.float32), REPLICATED))
             self.loss.append(loss)
             self.norm.append(norm)
             self.lr.append(lr)
         return state.params
+
+    def loss_per_rank(self) -> np.ndarray:
+        """Of every update, the mean of each rank's stream, [updates, ranks with a share]."""
+        return np.array(self.loss, np.float32).reshape(-1, self.rows)[:, : len(self.shares)] * len(self.shares)
 
 
 class DocumentScorer:
@@ -216,7 +218,7 @@ class DocumentScorer:
             lr = put(self.mesh, np.array(self.ttt.lr if goes_on else 0.0, np.float32), REPLICATED)
             inputs = Chunk(*(put(self.mesh, x) for x in chunk))
             if observe:
-                observe("chunk", c, (params, adapters, inputs))
+                observe("chunk", (number, c), (params, adapters, inputs))
             adapters, scores = self.program(chunk.tokens.shape[1])(params, adapters, inputs, lr)
             if goes_on:
                 trained = np.flatnonzero(c < chunks - 1)
@@ -305,7 +307,7 @@ def evaluate_documents(
     """Score every document with adapters of its own; `model` is not changed.
 
     start: the A factors of set number i by leaf, in place of random ones; observe: sees the leaves of a batch's adapters ("before",
-    "after") and what each chunk is computed from. Raises GolfError for text without documents.
+    "after", number) and what each chunk is computed from ("chunk", (batch, chunk)). Raises GolfError for text without documents.
     """
     if not config.on:
         raise GolfError("eval.documents.rank is 0: this recipe has no test-time training per document")
@@ -340,8 +342,8 @@ def evaluate_documents(
     score, chunks = book.totals()
     trace = Trace(chunks, params=params, order=tuple(book.order))
     if phase:
-        loss, norm = (np.array([float(x) for x in xs]) for xs in (phase.loss, phase.norm))
-        trace = Trace(chunks, loss, norm, np.array(phase.lr), params, tuple(book.order))
+        loss, norm = phase.loss_per_rank(), np.array([float(x) for x in phase.norm])
+        trace = Trace(chunks, loss.mean(1), norm, np.array(phase.lr), params, tuple(book.order), loss)
     facts = _measured(book.facts(), tokens, order, config.tilt)
     return Result("documents", score, facts, watch.seconds, stream.share, trace, book.scores, progress.early)
 

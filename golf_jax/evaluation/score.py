@@ -109,6 +109,8 @@ class Trace:
     """Weights after the last update, on the devices."""
     order: tuple[tuple[str, int, int], ...] = ()
     """Order log: ("score" or "update", first target, end target), in the order in which they were issued to the device."""
+    loss_per_rank: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    """`loss` by rank of the record's run, [updates, ranks]: each the mean over its own sequences, 0 where it has none."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from golf_jax.config import GolfError
-from golf_jax.interop.checks.reference import Case, Set, is_input, tensor_of
+from golf_jax.interop.reference import Case, Set, is_input, tensor_of
 
 # Section -> {items: axes}. One letter is one size within a case, T1 is T + 1, digits are sizes; "*": any shape; "tensor", "rows": that of
 # the parameter (its first axis); "start": that of the trajectory's tensor.
@@ -55,14 +55,14 @@ def problems(path: Path) -> list[str]:
         case = refs.case(where)
         try:
             found += [f"{where}: {line}" for line in [*_arrays(case), *_settings(case)]]
-        except (GolfError, KeyError, IndexError, ValueError) as e:
+        except (GolfError, KeyError, IndexError, ValueError, RecursionError) as e:
             found.append(f"{where}: refers to what is not there ({e})")
     return found
 
 
 def _arrays(case: Case) -> list[str]:
     found, extra, sizes = [], case.refs.json.get("extra", {}), {}
-    weights = case.tensors_stored() if case.section in ("grads", "train", "quant", "ttt") else {}
+    weights = case.stored if case.section in ("grads", "train", "quant", "ttt") else {}
     for item, x in sorted(case.seen.items(), key=lambda kv: kv[0] != "tokens"):  # tokens first: they fix the sizes
         if x.dtype.kind == "f" and not np.isfinite(x).all():
             found.append(f"{item} is not finite")

@@ -12,7 +12,7 @@ from golf_jax.artifact.__main__ import main
 from golf_jax.artifact.code import bundle
 from golf_jax.artifact.ledger import HEADER_ALLOWANCE, ByteLedger, estimate_bytes, ledger
 from golf_jax.config import CAP_BYTES
-from golf_jax.interop.checks import Set
+from golf_jax.interop.reference import Set
 from golf_jax.quant import QTensor
 
 

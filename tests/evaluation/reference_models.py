@@ -8,8 +8,7 @@ import numpy as np
 from golf_jax.config import ModelConfig
 from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation import Stream
-from golf_jax.interop.checks import Set
-from golf_jax.interop.checks.evaluation import stream_of
+from golf_jax.interop.reference import Set
 from golf_jax.model import Model, init_params, resolve
 
 
@@ -39,7 +38,7 @@ class Portable(Case):
         self.refs = Set(folder / f"pr{pr}.npz")
         case = self.refs.case("eval/standard")
         self.config, self.params = resolve(case.model, "cpu"), case.params
-        self.tokens, self.tables = stream_of(case)
+        self.tokens, self.tables = case.text
 
     def sums(self, name: str) -> tuple[float, int, int]:
         """Nats, targets and bytes of a case of `eval`."""

@@ -17,10 +17,9 @@ from golf_jax.evaluation import METHODS, Stream, packed
 from golf_jax.evaluation.documents import Work, target_order
 from golf_jax.evaluation.legality import tilt_breaks_order
 from golf_jax.evaluation.queue import BOS, Documents, Queue
-from golf_jax.interop.checks import Set
-from golf_jax.interop.checks.documents import check_documents
-from golf_jax.interop.checks.evaluation import check_eval
+from golf_jax.interop.checks.evaluation import check_eval, check_ttt
 from golf_jax.interop.checks.units import check_units
+from golf_jax.interop.reference import Set
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model, init_params, nll, resolve
 from golf_jax.progress import Progress
@@ -212,7 +211,7 @@ def test_lists_and_formulas_are_the_records(record, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("section", "check"), [("ttt", check_documents), ("eval", check_eval), ("units", check_units)])
+@pytest.mark.parametrize(("section", "check"), [("ttt", check_ttt), ("eval", check_eval), ("units", check_units)])
 def test_the_reference_run_is_reproduced(record, section, check):
     for case in record.cases(section):
         assert misses(check, case) == []

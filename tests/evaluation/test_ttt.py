@@ -12,8 +12,8 @@ from golf_jax.config import AdaptFirstConfig, GolfError, ModelConfig, ScoreFirst
 from golf_jax.evaluation import METHODS, Stream
 from golf_jax.evaluation.adapt_first import adam_rule
 from golf_jax.evaluation.adapter import Plan
-from golf_jax.interop.checks import Set
 from golf_jax.interop.checks.evaluation import check_ttt
+from golf_jax.interop.reference import Set
 from golf_jax.mesh import make_mesh
 from golf_jax.model import leaves
 
@@ -133,10 +133,21 @@ def test_ranks_become_weights():
     ttt = replace(SCORE_FIRST, ranks=4, batch_rows=8)
     plan = Plan.of(150, ttt, devices=8, micro=4)  # 37, 38, 37, 38 sequences in steps of 8: 5 or 6 in the last
     assert plan.sequence.shape == (5, 32)
-    np.testing.assert_allclose(plan.weight.sum(1), 1, rtol=1e-6)
-    last = {int(i): float(w) for i, w in zip(plan.sequence[4], plan.weight[4], strict=True) if w}
+    np.testing.assert_allclose(plan.weight.sum((1, 2)), 1, rtol=1e-6)
+    weight = plan.weight.sum(2)
+    last = {int(i): float(w) for i, w in zip(plan.sequence[4], weight[4], strict=True) if w}
     assert len(last) == 5 + 6 + 5 + 6 and last[36] == pytest.approx(1 / 20) and last[74] == pytest.approx(1 / 24)
-    assert sorted(int(i) for i, w in zip(plan.sequence.ravel(), plan.weight.ravel(), strict=True) if w) == list(range(150))
+    assert sorted(int(i) for i, w in zip(plan.sequence.ravel(), weight.ravel(), strict=True) if w) == list(range(150))
+
+
+def test_every_rank_has_a_loss_of_its_own(tiny, illegal_run):
+    """The mean over its own sequences, which the first update finds with the weights as they were; the step's loss is their mean."""
+    trace, scores = illegal_run.trace, run(tiny, replace(ADAPT_FIRST, epochs=1, lr=0.0)).trace
+    np.testing.assert_allclose(trace.loss, trace.loss_per_rank.mean(1), rtol=1e-6)
+    rows = METHODS["standard"](tiny.model, replace(tiny.stream(), keep_scores=True), make_mesh(1)).scores.reshape(-1, 16).mean(1)
+    bounds = [len(rows) * r // 3 for r in range(3)]
+    np.testing.assert_allclose(scores.loss_per_rank[0], [rows[b : b + 3].mean() for b in bounds], rtol=1e-5)
+    np.testing.assert_allclose(trace.loss_per_rank[0], scores.loss_per_rank[0], rtol=1e-6)
 
 
 def test_a_rank_without_sequences_counts_nothing():

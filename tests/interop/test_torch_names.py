@@ -6,8 +6,8 @@ import pytest
 from golf_jax.artifact.model import tensor_shapes
 from golf_jax.config import GolfError, load_recipe, recipe_names
 from golf_jax.interop import from_torch, model_config, to_torch
-from golf_jax.interop.checks import Set
 from golf_jax.interop.hparams import RECIPES
+from golf_jax.interop.reference import Set
 from golf_jax.interop.safetensors import read_safetensors, write_safetensors
 from golf_jax.interop.torch_names import guess_recipe, open_torch, pr_names
 from golf_jax.model.params import count, to_tensors

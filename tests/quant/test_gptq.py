@@ -6,8 +6,8 @@ import pytest
 from reference_quant import quant_case, rules
 
 from golf_jax.config import GolfError
-from golf_jax.interop.checks import Set
 from golf_jax.interop.checks.quantization import check_quant
+from golf_jax.interop.reference import Set
 from golf_jax.quant import quantize
 from golf_jax.quant.gptq import accumulate_hessian, gptq_codes
 from golf_jax.quant.schemes import sd_scale

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import ModelConfig
-from golf_jax.interop.checks.base import compiler_options
-from golf_jax.interop.checks.reference import Case, NotComputed
+from golf_jax.interop.reference import Case, NotComputed
 from golf_jax.kernels.attention import xsa_attention
 from golf_jax.model import layers as ops
 from golf_jax.model import logits, to_tensors
@@ -36,7 +35,7 @@ def check_model(case: Case) -> None:
         return out, nll(config, params, x_BT, y_BT, segments_BT=segments_BT, **head), taps
 
     key = ("forward", config, *head.values())
-    compiled = case.refs.once(key, lambda: jax.jit(forward, compiler_options=compiler_options()))
+    compiled = case.refs.once(key, lambda: jax.jit(forward))
     out, losses, taps = jax.tree.map(np.asarray, compiled(case.params, x, y, segments))
     wide = out.astype(np.float64)
     ours = {"logits": out, "nll": losses, "loss": losses.mean(dtype=np.float64), "logsumexp": np.log(np.exp(wide).sum(-1))}
@@ -76,8 +75,7 @@ def check_grads(case: Case) -> None:
         strength = 1.0 if quantized else None
         return jnp.mean(nll(plain, params, x_BT, y_BT, segments_BT=segments_BT, looping=looping, fake_quant=strength, training=True))
 
-    compiled = jax.jit(jax.value_and_grad(mean_loss), compiler_options=compiler_options())
-    loss, grads = compiled({k: jnp.asarray(v) for k, v in case.params.items()}, x, y, segments)
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))({k: jnp.asarray(v) for k, v in case.params.items()}, x, y, segments)
     named = to_tensors(plain, grads)
     norms = {name: np.linalg.norm(g.astype(np.float64)) for name, g in named.items()}
     ours: dict[str, Any] = {"loss": loss, "grad_norm": np.sqrt(sum(n**2 for n in norms.values()))}

@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from golf_jax.interop.checks.reference import Case, matches
+from golf_jax.interop.reference import Case, matches
 from golf_jax.model.params import count, init_params, leaves, storage_dtypes, tensor_names, to_tensors
 from golf_jax.optim.optimizer import route
 

@@ -10,7 +10,7 @@ import numpy as np
 from golf_jax.config import GolfError, GroupConfig, OptimConfig
 from golf_jax.evaluation.adapter import initial_state, update
 from golf_jax.evaluation.score_first import momentum_rule
-from golf_jax.interop.checks.reference import Arrays, Case
+from golf_jax.interop.reference import Arrays, Case
 from golf_jax.optim import StackLayout, make_optimizer, newton_schulz
 from golf_jax.optim.optimizer import group_scalars
 
@@ -42,13 +42,12 @@ def _trajectory(case: Case) -> dict[str, Any]:
     """Parameters and state after every step, by the format's names, from the project's own optimizer."""
     s, base = case.settings, case.recipe.optim
     muon, low, lr = s["kind"] == "muon", s.get("bf16", []), s["lr"]
-    role, decay = "matrix" if muon else "vector", s.get("weight_decay", 0.0)
     if muon:
-        group = replace(case.matrices, name="all", roles=(role,), weight_decay=decay, bf16_momentum="momentum" in low)
+        group = replace(case.matrices, bf16_momentum="momentum" in low)
     else:
-        theirs = next((g for g in base.groups if g.kind == "adamw"), GroupConfig("all", (), "adamw"))
-        betas, eps = tuple(s.get("betas", theirs.betas)), s.get("eps", theirs.eps)
-        group = GroupConfig("all", (role,), "adamw", weight_decay=decay, betas=betas, eps=eps)
+        group = next((g for g in base.groups if g.kind == "adamw"), GroupConfig("all", (), "adamw"))
+        group = replace(group, betas=tuple(s.get("betas", group.betas)), eps=s.get("eps", group.eps))
+    group = replace(group, name="all", roles=("all",), weight_decay=s.get("weight_decay", 0.0))
     config = OptimConfig(groups=(group,), decay_last=base.decay_last)
     stored = jnp.bfloat16 if "params" in low else jnp.float32
     turn = (lambda x: np.swapaxes(np.asarray(x), -1, -2)) if muon else np.asarray
@@ -56,8 +55,10 @@ def _trajectory(case: Case) -> dict[str, Any]:
     params = {name: jnp.asarray(turn(x)).astype(stored) for name, x in start.items()}
     grads = _grads(case)
     live = {name: jnp.float32(0) for name in params if not any(name in g for g in grads)}  # never gets a gradient: must not move
-    opt = make_optimizer(config, params, dict.fromkeys(params, role), numerics="as_run" if low else "fp32", live=live)
+    opt = make_optimizer(config, params, dict.fromkeys(params, "all"), numerics="as_run" if low else "fp32", live=live)
     state, step = opt.init(params), jax.jit(opt.update)
+    momenta = {n: jnp.dtype(jnp.bfloat16 if group.bf16_momentum else p.dtype) for n, p in params.items()}
+    layout = StackLayout.of({n: p.shape for n, p in params.items()}, momenta) if muon else None
     ours: dict[str, Any] = {}
     norms = []
     for i, given in enumerate(grads):
@@ -70,14 +71,13 @@ def _trajectory(case: Case) -> dict[str, Any]:
         # One rounding when storing, as the fused kernels and optax.apply_updates have it.
         params = {n: (p.astype(jnp.float32) + updates[n]).astype(stored) for n, p in params.items()}
         norms.append(float(norm))
-        found = {"after": params} | (_momentum(state, params, group) if muon else {m: getattr(state["all"], m) for m in ("mu", "nu")})
-        ours |= {f"{what}/{i + 1}/{n}": turn(np.asarray(x, np.float32)) for what, tree in found.items() for n, x in tree.items()}
+        kept = {"momentum": layout.unpack(state["all"])} if layout else {m: getattr(state["all"], m) for m in ("mu", "nu")}
+        ours |= {
+            f"{what}/{i + 1}/{n}": turn(np.asarray(x, np.float32))
+            for what, tree in ({"after": params} | kept).items()
+            for n, x in tree.items()
+        }
     return ours | {"grad_norm": norms}
-
-
-def _momentum(state: Any, params: dict, group: GroupConfig) -> dict[str, dict]:
-    dtypes = {n: jnp.dtype(jnp.bfloat16 if group.bf16_momentum else p.dtype) for n, p in params.items()}
-    return {"momentum": StackLayout.of({n: p.shape for n, p in params.items()}, dtypes).unpack(state["all"])}
 
 
 def _sgd(case: Case) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from golf_jax.data.loader import DocumentLoader, ShuffledLoader, StreamLoader
-from golf_jax.interop.checks.reference import BOS, Case
+from golf_jax.interop.reference import BOS, Case
 from golf_jax.optim import schedules
 from golf_jax.optim.schedules import Clock
 from golf_jax.training.phases import phase_at

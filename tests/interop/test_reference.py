@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from golf_jax.interop.checks.base import CheckResult
-from golf_jax.interop.checks.reference import _fact, matches
+from golf_jax.interop.comparison import CheckResult
+from golf_jax.interop.reference import _fact, matches
 
 
 @pytest.mark.parametrize(("measure", "error"), [("abs", 1.0), ("of max", 0.1), ("rel L2", 0.1), ("change", 0.5), ("equal", 0.5)])

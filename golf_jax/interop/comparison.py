@@ -1,30 +1,11 @@
 """What every check of `golf_jax.reproduce` is made of: comparisons with tolerances, and their results."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 Measure = Literal["abs", "of max", "rel L2", "rel", "equal", "change", "sigmas"]
-
-
-def compiler_options() -> dict[str, Any]:
-    """On a CPU the unrolled small models of the references take far longer to optimise than to run."""
-    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-
-
-@contextlib.contextmanager
-def quick_compilation() -> Iterator[None]:
-    """`compiler_options` for what compiles by itself."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" or before)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @dataclass

@@ -13,19 +13,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
 from golf_jax.config import GolfError, GroupConfig, ModelConfig, Recipe, load_recipe, named, parse_json
 from golf_jax.config.serialize import from_dict, to_dict
+from golf_jax.data.sidecar import Sidecar
+from golf_jax.data.tokenizer import ByteTables
+from golf_jax.evaluation.queue import BOS
 from golf_jax.files import read_bytes, refuse_pointer
-from golf_jax.interop.checks.base import CheckResult
+from golf_jax.interop.comparison import CheckResult
 from golf_jax.interop.hparams import scoring_settings
-from golf_jax.model import from_tensors
+from golf_jax.mesh import make_mesh
+from golf_jax.model import Model, from_tensors
 
 Arrays = dict[str, np.ndarray]
 FREE_BYTES, BYTES_PER_BYTE = 1 << 28, 64  # a file of n bytes may hold 256 MiB + 64 n: a small one can never cost gigabytes
-BOS = 1  # starts every document, in all tokenizers of the challenge
 # Items that a case takes as given; everything else in its section is compared.
 INPUTS = {
     "params": ".+", "model": "tokens|segments|cu_seqlens", "grads": "tokens|segments", "newton_schulz": "input",
@@ -169,12 +174,9 @@ class Case:
     def seen(self) -> Arrays:
         """Own items, and the inputs that `inputs` names elsewhere."""
         found, (source, _, spec) = dict(self.own), self.settings.get("inputs", "").partition("@")
-        while source:
-            other = self.refs.case(source)
-            for item, array in other.own.items():
-                if is_input(self.section, item) or (self.section == "loader" and item == "tokens"):
-                    found.setdefault(item, array[self.index(spec)] if item == "tokens" else array)
-            source = other.settings.get("inputs", "").partition("@")[0]
+        for item, array in self.refs.case(source).seen.items() if source else ():
+            if is_input(self.section, item) or (self.section == "loader" and item == "tokens"):
+                found.setdefault(item, array[self.index(spec)] if item == "tokens" else array)
         return found
 
     def index(self, spec: str) -> tuple:
@@ -186,24 +188,23 @@ class Case:
             elif re.fullmatch(r"-?\d+", p):
                 parts += (int(p),)
             else:
-                if f"index/{p}" not in self.seen and f"index/{p}" not in self.own:
+                if (found := self.own.get(f"index/{p}")) is None:
                     raise GolfError(f"{self.refs.path}: {self.where}: @{p} needs the entry index/{p}")
-                found = self.own[f"index/{p}"]
                 parts += tuple(found.T) if found.ndim == 2 else (found,)
         return parts
 
-    def under(self, prefix: str, of: str = "seen") -> Arrays:
+    def under(self, prefix: str) -> Arrays:
         """Items that start with `prefix`, without it."""
-        return {k[len(prefix) :]: v for k, v in getattr(self, of).items() if k.startswith(prefix)}
+        return {k.removeprefix(prefix): v for k, v in self.seen.items() if k.startswith(prefix)}
 
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe with the set's configuration, the parameter set's and the case's laid on it. NotComputed where a field is unknown."""
         layers = [self.settings.get("config", {})]
         if not self.settings.get("shipped"):
-            source = self.refs.case(f"params/{self._params_case()}").settings if self._has_params() else {}
             by_name = scoring_settings(self.refs.json.get("hyperparameters", {}), self.settings.get("note", ""))
-            layers = [by_name, self.refs.json["config"], source.get("config", {}), *layers]
+            source = self.source.settings.get("config", {}) if self.source else {}
+            layers = [by_name, self.refs.json["config"], source, *layers]
         document = to_dict(self.refs.recipe)
         try:
             for layer in layers:
@@ -215,8 +216,8 @@ class Case:
             raise NotComputed(f"{e}" if isinstance(e, GolfError) else f"config: no field {e}") from None
         fake = replace(made.model.fake_quant, in_eval=bool(self.settings.get("fake_quant")))
         model = replace(made.model, fake_quant=fake)
-        if "smear_gate.weight" in (stored := self.tensors_stored()):
-            model = replace(model, gate_window=stored["smear_gate.weight"].shape[-1])
+        if "smear_gate.weight" in self.stored:
+            model = replace(model, gate_window=self.stored["smear_gate.weight"].shape[-1])
         if self.settings.get("smear_bos_fix"):
             model = replace(model, boundary_token=BOS)
         named = any("model.rope_bf16_frequencies" in layer for layer in layers)
@@ -242,26 +243,30 @@ class Case:
     def looping(self) -> bool:
         return self.settings.get("looping", True)
 
-    def _has_params(self) -> bool:
-        return self.section == "params" or any(where.startswith("params/") for where in self.refs.items)
-
-    def _params_case(self) -> str:
-        """The case of `params` that this one is about in the end."""
+    @cached_property
+    def source(self) -> "Case | None":
+        """The case of `params` that this one is about in the end, through `quant/` and `own/`."""
         name = self.name if self.section == "params" else self.settings.get("params", "main")
-        while "/" in name:
-            name = self.refs.case("/".join(name.removeprefix("own/").split("/")[:2])).settings.get("params", "main")
-        return name if f"params/{name}" in self.refs.items else next(w[7:] for w in self.refs.items if w.startswith("params/"))
+        if "/" in name:
+            return self.refs.case("/".join(name.removeprefix("own/").split("/")[:2])).source
+        held = [where for where in self.refs.items if where.startswith("params/")]
+        return self.refs.case(f"params/{name}" if f"params/{name}" in held else held[0]) if held else None
 
-    def tensors_stored(self) -> Arrays:
-        """The stored parameters that the case is about in the end: their shapes are those of its weights."""
-        return stored_tensors(self.refs, self._params_case()) if self._has_params() else {}
+    @cached_property
+    def stored(self) -> Arrays:
+        """The stored parameters that the case is about in the end, with what they take from their base, in their dtype."""
+        if self.source is not self:
+            return self.source.stored if self.source else {}
+        base, dtype = self.settings.get("base"), self.settings.get("dtype")
+        tensors = (self.refs.case(f"params/{base}").stored if base else {}) | self.own
+        return {n: x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32) for n, x in tensors.items()}
 
     @cached_property
     def tensors(self) -> Arrays:
         """The weights of the case, by the challenge's names and in its orientation."""
         name = self.settings.get("params", "main")
         if "/" not in name:
-            return stored_tensors(self.refs, name)
+            return self.refs.case(f"params/{name}").stored
         from golf_jax.interop.checks import quantization, training  # they read cases
 
         own, where = name.startswith("own/"), name.removeprefix("own/")
@@ -274,6 +279,26 @@ class Case:
     def params(self) -> Arrays:
         """The weights as our parameters."""
         return from_tensors(self.model, self.tensors)
+
+    @cached_property
+    def opened(self) -> Model:
+        """The network with these weights, as it is evaluated here."""
+        return replace(Model.open(self.model, self.params, jax.default_backend()), looping=self.looping)
+
+    @property
+    def mesh(self) -> Mesh:
+        return make_mesh(self.refs.devices)
+
+    @cached_property
+    def text(self) -> tuple[np.ndarray, ByteTables | Sidecar]:
+        """The first tokens of the stream, as many as the case says, and what counts their bytes."""
+        seen = self.seen
+        if not {"target_bytes", "base_bytes"} & {*seen}:
+            raise NotComputed("neither byte tables nor target_bytes")
+        tokens = seen["tokens"][: self.settings.get("tokens")].astype(np.uint16)
+        if "target_bytes" in seen:
+            return tokens, Sidecar(np.append(0, seen["target_bytes"])[: len(tokens)])
+        return tokens, ByteTables(seen["base_bytes"].astype(np.int16), seen["leading_space"].astype(bool), seen["boundary"].astype(bool))
 
     def add(self, item: str, ours: Any, reference: Any, start: Any = None) -> None:
         """Compare one array or fact under the set's tolerance for it."""
@@ -372,12 +397,3 @@ def _places(document: dict[str, Any], dotted: str) -> list[tuple[dict[str, Any],
     if not found:
         raise KeyError(dotted)
     return [(target, last) for target in found]
-
-
-def stored_tensors(refs: Set, name: str) -> Arrays:
-    """A parameter set, with what it takes from its base, in its dtype."""
-    case = refs.case(f"params/{name}")
-    base = case.settings.get("base")
-    tensors = (dict(stored_tensors(refs, base)) if base else {}) | case.own
-    dtype = ml_dtypes.bfloat16 if case.settings.get("dtype") == "bfloat16" else np.float32
-    return {n: x.astype(dtype) for n, x in tensors.items()}
