@@ -14,7 +14,7 @@ from golf_jax.data.documents import read_documents
 from golf_jax.data.shards import open_shard
 from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.interop import open_model
-from golf_jax.interop.checks.reference import read_npz
+from golf_jax.interop.reference import read_npz
 from golf_jax.opening import load
 
 

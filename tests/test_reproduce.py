@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -48,6 +49,49 @@ def test_whole_portable_sets_are_met(references, recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_whole_directories_are_met(shared, recipe):
     assert missed(shared / "reference" / recipe, held=HELD[recipe][1], without=BEYOND if recipe == "pr562" else ()) == []
+
+
+def all_weights(order, shapes):
+    """The weights of PR 562's case `quant/large`, by the rule of the notes it was made from; the set keeps nine tensors of them."""
+    rng = np.random.default_rng(5620)
+    found = {}
+    for name in order:
+        z = rng.standard_normal(shapes[name])
+        columns = np.sqrt(shapes[name][-1]) if len(shapes[name]) == 2 else 1.0
+        if len(shapes[name]) == 2:
+            z = rng.standard_t(4, size=shapes[name]) / np.sqrt(2)
+        factors = {"tok_emb": 0.25, "bigram.embed": 0.6, "bigram.proj": 0.7 / columns, "attn_gate.weight": 1.5 / columns,
+                   "resid_mix": 0.3, "attn.proj": 0.8 / columns, "mlp.proj": 0.4 / columns}  # fmt: skip
+        sums = {"smear.gate": (-0.5, 1), "skip_weights": (0.6, 0.3), "q_gain": (1.5, 0.3), "attn_gate.bias": (0.7, 0.7),
+                "vr_lambda": (0.5, 0.25), "attn_scale": (1, 0.3), "mlp_scale": (1, 0.3), "bigram.scale": (0.45, 0)}  # fmt: skip
+        start, factor = next((pair for part, pair in sums.items() if part in name), (0, 1 / columns))
+        factor = next((f for part, f in factors.items() if part in name), factor)
+        found[name] = np.asarray(start + factor * z)
+        if "resid_mix" in name:
+            found[name][0] += 1
+    return {name: x.astype(np.float32) for name, x in found.items()}
+
+
+@pytest.mark.slow
+def test_the_facts_of_pr562_whose_weights_the_set_leaves_out(shared, tmp_path):
+    """Its 40 thresholds and counts of pruned zeros: with the weights added, nothing of `quant/large` is left out, and all is met."""
+    from golf_jax.interop.packed import read_packed_codes
+
+    with np.load(shared / "golden/pr562/quant_large.npz") as notes:
+        order = json.loads(str(notes["order"]))
+    shutil.copytree(shared / "reference/pr562", whole := tmp_path / "pr562")
+    (whole / "params.npz").chmod(0o600)
+    with np.load(shared / "reference/pr562/quant.npz") as stored, np.load(shared / "reference/pr562/params.npz") as params:
+        packed = read_packed_codes(stored["large/artifact"].tobytes())
+        given = dict(params)
+    shapes = {name: np.shape(x.values if x.codes is None else x.codes) for name, x in packed.items()}
+    weights = all_weights(order, shapes)
+    kept = {name.removeprefix("large/"): x for name, x in given.items() if name.startswith("large/")}
+    assert len(kept) == 9 and all(np.array_equal(weights[name], x) for name, x in kept.items())
+    np.savez(whole / "params.npz", **given | {f"large/{name}": x for name, x in weights.items()})
+    report = reproduce.reproduce(whole, "quant")
+    assert report.compared == report.held and not report.not_checked
+    assert all(r.ok for r in report.results)
 
 
 @pytest.mark.slow
