@@ -44,6 +44,8 @@ class Options:
     """Windows per device and forward pass (0: the recipe's, or automatic); lower it when memory runs out."""
     devices: int = 0
     """Devices to use (0: all). Of a CPU this many are made (0: about one per core)."""
+    attention: Literal["", "xla", "native", "pallas", "cudnn"] = ""
+    """Attention backend to score with (default: the one that the model was trained with, or what this machine gets)."""
     json: str = ""
     """Write the result to this file, too."""
     recipe: str = ""
@@ -66,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     from golf_jax.evaluation.stream import first_documents
     from golf_jax.interop import open_model
     from golf_jax.mesh import make_mesh
+    from golf_jax.model import resolve
     from golf_jax.opening import text_for
     from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
 
@@ -74,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
     split_cpu(options.devices, sequences=8)
     say = (to_screen if options.json else print) if jax.process_index() == 0 else lambda line: None
     model = open_model(options.model, options.recipe, say)
+    if options.attention:
+        model = replace(model, config=resolve(replace(model.config, attention=options.attention), jax.default_backend()))
     text = text_for(model, options.val, options.tokenizer)
     doubts = [fact for fact in text.facts if fact.startswith("WARNING")]
     for doubt in doubts:

@@ -1,13 +1,15 @@
-// Causal grouped-query attention with the XSA epilogue on one CPU core, float32: forward and backward.
+// Causal grouped-query attention with the XSA epilogue on a CPU, float32: forward and backward.
 //
-// Per sequence and kv head, blocks of queries meet the keys that they see; scores stay in the cache and are computed again in the backward
+// One task per sequence and kv head, in the threads of XLA. In each, blocks of queries meet the keys that they see; scores stay in the cache and are computed again in the backward
 // pass. Every product is one `tile` of registers: left operand read by broadcast, right operand in rows of vectors. Scores are in units of
 // log2, so that exp2 is all that is needed. B batch, S queries (the last S of T positions), H query heads, G kv heads, K head_dim.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -171,123 +173,145 @@ inline float unit(const float* v, int64_t K, float* u) {
   return inverse;
 }
 
+// f(i) for all i < count, in this thread and in those of the pool that have time. Nothing waits for a thread that has not begun: those of
+// the pool may all be waiting here.
+template <class F>
+void parallel(ffi::ThreadPool pool, int64_t count, F f) {
+  struct Shared {
+    F f;
+    const int64_t count;
+    std::atomic<int64_t> next{0}, done{0};
+    Shared(F f, int64_t count) : f(f), count(count) {}
+    void work() {
+      for (int64_t i; (i = next++) < count; ++done) f(i);
+    }
+  };
+  auto shared = std::make_shared<Shared>(f, count);
+  for (int64_t helpers = std::min(count, pool.num_threads()) - 1; helpers > 0; --helpers) pool.Schedule([shared] { shared->work(); });
+  shared->work();
+  while (shared->done < count) std::this_thread::yield();
+}
+
 using In = ffi::Buffer<ffi::F32>;
 using Out = ffi::ResultBuffer<ffi::F32>;
 
-ffi::Error Forward(In q, In k, In v, ffi::Buffer<ffi::S32> first, bool xsa, Out y, Out along, Out lse) {
+ffi::Error Forward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32> first, bool xsa, Out y, Out along, Out lse) {
   const Shape s(q.dimensions(), k.dimensions());
   const float scale = 1.0f / (std::sqrt((float)s.K) * LN2);
-  std::vector<float> keys, weights(BLOCK * s.padded), scaled(BLOCK * s.K), u(s.K);
-  for (int64_t b = 0; b < s.B; ++b)
-    for (int64_t g = 0; g < s.G; ++g) {
-      const Rows values = s.key(v.typed_data(), b, g);
-      transpose(s, s.key(k.typed_data(), b, g), keys);
-      for (int64_t start = 0; start < s.S; start += BLOCK) {
-        const int32_t* f = first.typed_data() + b * s.S + start;
-        const Block block(s, start, f);
-        const int64_t count = block.count;
-        for (int64_t h = g * s.H / s.G; h < (g + 1) * s.H / s.G; ++h) {
-          const Rows from = s.query(q.typed_data(), b, start, h), out = s.query(y->typed_data(), b, start, h);
-          for (int64_t m = 0; m < count; ++m)
-            for (int64_t i = 0; i < s.K; i += W) store(&scaled[m * s.K + i], load(from[m] + i) * scale);
-          block.scores(scaled.data(), keys, weights.data());
-          float inverse[BLOCK];
-          for (int64_t m = 0; m < count; ++m) {
-            float* w = &weights[m * s.padded];
-            Vec most = Vec{} - INFINITY, total{};
-            block.each(m, f[m], [&](int64_t j, auto seen) {
-              const Vec x = pick(seen, load(w + j), most);
-              most = x > most ? x : most;
-            }, [](int64_t) {});
-            const float shift = top(most);
-            block.each(m, f[m], [&](int64_t j, auto seen) {
-              const Vec e = pick(seen, exp2(load(w + j) - shift), Vec{});
-              store(w + j, e);
-              total += e;
-            }, [&](int64_t j) { store(w + j, Vec{}); });
-            const float all = sum(total);
-            inverse[m] = 1 / all;
-            lse->typed_data()[(b * s.S + start + m) * s.H + h] = shift + std::log2(all);
+  parallel(pool, s.B * s.G, [=](int64_t task) mutable {
+    const int64_t b = task / s.G, g = task % s.G;
+    std::vector<float> keys, weights(BLOCK * s.padded), scaled(BLOCK * s.K), u(s.K);
+    const Rows values = s.key(v.typed_data(), b, g);
+    transpose(s, s.key(k.typed_data(), b, g), keys);
+    for (int64_t start = 0; start < s.S; start += BLOCK) {
+      const int32_t* f = first.typed_data() + b * s.S + start;
+      const Block block(s, start, f);
+      const int64_t count = block.count;
+      for (int64_t h = g * s.H / s.G; h < (g + 1) * s.H / s.G; ++h) {
+        const Rows from = s.query(q.typed_data(), b, start, h), out = s.query(y->typed_data(), b, start, h);
+        for (int64_t m = 0; m < count; ++m)
+          for (int64_t i = 0; i < s.K; i += W) store(&scaled[m * s.K + i], load(from[m] + i) * scale);
+        block.scores(scaled.data(), keys, weights.data());
+        float inverse[BLOCK];
+        for (int64_t m = 0; m < count; ++m) {
+          float* w = &weights[m * s.padded];
+          Vec most = Vec{} - INFINITY, total{};
+          block.each(m, f[m], [&](int64_t j, auto seen) {
+            const Vec x = pick(seen, load(w + j), most);
+            most = x > most ? x : most;
+          }, [](int64_t) {});
+          const float shift = top(most);
+          block.each(m, f[m], [&](int64_t j, auto seen) {
+            const Vec e = pick(seen, exp2(load(w + j) - shift), Vec{});
+            store(w + j, e);
+            total += e;
+          }, [&](int64_t j) { store(w + j, Vec{}); });
+          const float all = sum(total);
+          inverse[m] = 1 / all;
+          lse->typed_data()[(b * s.S + start + m) * s.H + h] = shift + std::log2(all);
+        }
+        block.gather(weights.data(), values, out);
+        for (int64_t m = 0; m < count; ++m) {
+          float part = 0;
+          if (xsa) {
+            unit(values[block.last + m], s.K, u.data());
+            part = dot(out[m], u.data(), s.K) * inverse[m];
           }
-          block.gather(weights.data(), values, out);
-          for (int64_t m = 0; m < count; ++m) {
-            float part = 0;
-            if (xsa) {
-              unit(values[block.last + m], s.K, u.data());
-              part = dot(out[m], u.data(), s.K) * inverse[m];
-            }
-            along->typed_data()[(b * s.S + start + m) * s.H + h] = part;
-            for (int64_t i = 0; i < s.K; i += W) store(out[m] + i, load(out[m] + i) * inverse[m] - load(&u[i]) * part);
-          }
+          along->typed_data()[(b * s.S + start + m) * s.H + h] = part;
+          for (int64_t i = 0; i < s.K; i += W) store(out[m] + i, load(out[m] + i) * inverse[m] - load(&u[i]) * part);
         }
       }
     }
+  });
   return ffi::Error::Success();
 }
 
 // Of y = o - (o.u) u: do = dy - (dy.u) u, and do . o = do . y because do is orthogonal to u (kernels/attention/xsa.py).
-ffi::Error Backward(In q, In k, In v, ffi::Buffer<ffi::S32> first, In y, In along, In lse, In dy, bool xsa, Out dq, Out dk, Out dv) {
+ffi::Error Backward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32> first, In y, In along, In lse, In dy, bool xsa, Out dq,
+                    Out dk, Out dv) {
   const Shape s(q.dimensions(), k.dimensions());
   const float scale = 1.0f / (std::sqrt((float)s.K) * LN2);
-  std::vector<float> keys, values, p(BLOCK * s.padded), ds(BLOCK * s.padded), scaled(BLOCK * s.K), grad(BLOCK * s.K), u(s.K);
-  std::fill_n(dk->typed_data(), dk->element_count(), 0.0f);
-  std::fill_n(dv->typed_data(), dv->element_count(), 0.0f);
-  for (int64_t b = 0; b < s.B; ++b)
-    for (int64_t g = 0; g < s.G; ++g) {
-      const Rows key = s.key(k.typed_data(), b, g), value = s.key(v.typed_data(), b, g);
-      const Rows to_key = s.key(dk->typed_data(), b, g), to_value = s.key(dv->typed_data(), b, g);
-      transpose(s, key, keys);
-      transpose(s, value, values);
-      for (int64_t start = 0; start < s.S; start += BLOCK) {
-        const int32_t* f = first.typed_data() + b * s.S + start;
-        const Block block(s, start, f);
-        const int64_t count = block.count;
-        for (int64_t h = g * s.H / s.G; h < (g + 1) * s.H / s.G; ++h) {
-          const Rows from = s.query(q.typed_data(), b, start, h), out = s.query(y.typed_data(), b, start, h);
-          const Rows given = s.query(dy.typed_data(), b, start, h), to = s.query(dq->typed_data(), b, start, h);
-          float inner[BLOCK];
-          for (int64_t m = 0; m < count; ++m) {
-            float a = 0, c = 0, inverse = 0, *own = to_value[block.last + m];
-            if (xsa) {
-              inverse = unit(value[block.last + m], s.K, u.data());
-              a = dot(given[m], u.data(), s.K);
-              c = along.typed_data()[(b * s.S + start + m) * s.H + h];
-            }
-            for (int64_t i = 0; i < s.K; i += W) {
-              const Vec d = load(given[m] + i) - load(&u[i]) * a;
-              store(&scaled[m * s.K + i], load(from[m] + i) * scale);
-              store(&grad[m * s.K + i], d);
-              store(own + i, load(own + i) - (load(out[m] + i) * a + d * c) * inverse);
-            }
-            inner[m] = dot(given[m], out[m], s.K);
+  parallel(pool, s.B * s.G, [=](int64_t task) mutable {
+    const int64_t b = task / s.G, g = task % s.G;
+    std::vector<float> keys, values, p(BLOCK * s.padded), ds(BLOCK * s.padded), scaled(BLOCK * s.K), grad(BLOCK * s.K), u(s.K);
+    const Rows key = s.key(k.typed_data(), b, g), value = s.key(v.typed_data(), b, g);
+    const Rows to_key = s.key(dk->typed_data(), b, g), to_value = s.key(dv->typed_data(), b, g);
+    for (int64_t t = 0; t < s.T; ++t) {
+      std::fill_n(to_key[t], s.K, 0.0f);
+      std::fill_n(to_value[t], s.K, 0.0f);
+    }
+    transpose(s, key, keys);
+    transpose(s, value, values);
+    for (int64_t start = 0; start < s.S; start += BLOCK) {
+      const int32_t* f = first.typed_data() + b * s.S + start;
+      const Block block(s, start, f);
+      const int64_t count = block.count;
+      for (int64_t h = g * s.H / s.G; h < (g + 1) * s.H / s.G; ++h) {
+        const Rows from = s.query(q.typed_data(), b, start, h), out = s.query(y.typed_data(), b, start, h);
+        const Rows given = s.query(dy.typed_data(), b, start, h), to = s.query(dq->typed_data(), b, start, h);
+        float inner[BLOCK];
+        for (int64_t m = 0; m < count; ++m) {
+          float a = 0, c = 0, inverse = 0, *own = to_value[block.last + m];
+          if (xsa) {
+            inverse = unit(value[block.last + m], s.K, u.data());
+            a = dot(given[m], u.data(), s.K);
+            c = along.typed_data()[(b * s.S + start + m) * s.H + h];
           }
-          block.scores(scaled.data(), keys, p.data());
-          block.scores(grad.data(), values, ds.data());
-          for (int64_t m = 0; m < count; ++m) {
-            const float shift = lse.typed_data()[(b * s.S + start + m) * s.H + h];
-            float *w = &p[m * s.padded], *d = &ds[m * s.padded];
-            block.each(m, f[m], [&](int64_t j, auto seen) {
-              const Vec e = pick(seen, exp2(load(w + j) - shift), Vec{});
-              store(w + j, e);
-              store(d + j, pick(seen, e * (load(d + j) - inner[m]) * LN2, Vec{}));
-            }, [&](int64_t j) { store(w + j, Vec{}); store(d + j, Vec{}); });
+          for (int64_t i = 0; i < s.K; i += W) {
+            const Vec d = load(given[m] + i) - load(&u[i]) * a;
+            store(&scaled[m * s.K + i], load(from[m] + i) * scale);
+            store(&grad[m * s.K + i], d);
+            store(own + i, load(own + i) - (load(out[m] + i) * a + d * c) * inverse);
           }
-          block.gather(ds.data(), key, to);
-          block.scatter(ds.data(), scaled.data(), to_key);
-          block.scatter(p.data(), grad.data(), to_value);
-          for (int64_t m = 0; m < count; ++m)
-            for (int64_t i = 0; i < s.K; i += W) store(to[m] + i, load(to[m] + i) * scale);
+          inner[m] = dot(given[m], out[m], s.K);
         }
+        block.scores(scaled.data(), keys, p.data());
+        block.scores(grad.data(), values, ds.data());
+        for (int64_t m = 0; m < count; ++m) {
+          const float shift = lse.typed_data()[(b * s.S + start + m) * s.H + h];
+          float *w = &p[m * s.padded], *d = &ds[m * s.padded];
+          block.each(m, f[m], [&](int64_t j, auto seen) {
+            const Vec e = pick(seen, exp2(load(w + j) - shift), Vec{});
+            store(w + j, e);
+            store(d + j, pick(seen, e * (load(d + j) - inner[m]) * LN2, Vec{}));
+          }, [&](int64_t j) { store(w + j, Vec{}); store(d + j, Vec{}); });
+        }
+        block.gather(ds.data(), key, to);
+        block.scatter(ds.data(), scaled.data(), to_key);
+        block.scatter(p.data(), grad.data(), to_value);
+        for (int64_t m = 0; m < count; ++m)
+          for (int64_t i = 0; i < s.K; i += W) store(to[m] + i, load(to[m] + i) * scale);
       }
     }
+  });
   return ffi::Error::Success();
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(golf_xsa_forward, Forward,
-                              ffi::Ffi::Bind().Arg<In>().Arg<In>().Arg<In>().Arg<ffi::Buffer<ffi::S32>>().Attr<bool>("xsa")
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Arg<In>().Arg<ffi::Buffer<ffi::S32>>().Attr<bool>("xsa")
                                   .Ret<In>().Ret<In>().Ret<In>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(golf_xsa_backward, Backward,
-                              ffi::Ffi::Bind().Arg<In>().Arg<In>().Arg<In>().Arg<ffi::Buffer<ffi::S32>>().Arg<In>().Arg<In>().Arg<In>()
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Arg<In>().Arg<ffi::Buffer<ffi::S32>>().Arg<In>().Arg<In>().Arg<In>()
                                   .Arg<In>().Attr<bool>("xsa").Ret<In>().Ret<In>().Ret<In>());

@@ -1,7 +1,6 @@
 """XSA attention on a CPU in C++ (`native.cc`), called through XLA's typed FFI: a third to a half of the time of the `xla` backend.
 
-Compiled by this machine's C++ compiler when first asked for, and kept where jax keeps compiled programs. One call runs on one core, as
-`python -m golf_jax.train` gives every device one.
+Compiled by this machine's C++ compiler when first asked for, and kept where jax keeps compiled programs.
 """
 
 import ctypes
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 
 TARGETS = {"forward": "golf_xsa_forward", "backward": "golf_xsa_backward"}
 _SOURCE = Path(__file__).with_name("native.cc")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
 
 
 def compiler() -> str:
