@@ -1,6 +1,6 @@
 """Sliding-window scoring: the program of golf_jax.evaluation against the straightforward one and PyTorch's, side by side.
 
-    python benchmarks/eval_sliding.py [--recipes pr638 pr2005] [--rows 2] [--width 512] [--peer eager compile] [--json FILE]
+    python benchmarks/eval_sliding.py [--recipes pr638 pr2005] [--rows 2] [--width 512] [--attention native] [--peer eager compile] [--json FILE]
 
 Straightforward: logits of all positions, log-softmax over [B, T, V], and only the last `stride` targets are used; the peer
 (torch_peer.py, in a process of its own) does the same. Ours computes the last block's queries, gate and MLP and the head for those
@@ -40,7 +40,7 @@ def straightforward(config: ModelConfig, params: dict, tokens_BT: jax.Array, las
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     mesh, T, last = make_mesh(options.devices), options.seq_len, options.stride
     heads, recipe = max(options.width // 64, 2), load_recipe(name)
-    model = replace(recipe.model, width=options.width, num_heads=heads, num_kv_heads=heads // 2)
+    model = replace(recipe.model, width=options.width, num_heads=heads, num_kv_heads=heads // 2, attention=options.attention)
     if options.layers:
         model = replace(model, num_layers=options.layers, xsa_last_n=min(model.xsa_last_n, options.layers))
     config = resolve(model, platform(mesh))
@@ -83,6 +83,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "recipe": name,
         "layers": config.num_layers,
+        "attention": config.attention,
         "device": f"{mesh.size} x {cpu_name() if platform(mesh) == 'cpu' else where}",
         "rows": options.rows,
         "width": options.width,
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="windows per device and forward pass")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=0, help="0: the recipe's")
+    parser.add_argument("--attention", default="auto", help="backend of ours")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--stride", type=int, default=64)
     parser.add_argument("--devices", type=int, default=0, help="as of golf_jax.evaluate")
