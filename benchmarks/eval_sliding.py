@@ -1,6 +1,6 @@
 """Sliding-window scoring: the program of golf_jax.evaluation against the straightforward one and PyTorch's, side by side.
 
-    python benchmarks/eval_sliding.py [--recipes pr638 pr2005] [--rows 2] [--width 512] [--attention native] [--peer eager compile] [--json FILE]
+    python benchmarks/eval_sliding.py [--recipes pr638 pr2005] [--rows 2] [--attention native] [--peer eager compile] [--json FILE]
 
 Straightforward: logits of all positions, log-softmax over [B, T, V], and only the last `stride` targets are used; the peer
 (torch_peer.py, in a process of its own) does the same. Ours computes the last block's queries, gate and MLP and the head for those
