@@ -80,12 +80,17 @@ class Signals:
 
     def _swallowed(self, unraisable: Any) -> None:
         """What Python does with an exception of a finaliser or a callback of its garbage collector: a signal may be met there."""
-        if isinstance(unraisable.exc_value, Interrupted):  # arrives once more, when that callback is left
-            number, self.number = self.number, 0
-            self._again += 1
-            threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()  # also out of a sleep
-        else:
-            self._hook(unraisable)
+        if not isinstance(unraisable.exc_value, Interrupted):
+            return self._hook(unraisable)
+        threading.Thread(target=self._send_again, args=(self.number,), daemon=True).start()
+        self.number = 0  # last: what arrives in here would be swallowed, too
+
+    def _send_again(self, number: int) -> None:
+        """Once more to the main thread, also out of a sleep, when it has left that callback."""
+        while self.number:
+            time.sleep(0.01)
+        self._again += 1
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 @contextmanager
