@@ -6,7 +6,6 @@ of `golf_jax.reproduce` read them there instead of through a second forward pass
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,13 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from golf_jax.config import GolfError, ModelConfig
-from golf_jax.kernels.attention import SUFFIX, default_backend, prepare, supported_backends, xsa_attention
+from golf_jax.kernels.attention import SUFFIX, xsa_attention
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
 from golf_jax.model import layers as ops
 from golf_jax.model.cache import Cache
 from golf_jax.model.fake_quant import fake_quantize
 from golf_jax.model.inputs import check_params, check_tokens
 from golf_jax.model.params import Params, init_params, leaves
+from golf_jax.model.platforms import for_default_platform
 
 Tap = Callable[[str, jax.Array], None]
 # (what, input [B, T, D], output [B, T, O]) -> output: something added beside a map. what: q, v, o (of the attention's input), mlp, each
@@ -30,32 +30,6 @@ Branch = Callable[[str, jax.Array, jax.Array], jax.Array]
 Attend = Callable[..., jax.Array]  # (q, k, v, xsa=) -> y: `xsa_attention`, or a cache's
 Sight = tuple[jax.Array, int | None] | None  # first key that each position sees [B, T], most keys; None: all of the row
 LANES = ("lane_post", "lane_resid")  # one array for all layers in the challenge's naming, used per layer
-
-
-def resolve(config: ModelConfig, platform: str, *, documents: bool = False) -> ModelConfig:
-    """Replace `auto` choices (dtype, attention backend) by what the platform (`cpu`, `gpu`, `tpu`) gets.
-
-    documents: attention is to stay inside the documents of a row (`segments_BT` of `hidden`).
-    Raises GolfError for a backend that the platform does not have.
-    """
-    dtype = config.dtype if config.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16")
-    attention = config.attention
-    if attention == "auto":
-        attention = default_backend(platform, config.head_dim, jnp.dtype(dtype), documents=documents)
-    if attention not in (backends := supported_backends(platform, config.head_dim, jnp.dtype(dtype), documents=documents)):
-        here = f"{platform} with head_dim {config.head_dim} in {dtype}{', inside documents' * documents}"
-        needs = "; native needs float32, head_dim % 16 == 0 and a C++ compiler (CXX, c++, g++ or clang++)" * (attention == "native")
-        raise GolfError(f"model.attention {attention!r} does not run on {here}: choose auto or {', '.join(backends)}{needs}")
-    try:
-        prepare(attention)
-    except ValueError as e:
-        raise GolfError(f"model.attention: {e}; auto and xla need none") from None
-    return replace(config, dtype=dtype, attention=attention)
-
-
-def _for_default_platform(config: ModelConfig, documents: bool) -> ModelConfig:
-    unresolved = "auto" in (config.dtype, config.attention)
-    return resolve(config, jax.default_backend(), documents=documents) if unresolved else config
 
 
 def hidden(
@@ -366,7 +340,7 @@ def nll(
     targets_BT has one entry per returned position: pass the last N targets when `last` is N. training: see `head_softcap`.
     `auto` in the config becomes what the default platform gets.
     """
-    config = _for_default_platform(config, segments_BT is not None)
+    config = for_default_platform(config, segments_BT is not None)
     x_BTD = hidden(config, params, tokens_BT, segments_BT=segments_BT, longest=longest, looping=looping, last=last, fake_quant=fake_quant)
     softcap = head_softcap(config, params, training)
     with jax.named_scope("head"):
@@ -397,7 +371,7 @@ def logits(
     `auto` in the config becomes what the default platform gets.
     """
     tokens_BT, params = check_tokens(config, tokens_BT), check_params(config, params)
-    config = _for_default_platform(config, segments_BT is not None)
+    config = for_default_platform(config, segments_BT is not None)
     x_BTD = hidden(config, params, tokens_BT, segments_BT=segments_BT, looping=looping, cache=cache, tap=tap)
     return softcap_logits(x_BTD, params["tok_emb"], softcap=head_softcap(config, params, training))
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import GolfError, ModelConfig
-from golf_jax.model.gpt import resolve
 from golf_jax.model.params import leaves
+from golf_jax.model.platforms import resolve
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import xsa_attention
-from golf_jax.model import GPT, gpt, init_params, logits, nll
+from golf_jax.model import GPT, gpt, init_params, logits, nll, platforms
 
 CONFIG = ModelConfig(vocab_size=40, num_layers=2, width=32, num_heads=2, num_kv_heads=1)
 TOKENS = np.arange(20).reshape(2, 10)
@@ -95,7 +95,7 @@ def test_a_gate_acts_once_inside_the_kernels_or_behind_them(kind, inside, monkey
         return y if gate_BSH is None else y * jax.nn.sigmoid(gate_BSH)[..., None]
 
     monkeypatch.setattr(gpt, "xsa_attention", kernels)
-    monkeypatch.setattr(gpt, "supported_backends", lambda *a, **k: ("xla", "pallas"))
+    monkeypatch.setattr(platforms, "supported_backends", lambda *a, **k: ("xla", "pallas"))
     np.testing.assert_allclose(logits(replace(config, attention="pallas"), params, TOKENS), expected, atol=1e-5)
     assert given == [inside] * config.num_layers
 

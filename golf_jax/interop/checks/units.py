@@ -29,8 +29,9 @@ from golf_jax.kernels.attention.xsa import exclude_self_value
 from golf_jax.kernels.cross_entropy import soft_cap, softcap_cross_entropy
 from golf_jax.kernels.fake_quant import RowScheme, fake_quant
 from golf_jax.model import layers as ops
-from golf_jax.model.gpt import attention, mlp, resolve
+from golf_jax.model.gpt import attention, mlp
 from golf_jax.model.params import leaves
+from golf_jax.model.platforms import resolve
 from golf_jax.quant import QTensor
 from golf_jax.quant.lowrank import pack
 from golf_jax.quant.rounding import sorted_rows, torch_quantile
