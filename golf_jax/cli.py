@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import os
 import signal
 import sys
@@ -134,14 +133,27 @@ def _use_huge_pages() -> None:
     environment may be emptied around every Python, which would start over for ever.
     """
     given, words = os.environ.get("GLIBC_TUNABLES", ""), sys.orig_argv
-    as_module = any(flag == "-m" and name.split(".")[0] == "golf_jax" for flag, name in itertools.pairwise(words))
-    if AGAIN in sys._xoptions or "glibc.malloc.hugetlb" in given or not (as_module or Path(" ".join(words[1:2])).name == "golf-jax"):
+    ours = _module(words).split(".")[0] == "golf_jax" or Path(" ".join(words[1:2])).name == "golf-jax"
+    if AGAIN in sys._xoptions or "glibc.malloc.hugetlb" in given or not ours:
         return  # never somebody else's process: a notebook that runs the module, a test
     with contextlib.suppress(OSError, ValueError):  # another system, another C library, a program that cannot be started
         if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text() and os.confstr("CS_GNU_LIBC_VERSION"):
             os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [given, "glibc.malloc.hugetlb=1"]))
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept until the new start listens
             os.execv(sys.executable, [sys.executable, "-X", AGAIN, *words[1:]])
+
+
+def _module(words: Sequence[str]) -> str:
+    """What Python was told to run by `-m`; empty where it runs a script, whose arguments may hold anything."""
+    left = iter(words[1:])
+    for word in left:
+        if word in ("-X", "-W"):
+            next(left, "")
+        elif word == "-m":
+            return next(left, "")
+        elif not word.startswith("-") or word in ("-", "-c"):
+            break
+    return ""
 
 
 def _refuse_little_room() -> None:

@@ -95,13 +95,13 @@ def _through(path: Path) -> Path | int | None:
 def folder_beside(target: Path) -> Iterator[Path]:
     """A new folder beside `target`, which the caller renames when it is complete; else it is removed at the end.
 
-    It is locked, and the lock goes with its process: folders that killed processes left are removed first. OSError where it cannot be made.
+    It is locked, and the lock goes with its process: folders that killed processes left are removed, before and after. OSError where it
+    cannot be made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{glob.escape(target.name)}.????????{UNFINISHED}"):
-        with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_NB):  # a living process has it
-            shutil.rmtree(left, ignore_errors=True)
+    _remove_left(target)
     with contextlib.ExitStack() as stack:
+        stack.callback(_remove_left, target)
         while True:
             folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED))
             with contextlib.suppress(OSError):  # also of a file system without locks, where nothing is taken for left
@@ -110,6 +110,12 @@ def folder_beside(target: Path) -> Iterator[Path]:
                 break
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         yield folder
+
+
+def _remove_left(target: Path) -> None:
+    for left in target.parent.glob(f".{glob.escape(target.name)}.????????{UNFINISHED}"):
+        with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_NB):  # a living process has it
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager

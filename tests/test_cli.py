@@ -165,7 +165,10 @@ def test_a_closed_standard_input_is_an_empty_one():
         (["-u", "-m", "golf_jax.train", "pr638"], "", "glibc.malloc.hugetlb=1"),
         (["/usr/bin/golf-jax", "train"], "glibc.cpu.x=1", "glibc.cpu.x=1:glibc.malloc.hugetlb=1"),
         (["-m", "golf_jax.train"], "glibc.malloc.hugetlb=0", None),
+        (["-X", "dev", "-m", "golf_jax.train"], "", "glibc.malloc.hugetlb=1"),
         (["-m", "ipykernel_launcher", "-f", "golf_jax.json"], "", None),
+        (["mine.py", "-m", "golf_jax.train"], "", None),
+        (["-c", "work()", "-m", "golf_jax.train"], "", None),
         ([], "", None),
     ],
 )

@@ -45,7 +45,9 @@ def load() -> None:
         try:
             calls = ctypes.CDLL(str(library))
         except OSError as e:
-            raise ValueError(f"attention backend 'native': {library} cannot be loaded ({e}); set GOLF_JAX_CACHE to another folder") from None
+            raise ValueError(
+                f"attention backend 'native': {library} cannot be loaded ({e}); set GOLF_JAX_CACHE to another folder"
+            ) from None
     for target in TARGETS.values():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(calls, target)), platform="cpu")
 
