@@ -18,6 +18,7 @@ from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
 AGAIN = "golf_jax_in_huge_pages"
 LEAST_ADDRESSES, LEAST_FILES = 2 << 30, 64
+TEXTS = ("--prompt", "--blurb")  # flags whose value may be any text
 WANTED = """The flags most runs want; the full list follows.
 
   --data.train GLOB --data.val GLOB --data.tokenizer MODEL   shards and their SentencePiece model
@@ -95,7 +96,7 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         with catching():
-            _refuse_empty(sys.argv[1:])
+            _refuse_slips(sys.argv[1:])
             if computes:
                 _refuse_little_room()
             status = main(sys.argv[1:])
@@ -167,15 +168,20 @@ def _refuse_little_room() -> None:
             raise GolfError(f"ulimit -n leaves {limit} open files; at least {LEAST_FILES} are needed")
 
 
-def _refuse_empty(argv: Sequence[str]) -> None:
-    """GolfError for a value that is empty: `--resume "$RUN"` with a variable that is not set must not start another run."""
+def _refuse_slips(argv: Sequence[str]) -> None:
+    """GolfError for a value that the shell left otherwise than was meant: empty, as `--resume "$RUN"` with a variable that is not set,
+    which must not start another run; `~` as it stands, which would become a folder of that name."""
     for flag, word in zip(["", *argv], argv, strict=False):
         name, mark, value = word.partition("=")
-        if name.startswith("--") and mark and not value:
-            flag, word = name, ""
-        if not word and flag != "--prompt":
-            what = flag if flag.startswith("-") else "an argument"
+        if name.startswith("--") and mark:
+            flag, word = name, value
+        if flag in TEXTS:
+            continue
+        what = flag if flag.startswith("-") else "an argument"
+        if not word:
             raise GolfError(f"{what}: its value is empty (a variable that is not set?); give one, or leave it out")
+        if word.split("/")[0] == "~":
+            raise GolfError(f'{what}: no shell has put a home directory into {word}, in quotes or behind "="; write "$HOME{word[1:]}"')
 
 
 def _fail(message: str, status: int) -> int:

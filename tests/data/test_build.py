@@ -199,7 +199,8 @@ def test_verify_finds_a_flipped_byte(built):
 
 
 @pytest.mark.parametrize(
-    "field", ["tokenizer.vocab_size", "train.tokens", "train.bytes", "train.documents", "val.tokens", "val.bytes", "text.documents"]
+    "field",
+    ["tokenizer.vocab_size", "train.tokens", "train.bytes", "train.documents", "val.tokens", "val.bytes", "text.documents", "text.bytes"],
 )
 def test_verify_compares_every_total_of_the_manifest(built, field, monkeypatch):
     monkeypatch.setattr(proof, "PROVED_TOKENS", 100)  # whatever part of the byte count is proved, the total is that of all
