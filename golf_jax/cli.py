@@ -18,6 +18,7 @@ from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
 AGAIN = "golf_jax_in_huge_pages"
 LEAST_ADDRESSES, LEAST_FILES = 2 << 30, 64
+GLOBS = ("--data.train", "--data.val", "--val")
 TEXTS = ("--prompt", "--blurb")  # flags whose value may be any text
 WANTED = """The flags most runs want; the full list follows.
 
@@ -170,8 +171,10 @@ def _refuse_little_room() -> None:
 
 def _refuse_slips(argv: Sequence[str]) -> None:
     """GolfError for a value that the shell left otherwise than was meant: empty, as `--resume "$RUN"` with a variable that is not set,
-    which must not start another run; `~` as it stands, which would become a folder of that name."""
-    for flag, word in zip(["", *argv], argv, strict=False):
+    which must not start another run; `~` as it stands, which would become a folder of that name; several files of a glob."""
+    for before, flag, word in zip(["", "", *argv], ["", *argv], argv, strict=False):
+        if before in GLOBS and not word.startswith("-"):
+            raise GolfError(f"{before}: the shell has made several files of the glob; give it in quotes: {before} '{Path(flag).parent}/...'")
         name, mark, value = word.partition("=")
         if name.startswith("--") and mark:
             flag, word = name, value

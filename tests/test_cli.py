@@ -165,6 +165,13 @@ def test_a_home_directory_that_no_shell_has_put_there_is_told(argv, capsys, monk
     assert stopped.value.code == 0
 
 
+def test_a_glob_that_the_shell_has_replaced_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--data.train", "d/a.bin", "d/b.bin", "--seed", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda argv: pytest.fail("ran"))
+    assert stopped.value.code == 2 and "give it in quotes: --data.train 'd/...'" in capsys.readouterr().err
+
+
 def test_a_closed_standard_input_is_an_empty_one():
     code = f"{sys.executable} -c 'import sys; from golf_jax import cli; cli.run(lambda argv: len(sys.stdin.readline()))' <&-"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
