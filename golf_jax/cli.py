@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import os
 import signal
 import sys
@@ -19,6 +18,8 @@ from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
 AGAIN = "golf_jax_in_huge_pages"
 LEAST_ADDRESSES, LEAST_FILES = 2 << 30, 64
+GLOBS = ("--data.train", "--data.val", "--val")
+TEXTS = ("--prompt", "--blurb")  # flags whose value may be any text
 WANTED = """The flags most runs want; the full list follows.
 
   --data.train GLOB --data.val GLOB --data.tokenizer MODEL   shards and their SentencePiece model
@@ -96,7 +97,7 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         with catching():
-            _refuse_empty(sys.argv[1:])
+            _refuse_slips(sys.argv[1:])
             if computes:
                 _refuse_little_room()
             status = main(sys.argv[1:])
@@ -134,14 +135,27 @@ def _use_huge_pages() -> None:
     environment may be emptied around every Python, which would start over for ever.
     """
     given, words = os.environ.get("GLIBC_TUNABLES", ""), sys.orig_argv
-    as_module = any(flag == "-m" and name.split(".")[0] == "golf_jax" for flag, name in itertools.pairwise(words))
-    if AGAIN in sys._xoptions or "glibc.malloc.hugetlb" in given or not (as_module or Path(" ".join(words[1:2])).name == "golf-jax"):
+    ours = _module(words).split(".")[0] == "golf_jax" or Path(" ".join(words[1:2])).name == "golf-jax"
+    if AGAIN in sys._xoptions or "glibc.malloc.hugetlb" in given or not ours:
         return  # never somebody else's process: a notebook that runs the module, a test
     with contextlib.suppress(OSError, ValueError):  # another system, another C library, a program that cannot be started
         if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text() and os.confstr("CS_GNU_LIBC_VERSION"):
             os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [given, "glibc.malloc.hugetlb=1"]))
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept until the new start listens
             os.execv(sys.executable, [sys.executable, "-X", AGAIN, *words[1:]])
+
+
+def _module(words: Sequence[str]) -> str:
+    """What Python was told to run by `-m`; empty where it runs a script, whose arguments may hold anything."""
+    left = iter(words[1:])
+    for word in left:
+        if word in ("-X", "-W"):
+            next(left, "")
+        elif word == "-m":
+            return next(left, "")
+        elif not word.startswith("-") or word in ("-", "-c"):
+            break
+    return ""
 
 
 def _refuse_little_room() -> None:
@@ -155,15 +169,22 @@ def _refuse_little_room() -> None:
             raise GolfError(f"ulimit -n leaves {limit} open files; at least {LEAST_FILES} are needed")
 
 
-def _refuse_empty(argv: Sequence[str]) -> None:
-    """GolfError for a value that is empty: `--resume "$RUN"` with a variable that is not set must not start another run."""
-    for flag, word in zip(["", *argv], argv, strict=False):
+def _refuse_slips(argv: Sequence[str]) -> None:
+    """GolfError for a value that the shell left otherwise than was meant: empty, as `--resume "$RUN"` with a variable that is not set,
+    which must not start another run; `~` as it stands, which would become a folder of that name; several files of a glob."""
+    for before, flag, word in zip(["", "", *argv], ["", *argv], argv, strict=False):
+        if before in GLOBS and Path(flag).suffix == Path(word).suffix == ".bin":
+            raise GolfError(f"{before}: the shell has made several files of the glob; give it in quotes: {before} '{Path(flag).parent}/...'")
         name, mark, value = word.partition("=")
-        if name.startswith("--") and mark and not value:
-            flag, word = name, ""
-        if not word and flag != "--prompt":
-            what = flag if flag.startswith("-") else "an argument"
+        if name.startswith("--") and mark:
+            flag, word = name, value
+        if flag in TEXTS:
+            continue
+        what = flag if flag.startswith("-") else "an argument"
+        if not word:
             raise GolfError(f"{what}: its value is empty (a variable that is not set?); give one, or leave it out")
+        if word.split("/")[0] == "~":
+            raise GolfError(f'{what}: no shell has put a home directory into {word}, in quotes or behind "="; write "$HOME{word[1:]}"')
 
 
 def _fail(message: str, status: int) -> int:

@@ -9,12 +9,15 @@ import math
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from golf_jax.config import GolfError, parse_json
+
+UNFINISHED = ".unfinished"  # ends a folder's name as no user's own would
 
 
 class NotWritten(GolfError):
@@ -48,24 +51,25 @@ def read_bytes(path: str | Path, limit: int = 1 << 31) -> bytes:
 def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
     """Writes `chunks` to `path` so that readers see the old file or the whole new one, also when the disk fills up.
 
-    A link or a device (`/dev/stdout`) is written through, not replaced.
+    A link is followed, not replaced; what is no regular file, or lies behind this process's own output (`/dev/stdout`), is written to.
     """
     path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if _through(path):
-            with open(path, "wb") as file:
+        if (there := _through(path)) is not None:
+            with open(there, "wb") as file:
                 file.writelines(chunks)
             return path
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        target = Path(os.path.realpath(path))
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise NotWritten(f"{path}: cannot be written ({error.strerror})") from None
     finally:
@@ -74,29 +78,44 @@ def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
     return path
 
 
-def _through(path: Path) -> bool:
-    return path.is_symlink() or (path.exists() and not path.is_file())
+def _through(path: Path) -> Path | int | None:
+    """What is to be opened where no file may be replaced: a device or pipe, or a copy of this process's descriptor with `path` behind it,
+    whose end moves on with what is written; else None."""
+    if not path.exists():
+        return None
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                sys.stdout.flush()
+                return os.dup(descriptor)
+    return None if path.is_file() else path
 
 
 @contextlib.contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
     """A new folder beside `target`, which the caller renames when it is complete; else it is removed at the end.
 
-    It is locked, and the lock goes with its process: folders that killed processes left are removed first. OSError where it cannot be made.
+    It is locked, and the lock goes with its process: folders that killed processes left are removed, before and after. OSError where it
+    cannot be made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{glob.escape(target.name)}.????????"):
-        with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_NB):  # a living process has it
-            shutil.rmtree(left, ignore_errors=True)
+    _remove_left(target)
     with contextlib.ExitStack() as stack:
+        stack.callback(_remove_left, target)
         while True:
-            folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+            folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED))
             with contextlib.suppress(OSError):  # also of a file system without locks, where nothing is taken for left
                 stack.enter_context(_locked(folder))
             if folder.exists():  # not taken for left in the moment before
                 break
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         yield folder
+
+
+def _remove_left(target: Path) -> None:
+    for left in target.parent.glob(f".{glob.escape(target.name)}.????????{UNFINISHED}"):
+        with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_NB):  # a living process has it
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -111,9 +130,9 @@ def _locked(folder: Path, wait: int = 0) -> Iterator[None]:
 
 def check_target(path: str | Path) -> None:
     """GolfError unless a file may be written at `path`: told before the work whose result goes there, not after."""
-    path = Path(path)
-    reason = "is a directory" if path.is_dir() else "" if path.parent.is_dir() else f"there is no directory {path.parent}"
-    if reason or not os.access(path if path.exists() and _through(path) else path.parent, os.W_OK):
+    target = Path(os.path.realpath(path))
+    reason = "is a directory" if target.is_dir() else "" if target.parent.is_dir() else f"there is no directory {target.parent}"
+    if reason or not os.access(target.parent if target.is_file() or not target.exists() else path, os.W_OK):
         raise GolfError(f"{path}: cannot be written ({reason or 'permission denied'})")
 
 

@@ -23,7 +23,6 @@ from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.evaluation import Result
 from golf_jax.evaluation import score as score_by_methods
 from golf_jax.files import read_bytes
-from golf_jax.kernels.attention import supported_backends
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model as Network
 from golf_jax.model import logits, nll, resolve
@@ -105,13 +104,14 @@ def opened_here(config: ModelConfig, params: Any, **facts: Any) -> Model:
     An attention backend of the machine that made the model, which is no part of the model, is exchanged where this one lacks it; that
     is said on stderr.
     """
-    platform, auto = jax.default_backend(), replace(config, attention="auto")
-    here = resolve(auto, platform)
-    if config.attention not in ("auto", *supported_backends(platform, config.head_dim, jnp.dtype(here.dtype))):
-        print(
-            f"{facts.get('name')}: made with attention {config.attention}; {here.attention} computes it on this {platform}", file=sys.stderr
-        )
-        config = auto
+    platform = jax.default_backend()
+    try:
+        resolve(config, platform)
+    except GolfError as why:
+        here = resolve(replace(config, attention="auto"), platform)
+        lacking = f"{facts.get('name')}: made with attention {config.attention}; {here.attention} computes it on this {platform}"
+        print(f"{lacking} ({why})", file=sys.stderr)
+        config = replace(config, attention="auto")
     network = Network.open(config, params, platform)
     return Model(network.config, network.params, network.looping, **facts)
 

@@ -332,6 +332,7 @@ def pack(plan: Plan, run: RunDir, signals: Signals, trained: Trained, code_bytes
         "sha256": hashlib.sha256(packed.data).hexdigest(),
     }
     with signals.held():  # one is worth nothing without the other
+        run.record.pop("evaluations", None)  # of the artifact before, whose bytes may have been others
         run.write("artifact.golf", packed.data)
         run.note("pack", facts)
     return packed

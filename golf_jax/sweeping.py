@@ -22,7 +22,7 @@ from golf_jax.files import write_atomic
 from golf_jax.interrupt import Interrupted
 from golf_jax.progress import SECONDS, Log
 from golf_jax.training.resume import stored_recipe
-from golf_jax.training.rundir import kept, read_json
+from golf_jax.training.rundir import kept, read_json, read_stages
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def run_grid(points: Sequence[Point], folder: Path, jobs: int, say: Log) -> dict
 
     problems: dict[str, str] = {}
     running: set[subprocess.Popen[str]] = set()
-    todo = [p for p in points if not (folder / p.name / "result.json").is_file()]
+    todo = [p for p in points if not _finished(folder / p.name)]
     say(f"{len(points)} runs in {folder}, {len(points) - len(todo)} of them finished before, {jobs} at a time")
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -143,6 +143,11 @@ def run_grid(points: Sequence[Point], folder: Path, jobs: int, say: Log) -> dict
                 child.send_signal(stop.status - 128)
             raise Interrupted(stop.status - 128, f"go on with the same command and --sweep-dir {shlex.quote(str(folder))}") from None
     return problems
+
+
+def _finished(directory: Path) -> bool:
+    """Also whether the scores are there that the table is made of; result.json alone would leave the run out of it in silence."""
+    return (directory / "result.json").is_file() and bool(read_stages(directory).get("evaluations"))
 
 
 def _check_same(point: Point, directory: Path) -> None:

@@ -153,6 +153,25 @@ def test_what_is_told_on_stderr_never_ends_the_work(behind):
     assert subprocess.run(["bash", "-c", f'"$0" -c "$1" 2>{behind}', sys.executable, code]).returncode == 0
 
 
+@pytest.mark.parametrize("argv", [["--data.train", "~/x/train_*.bin"], ["--run-dir=~/r"], ["~"]])
+def test_a_home_directory_that_no_shell_has_put_there_is_told(argv, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda argv: pytest.fail("ran"))
+    assert stopped.value.code == 2 and 'write "$HOME' in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["x", "--prompt", "~/.bashrc"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda argv: 0)
+    assert stopped.value.code == 0
+
+
+def test_a_glob_that_the_shell_has_replaced_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--data.train", "d/a.bin", "d/b.bin", "--seed", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda argv: pytest.fail("ran"))
+    assert stopped.value.code == 2 and "give it in quotes: --data.train 'd/...'" in capsys.readouterr().err
+
+
 def test_a_closed_standard_input_is_an_empty_one():
     code = f"{sys.executable} -c 'import sys; from golf_jax import cli; cli.run(lambda argv: len(sys.stdin.readline()))' <&-"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
@@ -165,7 +184,10 @@ def test_a_closed_standard_input_is_an_empty_one():
         (["-u", "-m", "golf_jax.train", "pr638"], "", "glibc.malloc.hugetlb=1"),
         (["/usr/bin/golf-jax", "train"], "glibc.cpu.x=1", "glibc.cpu.x=1:glibc.malloc.hugetlb=1"),
         (["-m", "golf_jax.train"], "glibc.malloc.hugetlb=0", None),
+        (["-X", "dev", "-m", "golf_jax.train"], "", "glibc.malloc.hugetlb=1"),
         (["-m", "ipykernel_launcher", "-f", "golf_jax.json"], "", None),
+        (["mine.py", "-m", "golf_jax.train"], "", None),
+        (["-c", "work()", "-m", "golf_jax.train"], "", None),
         ([], "", None),
     ],
 )

@@ -2,6 +2,8 @@
 
 import os
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -32,6 +34,22 @@ def test_links_and_devices_are_written_through(tmp_path, capfd):
     assert capfd.readouterr().out == "text\n"
     with pytest.raises(NotWritten, match="Is a directory"):
         write_atomic(tmp_path, b"text")
+
+
+def test_a_file_behind_stdout_keeps_what_was_printed(tmp_path):
+    code = "from golf_jax.files import write_atomic; print('before'); write_atomic('/dev/stdout', b'{}\\n'); print('after')"
+    with open(tmp_path / "out", "w") as out:
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "before\n{}\nafter\n"
+
+
+def test_a_full_disk_leaves_what_a_link_names(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "link").symlink_to("file")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.open("/dev/full/none", os.O_RDONLY))
+    with pytest.raises(NotWritten):
+        write_atomic(tmp_path / "link", b"text")
+    assert (tmp_path / "file").read_text() == "before" and len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_place_where_no_file_can_be_made_is_told_before_the_work(tmp_path, monkeypatch):

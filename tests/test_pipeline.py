@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -221,6 +222,21 @@ def test_other_code_is_told_and_recorded(tmp_path, text, monkeypatch):
     assert result["changes"] == [{"field": "code", "before": hashlib.sha256(b"an earlier version").hexdigest()[:12], "after": now}]
     log = (path / "log.txt").read_text()
     assert log.count("WARNING: the code is another") == 1 and f"code: {result['changes'][0]['before']} -> {now}" in log
+
+
+def test_another_artifact_has_no_score_of_the_one_before(tmp_path, text):
+    """The artifact and the last checkpoint are lost; what is trained instead, here with another clip, is scored itself."""
+    recipe, path = replace(on_text(tiny("baseline", vocab_size=300, seq_len=32, steps=4), text), checkpoint_every=2), tmp_path / "run"
+    before = run(recipe, path)
+    (path / "artifact.golf").unlink()
+    shutil.rmtree(path / "checkpoints/4")
+    other = replace(recipe, optim=replace(recipe.optim, clip_norm=0.01))
+    (path / "stages.json").write_text(json.dumps(files.sealed(json.loads((path / "stages.json").read_text()) | {"recipe": to_dict(other)})))
+    (path / "config.json").write_text(json.dumps(to_dict(other)))
+    result = pipeline.run(other, Options(resume=str(path)))
+    assert result["sha256"] != before["sha256"] and (path / "log.txt").read_text().count("standard_exact") == 2
+    score = {name: e["val_bpb"] for name, e in result["evaluations"].items()}
+    assert score.keys() == before["evaluations"].keys() and score != {name: e["val_bpb"] for name, e in before["evaluations"].items()}
 
 
 def test_an_altered_config_is_found_by_the_checkpoint_alone(tmp_path, text):

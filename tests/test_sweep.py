@@ -62,7 +62,7 @@ def made_up(point, directory, *more):
     """What a run leaves that a sweep reads; the setting that cannot train ends with a complaint."""
     if point.recipe.optim.clip_norm > 50:
         return "error: clip_norm"
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     loss = 3.0 + 0.1 * point.recipe.seed - 0.01 * point.recipe.optim.clip_norm * (1 + 0.01 * point.recipe.seed)
     e = {"val_loss": loss, "val_bpb": loss / 2, "legal": True, "tokens": 1000, "bytes": 3000}
     stages = {"train": {"steps": 2, "seconds": 1.5}, "pack": {"total_bytes": 9, "code_bytes": 1}, "evaluations": {"standard": e}}
@@ -96,6 +96,9 @@ def test_table_and_going_on(tmp_path, monkeypatch, capsys):
     assert "WARNING: the runs did not run the same code" in again and "WARNING" in (folder / "sweep.md").read_text()
     assert sorted(asked) == [f"optim.clip_norm=99-seed={s}" for s in (1, 2, 3)]
     assert "6 of them finished before" in again and "optim.clip_norm=99-seed=2: error: clip_norm" in again
+    asked.clear()
+    (folder / names[0] / "stages.json").unlink()  # as advised where it was altered
+    assert sweep.main(arguments) == 1 and names[0] in asked and names[1] not in asked
     with pytest.raises(GolfError, match="holds another run .*num_layers"):
         sweep.main([*arguments, "--model.num-layers", "2"])
 

@@ -87,7 +87,7 @@ def build_documents(
     if transform not in TRANSFORMS:
         raise GolfError(f"data build: transform {transform!r} is unknown; there is {', '.join(filter(None, TRANSFORMS))}")
     directory = Path(directory)
-    if directory.exists():
+    if os.path.lexists(directory):  # also a link to nothing, which the finished folder could not replace
         raise GolfError(f"{directory}: exists already; remove it or name another directory")
     if tokenizer is None and not SMALLEST <= vocab_size <= 1 << 16:
         raise GolfError(f"data build: vocab_size={vocab_size} must lie between {SMALLEST} (bytes and control pieces) and 65,536")

@@ -175,6 +175,8 @@ def _verify_totals(
         there["train.bytes"] = _bytes(splits["train"], model, None)
     if {"repeated", "blank"} <= (text := manifest.get("text", {})).keys():
         there["text.documents"] = sum(manifest[split].get("documents", 0) for split in splits) + text["repeated"] + text["blank"]
+    if not text.get("changed", 1) and not model.caseops:  # nothing changed: every byte is counted or left out
+        there["text.bytes"] = there["train.bytes"] + there["val.bytes"] + text.get("left_out_bytes", 0)
     for name, value in there.items():
         section, _, field = name.rpartition(".")
         said = (manifest[section] if section else manifest).get(field, value)

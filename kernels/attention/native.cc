@@ -83,9 +83,9 @@ inline float dot(const float* a, const float* b, int64_t n) {
   return sum(s);
 }
 
-// 2^x to 1e-7 relative; below -126 the smallest normal number.
+// 2^x to 1e-7 relative; below -126 the smallest normal number; NaN of NaN, which must not look like a weight.
 inline Vec exp2(Vec x) {
-  x = x > -126.0f ? x : Vec{} - 126.0f;
+  x = x < -126.0f ? Vec{} - 126.0f : x;
   const Vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
   Vec p = r * 1.535336188e-4f + 1.339887440e-3f;
   p = p * r + 9.618437357e-3f;
@@ -93,7 +93,8 @@ inline Vec exp2(Vec x) {
   p = p * r + 2.402264791e-1f;
   p = p * r + 6.931472028e-1f;
   p = p * r + 1.0f;
-  return (Vec)(((Ints)shifted << 23) + (Ints)p);
+  const Vec y = (Vec)(((Ints)shifted << 23) + (Ints)p);
+  return x == x ? y : x;
 }
 
 // One head's side of a call: rows of K floats, `stride` apart.

@@ -3,6 +3,7 @@
 Compiled by this machine's C++ compiler when first asked for, and kept where jax keeps compiled programs.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,12 +19,13 @@ import jax.numpy as jnp
 
 TARGETS = {"forward": "golf_xsa_forward", "backward": "golf_xsa_backward"}
 _SOURCE = Path(__file__).with_name("native.cc")
+_PATIENCE = 300  # seconds; it takes ten
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
 
 
 def compiler() -> str:
     """The C++ compiler's command: CXX, or the first of the usual names that is there; empty where there is none."""
-    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")
+    return os.environ.get("CXX", "").strip() or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")
 
 
 @functools.cache
@@ -32,16 +34,21 @@ def load() -> None:
     if not compiler():
         raise ValueError("attention backend 'native' needs a C++ compiler: install g++ or clang++, or name one in CXX")
     command = [*compiler().split(), *_FLAGS, f"-I{jax.ffi.include_dir()}"]
-    place = Path(jax.config.values["jax_compilation_cache_dir"] or tempfile.mkdtemp(prefix="golf_jax-"))
-    library = place / f"golf_xsa-{_digest(command)}.so"
-    if not library.is_file():
-        _build(command, library)
-    try:
-        calls = ctypes.CDLL(str(library))
-    except OSError as e:
-        raise ValueError(f"attention backend 'native': {library} cannot be loaded ({e}); remove it, and it is built again") from None
-    for name in TARGETS.values():
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(calls, name)), platform="cpu")
+    name, kept = f"golf_xsa-{_digest(command)}", jax.config.values["jax_compilation_cache_dir"]
+    with tempfile.TemporaryDirectory(prefix="golf_jax-") as folder:
+        library = next((path for path in Path(kept or folder).glob(f"{name}-*.so") if path.name == _named(name, path)), None)
+        library = library or _build(command, name, Path(folder))
+        with contextlib.suppress(OSError):  # else it is built anew in every process
+            if kept and library.parent == Path(folder):
+                library = _keep(library, Path(kept))
+        try:
+            calls = ctypes.CDLL(str(library))
+        except OSError as e:
+            raise ValueError(
+                f"attention backend 'native': {library} cannot be loaded ({e}); set GOLF_JAX_CACHE to another folder"
+            ) from None
+    for target in TARGETS.values():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(calls, target)), platform="cpu")
 
 
 def _digest(command: list[str]) -> str:
@@ -56,18 +63,28 @@ def _digest(command: list[str]) -> str:
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
 
 
-def _build(command: list[str], library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # several processes may build it at once
-        made = Path(folder) / library.name
-        try:
-            done = subprocess.run([*command, str(_SOURCE), "-o", str(made)], capture_output=True, text=True)
-        except OSError as e:
-            raise ValueError(f"attention backend 'native': {command[0]} cannot be run ({e})") from None
-        if done.returncode:
-            said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
-            raise ValueError(f"attention backend 'native': {command[0]} cannot compile {_SOURCE} ({said.strip()})")
-        made.replace(library)
+def _named(name: str, library: Path) -> str:
+    """A library's file name holds the digest of its bytes: one that is cut off or damaged has another, and is built again."""
+    return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _build(command: list[str], name: str, folder: Path) -> Path:
+    made = folder / f"{name}.so"
+    try:
+        done = subprocess.run([*command, str(_SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise ValueError(f"attention backend 'native': {command[0]} cannot be run ({e})") from None
+    if done.returncode or not made.is_file():
+        said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
+        raise ValueError(f"attention backend 'native': {command[0]} cannot compile {_SOURCE} ({said.strip()})")
+    return made
+
+
+def _keep(library: Path, place: Path) -> Path:
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as beside:  # it appears whole, whichever process is first
+        copy = shutil.copy(library, beside)
+        return Path(copy).replace(place / _named(library.stem, library))
 
 
 def xsa_attention(q_BSHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *, xsa: bool, first_BS: jax.Array | None = None) -> jax.Array:

@@ -198,6 +198,18 @@ def test_causal_by_gradient_zeros(xsa, backend):
         assert not gradient[:, position + 1 :].any() and gradient[:, position].any()
 
 
+@pytest.mark.parametrize("backend", SUFFIX)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_stays_none(value, backend):
+    """One bad key: every query that sees it has no output, and no gradient; those before it are as they were."""
+    q, k, v, _ = inputs(1, 70, 2, 1, 16, "float32")
+    bad = k.at[0, 20].multiply(value)
+    attend = functools.partial(xsa_attention, xsa=True, backend=backend)
+    y, pullback = jax.vjp(attend, q, bad, v)
+    assert np.isnan(y[:, 20:]).all() and np.isfinite(y[:, :20]).all()
+    assert np.isnan(pullback(y)[0][:, 20:]).all()
+
+
 def test_xsa_output_is_orthogonal_to_the_own_value():
     q, k, v, _ = inputs(2, 64, 4, 2, 32)
     y = jax.jit(functools.partial(xsa_attention, xsa=True))(q, k, v)

@@ -51,13 +51,32 @@ def test_a_compiler_that_fails_is_told_when_the_model_is_resolved(unloaded, monk
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(GolfError, match=f"model.attention: .*{message}.*auto and xla need none"):
         resolve(ModelConfig(attention="native"), "cpu")
-    assert not [path for path in unloaded.iterdir() if path.suffix == ".so"]
+    assert not [*unloaded.glob("*")]
 
 
-def test_a_damaged_library_is_told(unloaded, monkeypatch):
-    monkeypatch.setattr(native, "_build", lambda command, library: (library.parent.mkdir(), library.write_bytes(b"no library")))
-    with pytest.raises(ValueError, match="cannot be loaded .* remove it"):
-        native.load()
+@pytest.mark.parametrize("left", [lambda whole: whole[:3000], lambda whole: whole.replace(b"\x01", b"\x02", 1), lambda whole: b""])
+def test_a_damaged_library_is_built_again(unloaded, left):
+    native.load()
+    (library,) = unloaded.iterdir()
+    whole = library.read_bytes()
+    library.unlink()  # not written over: this process has it loaded
+    library.write_bytes(left(whole))
+    native.load.cache_clear()
+    native.load()
+    assert whole in [path.read_bytes() for path in unloaded.iterdir()]
+
+
+def test_a_place_that_keeps_nothing_is_no_hindrance(unloaded, monkeypatch):
+    unloaded.write_text("a file")
+    native.load()
+
+
+def test_a_compiler_that_hangs_or_makes_nothing_is_told(unloaded, monkeypatch):
+    monkeypatch.setattr(native, "_PATIENCE", 0.2)
+    for command, message in ((f"{sys.executable} -c while(1):pass", "timed out"), (f"{sys.executable} -c 0", "exit status 0")):
+        monkeypatch.setenv("CXX", command)
+        with pytest.raises(ValueError, match=message):
+            native.load()
 
 
 def test_without_a_compiler_the_need_is_told(monkeypatch):
