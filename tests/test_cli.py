@@ -169,7 +169,11 @@ def test_a_glob_that_the_shell_has_replaced_is_told(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--data.train", "d/a.bin", "d/b.bin", "--seed", "1"])
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda argv: pytest.fail("ran"))
-    assert stopped.value.code == 2 and "give it in quotes: --data.train 'd/...'" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "put it in quotes: --data.train 'd/...'" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["x", "--val", "d/val_*.bin", "artifact.golf"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda argv: 0)
+    assert stopped.value.code == 0
 
 
 def test_a_closed_standard_input_is_an_empty_one():
