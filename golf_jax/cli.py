@@ -174,7 +174,9 @@ def _refuse_slips(argv: Sequence[str]) -> None:
     which must not start another run; `~` as it stands, which would become a folder of that name; several files of a glob."""
     for before, flag, word in zip(["", "", *argv], ["", *argv], argv, strict=False):
         if before in GLOBS and not word.startswith("-"):
-            raise GolfError(f"{before}: the shell has made several files of the glob; give it in quotes: {before} '{Path(flag).parent}/...'")
+            raise GolfError(
+                f"{before}: the shell has made several files of the glob; give it in quotes: {before} '{Path(flag).parent}/...'"
+            )
         name, mark, value = word.partition("=")
         if name.startswith("--") and mark:
             flag, word = name, value

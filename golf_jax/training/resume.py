@@ -69,7 +69,9 @@ def check_same_recipe(meta: dict[str, Any], recipe: dict[str, Any], changes: lis
     known = FREE + tuple(change["field"] for change in changes)
     for field, there, here in differences(meta["recipe"], recipe):
         if not _within(field, known):
-            raise GolfError(f"checkpoint {meta['step']} is another run's: {field} is {there!r} there and {here!r} in config.json; remove it")
+            raise GolfError(
+                f"checkpoint {meta['step']} is another run's: {field} is {there!r} there and {here!r} in config.json; remove it"
+            )
 
 
 def stages_to_repeat(changes: list[dict[str, Any]]) -> tuple[str, ...]:
