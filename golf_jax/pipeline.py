@@ -26,7 +26,7 @@ from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.artifact.code import bundle, raw_code_bytes
 from golf_jax.artifact.ledger import estimate_bytes
 from golf_jax.artifact.model import Packed, pack_model
-from golf_jax.config import CAP_BYTES, GolfError, Recipe, named, recipe_names, to_dict
+from golf_jax.config import CAP_BYTES, GolfError, Recipe, recipe_names, to_dict
 from golf_jax.data import make_loader
 from golf_jax.data.identity import difference
 from golf_jax.data.prefetch import local_rows
@@ -255,8 +255,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
             raise GolfError(f"{run.path}: no checkpoint: nothing to go on from; start it again with: {start_again(run.path, mesh.size)}")
         if what := difference(found.meta["text"], plan.text.identity):
             raise GolfError(f"--resume {run.path}: the data are not those of checkpoint {found.step}: {what}")
-        with named(str(run.path)):
-            check_same_recipe(found.meta, facts["recipe"], run.record.get("changes", []))
+        check_same_recipe(run.path, found.meta, facts["recipe"], run.record.get("changes", []))
         if found.meta["dtype"] != recipe.model.dtype:
             raise GolfError(f"--resume {run.path}: was trained in {found.meta['dtype']}; give --model.dtype {found.meta['dtype']}")
         done = run.record.get("train")
@@ -334,7 +333,6 @@ def pack(plan: Plan, run: RunDir, signals: Signals, trained: Trained, code_bytes
         "sha256": hashlib.sha256(packed.data).hexdigest(),
     }
     with signals.held():  # one is worth nothing without the other
-        run.record.pop("evaluations", None)  # of the artifact before, whose bytes may have been others
         run.write("artifact.golf", packed.data)
         run.note("pack", facts)
     return packed
