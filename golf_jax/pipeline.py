@@ -50,7 +50,7 @@ from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
 from golf_jax.training.phases import phases
-from golf_jax.training.resume import changed, devices_of, stages_to_repeat, stored_recipe
+from golf_jax.training.resume import changed, check_same_recipe, devices_of, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, go_on, kept, new_path, read_json, start_again
 from golf_jax.training.state import graph, state_shapes
 from golf_jax.training.step import compile_step
@@ -255,6 +255,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
             raise GolfError(f"{run.path}: no checkpoint: nothing to go on from; start it again with: {start_again(run.path, mesh.size)}")
         if what := difference(found.meta["text"], plan.text.identity):
             raise GolfError(f"--resume {run.path}: the data are not those of checkpoint {found.step}: {what}")
+        check_same_recipe(run.path, found.meta, facts["recipe"], run.record.get("changes", []))
         if found.meta["dtype"] != recipe.model.dtype:
             raise GolfError(f"--resume {run.path}: was trained in {found.meta['dtype']}; give --model.dtype {found.meta['dtype']}")
         done = run.record.get("train")
@@ -332,7 +333,6 @@ def pack(plan: Plan, run: RunDir, signals: Signals, trained: Trained, code_bytes
         "sha256": hashlib.sha256(packed.data).hexdigest(),
     }
     with signals.held():  # one is worth nothing without the other
-        run.record.pop("evaluations", None)  # of the artifact before, whose bytes may have been others
         run.write("artifact.golf", packed.data)
         run.note("pack", facts)
     return packed

@@ -231,8 +231,13 @@ def test_another_artifact_has_no_score_of_the_one_before(tmp_path, text):
     (path / "artifact.golf").unlink()
     shutil.rmtree(path / "checkpoints/4")
     other = replace(recipe, optim=replace(recipe.optim, clip_norm=0.01))
-    (path / "stages.json").write_text(json.dumps(files.sealed(json.loads((path / "stages.json").read_text()) | {"recipe": to_dict(other)})))
+    stages = json.loads((path / "stages.json").read_text()) | {"recipe": to_dict(other)}
     (path / "config.json").write_text(json.dumps(to_dict(other)))
+    (path / "stages.json").write_text(json.dumps(files.sealed(stages)))
+    with pytest.raises(GolfError, match="checkpoint 2 is another run's: optim.clip_norm is .* there and 0.01 in config.json"):
+        pipeline.run(other, Options(resume=str(path)))
+    change = {"field": "optim.clip_norm", "before": recipe.optim.clip_norm, "after": 0.01}
+    (path / "stages.json").write_text(json.dumps(files.sealed(stages | {"changes": [change]})))
     result = pipeline.run(other, Options(resume=str(path)))
     assert result["sha256"] != before["sha256"] and (path / "log.txt").read_text().count("standard_exact") == 2
     score = {name: e["val_bpb"] for name, e in result["evaluations"].items()}

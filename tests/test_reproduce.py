@@ -15,6 +15,7 @@ import pytest
 from golf_jax import reproduce
 from golf_jax.config import GolfError
 from golf_jax.interop.conformity import problems
+from golf_jax.interop.reference import Set
 
 # Arrays and facts that the sets hold, portable and full: none may be left out.
 HELD = {"pr372": (409, 1_767), "pr562": (583, 2_097), "pr638": (484, 2_289), "pr1182": (430, 1_946), "pr2005": (610, 2_310)}
@@ -181,12 +182,25 @@ def test_what_is_wrong_with_the_input_is_said(references, tmp_path):
     with pytest.raises(GolfError, match="cut.npz: not a readable npz file"):
         reproduce.reproduce(tmp_path / "cut.npz")
     path = rewritten(references, tmp_path, **{"model/main/tokens": lambda tokens: np.array("text")})
-    with pytest.raises(GolfError, match="set.npz: model/main: not what the format asks for"):
+    with pytest.raises(GolfError, match="set.npz: entry 'model/main/tokens' is <U4; tokens and segments are integers"):
         reproduce.reproduce(path, "model")
     arrays = {k: v for k, v in np.load(references / "pr638.npz").items() if k != "params/main/smear.gate"}
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(GolfError, match="missing smear.gate"):
         reproduce.reproduce(tmp_path / "set.npz", "model")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("model/main/tokens", lambda tokens: tokens + 0.5, "'model/main/tokens' is float64; tokens and segments are integers"),
+        ("reference", lambda text: np.array(str(text).replace('"cases": {', '"cases": {"x": [1], ', 1)), "an object for every case"),
+    ],
+)
+def test_what_only_looks_like_a_set_is_refused(references, tmp_path, key, change, message):
+    """Numbers that would be rounded to tokens, a list in place of a case's settings."""
+    with pytest.raises(GolfError, match=message):
+        Set(rewritten(references, tmp_path, **{key: change}))
 
 
 def test_a_bomb_is_refused_before_it_is_decompressed(tmp_path):

@@ -90,6 +90,8 @@ class Set:
             section, case, item = ([*key.split("/", 2), "", ""])[:3]
             if f"{section}/{case}" not in self.items or not item:
                 raise GolfError(f"{self.path}: entry {key!r} belongs to no case that reference.json lists")
+            if item.partition("@")[0] in ("tokens", "warmup_tokens", "segments", "cu_seqlens") and array.dtype.kind not in "iu":
+                raise GolfError(f"{self.path}: entry {key!r} is {array.dtype}; tokens and segments are integers")
             self.items[f"{section}/{case}"][item] = array
 
     @cached_property
@@ -146,8 +148,10 @@ def _read_json(text: str, path: Path) -> dict[str, Any]:
     try:
         if found.get("format") != 1:
             raise GolfError(f"{path}: format is {found.get('format')!r}, this reader knows 1")
-        if not all(isinstance(s["cases"], dict) for s in found["sections"].values()) or not isinstance(found["recipe"], str):
-            raise GolfError(f"{path}: reference.json: sections hold `cases`, and `recipe` is a name")
+        if not isinstance(found["recipe"], str):
+            raise GolfError(f"{path}: reference.json: `recipe` is a name")
+        if odd := [n for n, s in found["sections"].items() if not all(isinstance(case, dict) for case in s["cases"].values())]:
+            raise GolfError(f"{path}: reference.json: section {odd[0]!r}: `cases` holds an object for every case")
         return found
     except (AttributeError, KeyError, TypeError) as e:
         raise GolfError(f"{path}: reference.json is not what the format asks for ({type(e).__name__}: {e})") from None

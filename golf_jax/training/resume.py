@@ -64,6 +64,16 @@ def changed(stored: Recipe, recipe: Recipe, accept: tuple[str, ...], path: str |
     return [{"field": field, "before": before, "after": after} for field, before, after in found]
 
 
+def check_same_recipe(path: Path, meta: dict[str, Any], recipe: dict[str, Any], changes: list[dict[str, Any]]) -> None:
+    """GolfError if a checkpoint was made by a recipe that differs from the run's in what no resume of it has changed: another run's."""
+    known = FREE + tuple(change["field"] for change in changes)
+    for field, there, here in differences(meta["recipe"], recipe):
+        if not _within(field, known):
+            raise GolfError(
+                f"checkpoint {meta['step']} is another run's: {field} is {there!r} there and {here!r} in config.json; remove it"
+            )
+
+
 def stages_to_repeat(changes: list[dict[str, Any]]) -> tuple[str, ...]:
     """The finished stages that `changes` make void."""
     if any(not _within(c["field"], FREE) for c in changes):

@@ -227,7 +227,11 @@ class RunDir:
         self._keep_metrics(lambda row: isinstance(row.get("step"), int) and row["step"] < step)
 
     def drop_scores(self, packed: bool) -> None:
-        """Drop the rows of scores that are to be found again: all of a model that is not `packed`, else those that were not noted."""
+        """Drop the rows of scores that are to be found again: all of a model that is not `packed`, else those that were not noted.
+
+        What was noted is of the artifact before, whose bytes may have been others."""
+        if not packed:
+            self.record.pop("evaluations", None)
         done = [("pre_quantization", None), *(("packed", mode) for mode in self.record.get("evaluations", {}))] if packed else []
 
         def keep(row: dict[str, Any]) -> bool:

@@ -28,6 +28,7 @@ constexpr float LN2 = 0.693147181f;
 
 typedef float Vec __attribute__((vector_size(4 * W), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4)));
+typedef uint32_t Bits __attribute__((vector_size(4 * W), aligned(4)));
 
 const Ints IOTA = [] { Ints x; for (int i = 0; i < W; ++i) x[i] = i; return x; }();
 
@@ -83,7 +84,8 @@ inline float dot(const float* a, const float* b, int64_t n) {
   return sum(s);
 }
 
-// 2^x to 1e-7 relative; below -126 the smallest normal number; NaN of NaN, which must not look like a weight.
+// 2^x to 1e-7 relative; below -126 the smallest normal number; above 127 anything, which only unseen keys have; NaN of NaN, which must not
+// look like a weight.
 inline Vec exp2(Vec x) {
   x = x < -126.0f ? Vec{} - 126.0f : x;
   const Vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
@@ -93,7 +95,7 @@ inline Vec exp2(Vec x) {
   p = p * r + 2.402264791e-1f;
   p = p * r + 6.931472028e-1f;
   p = p * r + 1.0f;
-  const Vec y = (Vec)(((Ints)shifted << 23) + (Ints)p);
+  const Vec y = (Vec)(((Bits)shifted << 23) + (Bits)p);
   return x == x ? y : x;
 }
 
