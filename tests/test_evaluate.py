@@ -146,6 +146,12 @@ def test_mistakes_are_told_in_one_line(argv, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("attention", ["native", "pallas"])
+def test_an_attention_backend_that_does_not_run_here_is_refused(folder, attention):
+    with pytest.raises(GolfError, match=f"'{attention}' does not run on cpu with head_dim 8"):
+        evaluate.main(arguments(folder, "--attention", attention))
+
+
 def test_negative_limits_are_refused():
     for name in ("max_docs", "max_tokens", "stride", "batch_rows"):
         with pytest.raises(GolfError, match=f"--{name.replace('_', '-')} must not be negative, got -1"):
