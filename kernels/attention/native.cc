@@ -1,8 +1,9 @@
 // Causal grouped-query attention with the XSA epilogue on a CPU, float32: forward and backward.
 //
-// One task per sequence and kv head, in the threads of XLA. In each, blocks of queries meet the keys that they see; scores stay in the cache and are computed again in the backward
-// pass. Every product is one `tile` of registers: left operand read by broadcast, right operand in rows of vectors. Scores are in units of
-// log2, so that exp2 is all that is needed. B batch, S queries (the last S of T positions), H query heads, G kv heads, K head_dim.
+// One task per sequence and kv head, in the threads of XLA. In each, blocks of queries meet the keys that they see; scores stay in the
+// cache and are computed again in the backward pass. Every product is one `tile` of registers: left operand read by broadcast, right
+// operand in rows of vectors. Scores are in units of log2, so that exp2 is all that is needed.
+// B batch, S queries (the last S of T positions), H query heads, G kv heads, K head_dim.
 
 #include <algorithm>
 #include <atomic>
