@@ -8,6 +8,7 @@ import tyro
 
 from golf_jax import cli
 from golf_jax.config.base import check
+from golf_jax.config.model import Attention
 from golf_jax.files import check_target, json_text, write_atomic
 from golf_jax.progress import to_screen
 
@@ -44,8 +45,8 @@ class Options:
     """Windows per device and forward pass (0: the recipe's, or automatic); lower it when memory runs out."""
     devices: int = 0
     """Devices to use (0: all). Of a CPU this many are made (0: about one per core)."""
-    attention: Literal["", "xla", "native", "pallas", "cudnn"] = ""
-    """Attention backend to score with (default: the one that the model was trained with, or what this machine gets)."""
+    attention: Attention | None = None
+    """Attention backend to score with; auto: what this machine gets (default: the one that the model was trained with)."""
     json: str = ""
     """Write the result to this file, too."""
     recipe: str = ""

@@ -7,6 +7,8 @@ from golf_jax.config.base import check, check_finite, not_negative, positive
 
 MAX_LAYERS = 1024  # executed ones; of artifacts from elsewhere, too
 
+Attention = Literal["auto", "xla", "native", "pallas", "cudnn"]  # backends of kernels/attention
+
 
 @dataclass(frozen=True)
 class FakeQuantConfig:
@@ -105,7 +107,7 @@ class ModelConfig:
     """Parameters that `numerics = "as_run"` keeps in bfloat16 (with their AdamW moments), as the records do."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activation dtype; `auto` is bfloat16 on accelerators and float32 on CPU."""
-    attention: Literal["auto", "xla", "native", "pallas", "cudnn"] = "auto"
+    attention: Attention = "auto"
     """Attention backend; `auto` picks by platform (CPU: `xla`; `native` is faster and needs a C++ compiler). What is named is what runs,
     or an error."""
 
