@@ -38,7 +38,7 @@ from golf_jax.files import NotWritten, read_bytes
 from golf_jax.interrupt import Interrupted, Signals, catching
 from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import Model as Network
-from golf_jax.model import count, resolve, to_tensors
+from golf_jax.model import choose, count, resolve, to_tensors
 from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
 from golf_jax.plan import border, check_data, check_devices, check_plan, check_text
@@ -87,11 +87,11 @@ def check(recipe: Recipe, options: Options) -> Plan:
     mesh = make_mesh(options.devices or (min(before, jax.device_count()) if jax.process_count() == 1 else 0))
     # A backend that was asked for by name is used everywhere or refused here; `auto` may be another one where scoring needs the mask.
     masked = d.packed or (recipe.model.attention != "auto" and not {"packed", "documents"}.isdisjoint(methods_of(recipe.eval)))
-    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked))
-    check_devices(resolved, mesh.size)
+    check_devices(replace(recipe, model=choose(recipe.model, platform(mesh), documents=masked)), mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
     check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)
-    return Plan(recipe, resolved, mesh, text)
+    # Only now, as a compiler that it may have to wait for began above.
+    return Plan(recipe, replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked)), mesh, text)
 
 
 def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa: B008 - frozen
@@ -136,7 +136,10 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.write("config.json", to_dict(plan.asked))
     run.track(options.tracker, to_dict(plan.asked))
     run.write(
-        "environment.json", environment() | {"devices_used": plan.mesh.size, "text": plan.text.identity, "data": to_dict(recipe.data)}
+        "environment.json",
+        environment()
+        | {"devices_used": plan.mesh.size, "attention": recipe.model.attention}
+        | {"text": plan.text.identity, "data": to_dict(recipe.data)},
     )
     run.write("tokenizer.model", plan.text.tokenizer.model)
     by_name = {f"golf_jax.configs.{recipe.name}": recipe.name in recipe_names(), "golf_jax.data.corpus": recipe.data.train == "embedded"}
@@ -148,7 +151,8 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.write("code.pyz", code)
     run.log(f"golf_jax {recipe.name} in {run.path}")
     run.log(
-        f"on {plan.mesh.size} {platform(plan.mesh)} device(s), {recipe.model.dtype}, Python {host.python_version()}, jax {jax.__version__}"
+        f"on {plan.mesh.size} {platform(plan.mesh)} device(s), {recipe.model.dtype}, attention {recipe.model.attention}, "
+        f"Python {host.python_version()}, jax {jax.__version__}"
     )
     run.log(f"model_params:{count(recipe.model)} batch_tokens:{recipe.data.batch_tokens} val_tokens:{len(plan.text.val_tokens)} "
             f"val_bytes_checked:{plan.text.val_bytes}")  # fmt: skip

@@ -133,12 +133,13 @@ def cache_directory() -> Path:
             raise PermissionError(f"{place} belongs to someone else")
     except OSError as error:
         raise GolfError(f"no place for a cache ({reason}; {error}); set GOLF_JAX_CACHE to a directory") from None
-    _say_once(f"cache: {place} ({reason}); GOLF_JAX_CACHE names a lasting one")
+    say_once(f"cache: {place} ({reason}); GOLF_JAX_CACHE names a lasting one")
     return place
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def say_once(line: str) -> None:
+    """Print a line on stderr, the first time in this process."""
     print(line, file=sys.stderr)
 
 

@@ -3,9 +3,10 @@
 from golf_jax.model.gpt import GPT, head_softcap, hidden, logits, nll
 from golf_jax.model.model import Model
 from golf_jax.model.params import Params, count, from_tensors, init_params, leaves, to_tensors
-from golf_jax.model.platforms import resolve
+from golf_jax.model.platforms import choose, resolve
 
 __all__ = [
+    "choose",
     "GPT",
     "Model",
     "Params",

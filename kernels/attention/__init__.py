@@ -2,7 +2,7 @@
 
 One operation, `xsa_attention`, and four backends. What is asked for is what runs, or an error:
 - `xla`     the reference (`reference.py`): any platform, any shape, also a suffix of the queries.
-- `native`  on a CPU, float32: C++ (`native.cc`) that this machine's compiler builds when it is first asked for; also a suffix.
+- `native`  on a CPU, float32: C++ (`native.cc`) that this machine's compiler builds when it is first needed; also a suffix.
 - `pallas`  on NVIDIA Hopper our fused Mosaic GPU kernels (`mosaic_gpu.py`), bf16 or fp16; on a TPU the shipped splash
             attention followed by the XSA custom_vjp (`splash_tpu.py`).
 - `cudnn`   cuDNN's fused attention through jax.nn.dot_product_attention, then the XSA custom_vjp (`cudnn.py`).
@@ -88,7 +88,7 @@ def supported_backends(platform: str, head_dim: int, dtype, *, documents: bool =
     """
     name, half = jax.numpy.dtype(dtype).name, jax.numpy.dtype(dtype).itemsize == 2
     if platform == "cpu":
-        return ("xla", "native") if name == "float32" and head_dim % 16 == 0 and native.compiler() else ("xla",)
+        return ("native", "xla") if name == "float32" and head_dim % 16 == 0 and native.compiler() else ("xla",)
     if platform == "tpu":
         return ("pallas", "xla") if name in ("bfloat16", "float32") and (head_dim == 64 or head_dim % 128 == 0) else ("xla",)
     if platform in ("gpu", "cuda"):
@@ -98,15 +98,16 @@ def supported_backends(platform: str, head_dim: int, dtype, *, documents: bool =
     raise ValueError(f"unknown platform {platform!r}: expected cpu, gpu, cuda or tpu")
 
 
+def begin(backend: str) -> None:
+    """Let a compiler begin with what `prepare` waits for."""
+    if backend == "native":
+        native.begin()
+
+
 def prepare(backend: str) -> None:
-    """Build what the backend needs before anything is traced. Raises ValueError."""
+    """Have ready what the backend needs, before anything is traced. Raises ValueError."""
     if backend == "native":
         native.load()
-
-
-def default_backend(platform: str, head_dim: int, dtype, *, documents: bool = False) -> str:
-    """The first of `supported_backends`."""
-    return supported_backends(platform, head_dim, dtype, documents=documents)[0]
 
 
 def assert_backend(hlo_text: str, backend: str) -> None:

@@ -1,19 +1,22 @@
 """XSA attention on a CPU in C++ (`native.cc`), called through XLA's typed FFI: 0.42 to 0.62 of the time of `xla` with
 all gradients (benchmarks/README.md).
 
-Compiled by this machine's C++ compiler when first asked for, and kept where jax keeps compiled programs.
+Compiled by this machine's C++ compiler when first asked for, and kept where jax keeps compiled programs, or beside Python's own.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -31,26 +34,64 @@ def compiler() -> str:
 
 
 @functools.cache
-def load() -> None:
-    """Build the library where it is not built yet, and register its two calls. Raises ValueError: no compiler, or it fails."""
+def begin() -> Callable[[], str]:
+    """Let the compiler begin where the library is not built yet. What is returned waits for it and says what went wrong, else nothing."""
+    command, (first, *others) = [*compiler().split(), *_FLAGS, f"-I{jax.ffi.include_dir()}"], _places()
     if not compiler():
-        raise ValueError("attention backend 'native' needs a C++ compiler: install g++ or clang++, or name one in CXX")
-    command = [*compiler().split(), *_FLAGS, f"-I{jax.ffi.include_dir()}"]
-    name, kept = f"golf_xsa-{_digest(command)}", jax.config.values["jax_compilation_cache_dir"]
-    with tempfile.TemporaryDirectory(prefix="golf_jax-") as folder:
-        library = next((path for path in Path(kept or folder).glob(f"{name}-*.so") if path.name == _named(name, path)), None)
-        library = library or _build(command, name, Path(folder))
-        with contextlib.suppress(OSError):  # else it is built anew in every process
-            if kept and library.parent == Path(folder):
-                library = _keep(library, Path(kept))
-        try:
-            calls = ctypes.CDLL(str(library))
-        except OSError as e:
-            raise ValueError(
-                f"attention backend 'native': {library} cannot be loaded ({e}); set GOLF_JAX_CACHE to another folder"
-            ) from None
+        return lambda: "attention backend 'native' needs a C++ compiler: install g++ or clang++, or name one in CXX"
+    name = f"golf_xsa-{_digest(command)}"
+    for path in (path for place in (first, *others) for path in place.glob(f"{name}-*.so")):
+        if path.name == _named(name, path):
+            return functools.cache(functools.partial(_register, path))
+    print(f"native attention: compiled once by {command[0]}, a few seconds", file=sys.stderr, flush=True)
+    folder = tempfile.TemporaryDirectory(prefix="golf_jax-")  # goes with the process, or with what waits for the library
+    made = Path(folder.name) / f"{name}.so"
+    try:
+        process = subprocess.Popen([*command, str(_SOURCE), "-o", str(made)], stderr=subprocess.PIPE, text=True)
+    except OSError as e:
+        told = f"attention backend 'native': {command[0]} cannot be run ({e})"
+        return lambda: told
+    atexit.register(process.kill)
+
+    @functools.cache
+    def wait() -> str:
+        with folder:
+            try:
+                said = process.communicate(timeout=_PATIENCE)[1]
+            except subprocess.TimeoutExpired as e:
+                process.kill()
+                return f"attention backend 'native': {command[0]} cannot be run ({e})"
+            if process.returncode or not made.is_file():
+                said = next((line for line in said.splitlines() if "error" in line), f"exit status {process.returncode}")
+                return f"attention backend 'native': {command[0]} cannot compile {_SOURCE} ({said.strip()})"
+            kept = made
+            with contextlib.suppress(OSError):  # else it is built anew in every process
+                kept = _keep(made, first)
+            return _register(kept)
+
+    return wait
+
+
+def load() -> None:
+    """Have the library's two calls registered, built if need be. Raises ValueError: no compiler, or it fails."""
+    if wrong := begin()():
+        raise ValueError(wrong)
+
+
+def _places() -> list[Path]:
+    """Where a library may lie, the first where it is kept: with jax's compiled programs if they are, and with Python's own."""
+    programs, beside = jax.config.values["jax_compilation_cache_dir"], importlib.util.cache_from_source(str(_SOURCE))
+    return [*([Path(programs)] if programs else []), Path(beside).parent]
+
+
+def _register(library: Path) -> str:
+    try:
+        calls = ctypes.CDLL(str(library))
+    except OSError as e:
+        return f"attention backend 'native': {library} cannot be loaded ({e}); set GOLF_JAX_CACHE to another folder"
     for target in TARGETS.values():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(calls, target)), platform="cpu")
+    return ""
 
 
 def _digest(command: list[str]) -> str:
@@ -68,19 +109,6 @@ def _digest(command: list[str]) -> str:
 def _named(name: str, library: Path) -> str:
     """A library's file name holds the digest of its bytes: one that is cut off or damaged has another, and is built again."""
     return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
-
-
-def _build(command: list[str], name: str, folder: Path) -> Path:
-    made = folder / f"{name}.so"
-    print(f"native attention: compiled once by {command[0]}, a few seconds", file=sys.stderr, flush=True)
-    try:
-        done = subprocess.run([*command, str(_SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_PATIENCE)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        raise ValueError(f"attention backend 'native': {command[0]} cannot be run ({e})") from None
-    if done.returncode or not made.is_file():
-        said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
-        raise ValueError(f"attention backend 'native': {command[0]} cannot compile {_SOURCE} ({said.strip()})")
-    return made
 
 
 def _keep(library: Path, place: Path) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from golf_jax.kernels.attention import assert_backend, default_backend, mosaic_gpu, native, splash_tpu, supported_backends, xsa_attention
+from golf_jax.kernels.attention import assert_backend, mosaic_gpu, native, splash_tpu, supported_backends, xsa_attention
 from golf_jax.kernels.attention.xsa import exclude_self_value
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
@@ -271,20 +271,19 @@ def test_kernels_refuse_what_they_do_not_have(module, dtype, head_dim, message):
         module.xsa_attention(*arrays, xsa=True)
 
 
-def test_default_backends(monkeypatch):
+def test_backends_of_a_platform_best_first(monkeypatch):
     monkeypatch.setenv("CXX", "c++")
-    assert supported_backends("cpu", 64, jnp.float32) == ("xla", "native")
-    assert supported_backends("cpu", 24, jnp.float32) == ("xla",)
+    assert supported_backends("cpu", 64, jnp.float32) == ("native", "xla")
+    assert supported_backends("cpu", 24, jnp.float32) == supported_backends("cpu", 64, jnp.bfloat16) == ("xla",)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX")
     assert supported_backends("cpu", 64, jnp.float32) == ("xla",)  # no compiler
-    assert default_backend("cpu", 64, jnp.bfloat16) == "xla"
-    assert default_backend("cuda", 64, jnp.float32) == "xla"
+    assert supported_backends("cuda", 64, jnp.float32) == ("xla",)
     assert supported_backends("gpu", 64, jnp.bfloat16) == ("cudnn", "pallas", "xla")
     assert supported_backends("gpu", 64, jnp.bfloat16, documents=True) == ("pallas", "xla")
-    assert default_backend("tpu", 64, jnp.bfloat16) == "pallas"
+    assert supported_backends("tpu", 64, jnp.bfloat16) == ("pallas", "xla")
     with pytest.raises(ValueError, match="unknown platform"):
-        default_backend("rocm", 64, jnp.bfloat16)
+        supported_backends("rocm", 64, jnp.bfloat16)
 
 
 def test_program_text_is_checked_for_the_backend():

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
 
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import native
-from golf_jax.model import resolve
+from golf_jax.model import choose, resolve
 
 needs_compiler = pytest.mark.skipif(not native.compiler(), reason="no C++ compiler on this machine")
 
@@ -20,21 +21,28 @@ def unloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "_SOURCE", tmp_path / "small.cc")
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
-    native.load.cache_clear()
+    native.begin.cache_clear()
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *a, **k: None)  # other tests use those that are registered
     yield tmp_path / "xla"
     jax.config.update("jax_compilation_cache_dir", before)
-    native.load.cache_clear()
+    native.begin.cache_clear()
 
 
 @needs_compiler
 def test_built_once_and_kept_with_the_compiled_programs(unloaded, monkeypatch):
     native.load()
     (library,) = unloaded.iterdir()
-    native.load.cache_clear()
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("built twice"))
+    native.begin.cache_clear()
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("built twice"))
     native.load()
     assert [*unloaded.iterdir()] == [library]
+
+
+@needs_compiler
+def test_without_a_cache_it_lies_where_python_keeps_compiled_modules(unloaded):
+    jax.config.update("jax_compilation_cache_dir", None)
+    native.load()
+    assert [path.suffix for path in (unloaded.parent / "__pycache__").iterdir()] == [".so"]
 
 
 def test_another_compiler_builds_its_own(monkeypatch):
@@ -59,6 +67,21 @@ def test_a_compiler_that_fails_is_told_when_the_model_is_resolved(unloaded, monk
     assert not [*unloaded.glob("*")]
 
 
+def test_auto_does_without_a_compiler_that_fails_and_says_so_once(unloaded, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", f"{sys.executable} -c raise(SystemExit(4))")
+    assert choose(ModelConfig(), "cpu").attention == "native"
+    for _ in range(2):
+        assert resolve(ModelConfig(), "cpu").attention == "xla"
+    assert capsys.readouterr().err.count("exit status 4): xla computes attention") == 1
+
+
+def test_the_compiler_works_while_something_else_is_done(unloaded, monkeypatch):
+    monkeypatch.setenv("CXX", f"{sys.executable} -c __import__('time').sleep(60)")
+    begun = time.monotonic()
+    choose(ModelConfig(), "cpu")
+    assert time.monotonic() - begun < 30
+
+
 @needs_compiler
 @pytest.mark.parametrize("left", [lambda whole: whole[:3000], lambda whole: whole.replace(b"\x01", b"\x02", 1), lambda whole: b""])
 def test_a_damaged_library_is_built_again(unloaded, left):
@@ -67,7 +90,7 @@ def test_a_damaged_library_is_built_again(unloaded, left):
     whole = library.read_bytes()
     library.unlink()  # not written over: this process has it loaded
     library.write_bytes(left(whole))
-    native.load.cache_clear()
+    native.begin.cache_clear()
     native.load()
     assert whole in [path.read_bytes() for path in unloaded.iterdir()]
 
@@ -82,6 +105,7 @@ def test_a_compiler_that_hangs_or_makes_nothing_is_told(unloaded, monkeypatch):
     monkeypatch.setattr(native, "_PATIENCE", 0.2)
     for command, message in ((f"{sys.executable} -c while(1):pass", "timed out"), (f"{sys.executable} -c 0", "exit status 0")):
         monkeypatch.setenv("CXX", command)
+        native.begin.cache_clear()
         with pytest.raises(ValueError, match=message):
             native.load()
 
