@@ -38,13 +38,18 @@ def ahead(make: Callable[..., Any], *args: Any) -> None:
 
     What goes wrong there is told where the program is asked for, by the call that then makes it again.
     """
-
-    def quietly() -> None:
-        with contextlib.suppress(Exception):
-            make(*args)
-
     if _pool is not None:
-        _asked.append(_pool.submit(quietly))
+        _asked.append(_pool.submit(_quietly, make, *args))
+
+
+def beside(make: Callable[..., Any], *args: Any) -> None:
+    """`ahead` in a thread of its own, while nothing else keeps the cores busy. A process that ends before it is done waits for it."""
+    threading.Thread(target=_quietly, args=(make, *args), name="compile").start()
+
+
+def _quietly(make: Callable[..., Any], *args: Any) -> None:
+    with contextlib.suppress(Exception):
+        make(*args)
 
 
 def all_made() -> None:

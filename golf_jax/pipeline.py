@@ -21,7 +21,7 @@ import zstandard
 from jax.sharding import Mesh
 
 from golf_jax import evaluation
-from golf_jax.ahead import ahead, compiling_ahead
+from golf_jax.ahead import ahead, beside, compiling_ahead
 from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.artifact.code import bundle, raw_code_bytes
 from golf_jax.artifact.ledger import estimate_bytes
@@ -52,7 +52,7 @@ from golf_jax.training.memory import fitted
 from golf_jax.training.phases import phases
 from golf_jax.training.resume import changed, check_same_recipe, devices_of, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, go_on, kept, new_path, read_json, start_again
-from golf_jax.training.state import graph, state_shapes
+from golf_jax.training.state import compile_init, graph, state_shapes
 from golf_jax.training.step import compile_step
 from golf_jax.training.trackers import check_tracker
 
@@ -88,10 +88,19 @@ def check(recipe: Recipe, options: Options) -> Plan:
     # A backend that was asked for by name is used everywhere or refused here; `auto` may be another one where scoring needs the mask.
     masked = d.packed or (recipe.model.attention != "auto" and not {"packed", "documents"}.isdisjoint(methods_of(recipe.eval)))
     check_devices(replace(recipe, model=choose(recipe.model, platform(mesh), documents=masked)), mesh.size)
+    if d.train == "embedded" and not options.resume:  # a text that is not refused: no error has to wait for a compiler
+        beside(_first_programs, recipe, mesh, masked)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
     check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)
     # Only now, as a compiler that it may have to wait for began above.
     return Plan(recipe, replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked)), mesh, text)
+
+
+def _first_programs(recipe: Recipe, mesh: Mesh, masked: bool) -> None:
+    recipe = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked))
+    compile_init(recipe, mesh)
+    if recipe.micro_rows != "auto":
+        compile_step(graph(recipe), mesh, phases(recipe)[0])
 
 
 def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa: B008 - frozen

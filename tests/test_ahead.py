@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from golf_jax.ahead import ahead, all_made, compiling_ahead, kept
+from golf_jax.ahead import ahead, all_made, beside, compiling_ahead, kept
 
 
 def test_what_two_threads_ask_for_is_made_once():
@@ -51,3 +51,20 @@ def test_without_threads_nothing_is_begun():
     with compiling_ahead(0):
         ahead(pytest.fail, "was called")
         all_made()
+
+
+def test_beside_needs_no_pool_and_keeps_failures_for_who_asks():
+    threads = []
+
+    @kept(1)
+    def program(name):
+        threads.append(threading.current_thread())
+        raise ValueError(name)
+
+    beside(program, "a")
+    for thread in threading.enumerate():
+        if thread.name == "compile":
+            thread.join(10)
+    with pytest.raises(ValueError, match="a"):
+        program("a")
+    assert len(threads) == 2 and threads[0] is not threads[1]

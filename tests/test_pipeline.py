@@ -61,7 +61,7 @@ def check_run(path: Path, result: dict) -> None:
 
 
 def test_quickstart_in_miniature(tmp_path, tmp_path_factory, monkeypatch, programs):
-    """The embedded corpus: run directory, and the same score from the artifact alone in a second process."""
+    """The embedded corpus: run directory, and the same score from the artifact alone in a second process. Compiles meanwhile."""
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("GOLF_JAX_CACHE", str(cache))
     recipe = load_recipe("quickstart")
@@ -71,8 +71,11 @@ def test_quickstart_in_miniature(tmp_path, tmp_path_factory, monkeypatch, progra
     recipe = replace(
         recipe, model=model, data=data, budget=budget, micro_rows=0, eval=replace(recipe.eval, sliding=SlidingConfig(stride=32))
     )
+    compile_step, compiled_in = pipeline.compile_step, []
+    monkeypatch.setattr(pipeline, "compile_step", lambda *a: compiled_in.append(threading.current_thread().name) or compile_step(*a))
     result = run(recipe, tmp_path / "run")
     check_run(tmp_path / "run", result)
+    assert compiled_in[0] == "compile"
     stored = from_dict(Recipe, json.loads((tmp_path / "run/config.json").read_text()))
     assert stored == recipe
     home = environment(programs, GOLF_JAX_CACHE=str(cache))

@@ -5,6 +5,8 @@ text depends on the Python version (the manifest's hashes say which); two machin
 """
 
 import ast
+import contextlib
+import gc
 import hashlib
 import os
 import platform
@@ -64,6 +66,24 @@ def documents() -> list[str]:
     topics = {text: " ".join(text.split()) for text in _topics().values()}
     bodies = {text: " ".join(text.strip().split("\n", 2)[-1].split()) for text in topics}  # without the two lines of the title
     texts, seen = [text for text, body in bodies.items() if sum(body in other for other in topics.values()) == 1], set()
+    with _no_collection():
+        _add_docstrings(texts, seen)
+    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Syntax trees have no cycles, and a collector that looks at all of jax while they are made takes as long as the parser."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+def _add_docstrings(texts: list[str], seen: set[str]) -> None:
     for path in _sources():
         try:
             with PARSER, warnings.catch_warnings(action="ignore"):
@@ -73,7 +93,6 @@ def documents() -> list[str]:
         new = [text for text in _docstrings(tree) if not (text in seen or seen.add(text))]
         if new:
             texts.append("\n\n".join(new))
-    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
 def content_hash(vocab_size: int) -> str:
@@ -98,7 +117,7 @@ def build_embedded(root: str | Path, vocab_size: int = 1024) -> dict[str, Any]:
         print(f"embedded corpus: {problem}; made anew", file=sys.stderr)
         shutil.rmtree(directory, ignore_errors=True)
     if not directory.exists():
-        print(f"embedded corpus: made once, in {directory}: about half a minute", file=sys.stderr, flush=True)
+        print(f"embedded corpus: made once, in {directory}: a few seconds", file=sys.stderr, flush=True)
         python = f"{platform.python_implementation()} {platform.python_version()} on {sys.platform}"
         texts = documents()
         try:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +51,13 @@ class Trained:
     compile_seconds: dict[str, float]
 
 
-def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -> tuple[dict[Phase, Any], dict[str, float]]:
+def compile_phases(recipe: Recipe, mesh: Mesh, state: Callable[[], TrainState], run: RunDir) -> tuple[dict[Phase, Any], dict[str, float]]:
     """The compiled step of every phase of the run, and the seconds each took to compile, in whatever thread and whenever that was.
 
-    Each has run once, on a copy of the state: what a first call sets up (kernels, communicators) is not left to the clock.
+    Each has run once, on a copy of the state: what a first call sets up (kernels, communicators) is not left to the clock. A process
+    alone on a CPU has neither, and its first step would only come later. state: waited for after the first is compiled.
     """
+    alone = platform(mesh) == "cpu" and jax.process_count() == 1
     tokens = np.zeros(recipe.data.batch_shape, np.int32)
     zeros = jax.make_array_from_callback(tokens.shape, rows(mesh), lambda index: tokens[index])
     inputs = put_replicated(mesh, step_inputs(recipe, Clock(0, 0.0)))
@@ -67,11 +70,15 @@ def compile_phases(recipe: Recipe, mesh: Mesh, state: TrainState, run: RunDir) -
         compiled[phase] = step
         assert_backend(step.as_text() or "", recipe.model.attention)
         times.keep(key, seconds[phase.name])
+        compiled_in = f"compiled {phase.name} in {seconds[phase.name]:.1f} s"
+        if alone:
+            run.log(compiled_in)
+            continue
+        now = state()
         from_all(phase.name)  # the first collective gives a process that still compiles half a minute only
         begin = time.perf_counter()
-        jax.block_until_ready(step(copy(state), Batch(zeros, zeros, zeros if recipe.data.packed else None), inputs))
-        first = time.perf_counter() - begin
-        run.log(f"compiled {phase.name} in {seconds[phase.name]:.1f} s, first run {first:.1f} s")
+        jax.block_until_ready(step(copy(now), Batch(zeros, zeros, zeros if recipe.data.packed else None), inputs))
+        run.log(f"{compiled_in}, first run {time.perf_counter() - begin:.1f} s")
     return compiled, seconds
 
 
@@ -93,7 +100,6 @@ def train(
     the checkpoints before. profile: steps to be traced into the run directory, from the sixth on. Raises GolfError if the loss stops
     being finite, Interrupted (after saving) when a signal arrives.
     """
-    state = found.state if found else init_state(recipe, mesh, recipe.seed)
     step, clock = 0, TrainingClock()
     if found:
         step, clock = found.step, TrainingClock(found.meta["seconds"])
@@ -101,7 +107,10 @@ def train(
         run.truncate_metrics(step)
         keeper.starts_at(step, clock.local_seconds)
         run.log(f"resumed at step {step}, {clock.local_seconds:.1f} s of training")
-    steps, compile_seconds = compile_phases(recipe, mesh, state, run)
+    with ThreadPoolExecutor(1) as thread:  # XLA lets go of the interpreter while it compiles
+        begun = thread.submit(lambda: found.state if found else init_state(recipe, mesh, recipe.seed))
+        steps, compile_seconds = compile_phases(recipe, mesh, begun.result, run)
+    state = begun.result()
     if recipe.schedule.leak_warmup_steps and not step:
         state = leaked_state(recipe, mesh, state, loader, list(steps.values())[-1])
     if recipe.schedule.leak_momentum_steps and not step:

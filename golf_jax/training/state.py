@@ -121,3 +121,8 @@ def state_shapes(recipe: Recipe, mesh: Mesh) -> TrainState:
 def init_state(recipe: Recipe, mesh: Mesh, seed: int, params: dict[str, Any] | None = None) -> TrainState:
     """State on the mesh, from the recipe's initialisation or from given parameters (any device, any host)."""
     return _maker(graph(recipe), mesh)(jax.random.key(seed), params)
+
+
+def compile_init(recipe: Recipe, mesh: Mesh) -> None:
+    """Have the program of `init_state` compiled into jax's cache, from where it is read when it is asked for."""
+    _maker(graph(recipe), mesh).lower(jax.random.key(recipe.seed), None).compile()

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def begin() -> Callable[[], str]:
     atexit.register(process.kill)
 
     @functools.cache
-    def wait() -> str:
+    def told_once() -> str:
         with folder:
             try:
                 said = process.communicate(timeout=_PATIENCE)[1]
@@ -69,6 +70,11 @@ def begin() -> Callable[[], str]:
                 kept = _keep(made, first)
             return _register(kept)
 
+    def wait() -> str:
+        with lock:  # threads may ask at a time
+            return told_once()
+
+    lock = threading.Lock()
     return wait
 
 
