@@ -42,7 +42,7 @@ from golf_jax.model import choose, count, resolve, to_tensors
 from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
 from golf_jax.plan import border, check_data, check_devices, check_plan, check_text
-from golf_jax.processes import cores, from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
+from golf_jax.processes import cores, from_all, from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log, Progress, clock_seconds, patience
 from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints, digest_ahead
@@ -93,7 +93,10 @@ def check(recipe: Recipe, options: Options) -> Plan:
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
     check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)
     # Only now, as a compiler that it may have to wait for began above.
-    return Plan(recipe, replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked)), mesh, text)
+    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked))
+    if len(found := sorted(set(from_all(resolved.model.attention)))) > 1:
+        raise GolfError(f"model.attention: the machines have {' and '.join(found)}, and all must run one: give --model.attention xla")
+    return Plan(recipe, resolved, mesh, text)
 
 
 def _first_programs(recipe: Recipe, mesh: Mesh, masked: bool) -> None:

@@ -227,6 +227,12 @@ def test_other_code_is_told_and_recorded(tmp_path, text, monkeypatch):
     assert log.count("WARNING: the code is another") == 1 and f"code: {result['changes'][0]['before']} -> {now}" in log
 
 
+def test_machines_that_would_compute_attention_differently_are_refused(text, monkeypatch):
+    monkeypatch.setattr(pipeline, "from_all", lambda mine: [mine, "native"])
+    with pytest.raises(GolfError, match="the machines have native and xla, .*give --model.attention xla"):
+        pipeline.check(on_text(tiny("baseline", vocab_size=300, seq_len=32), text), Options())
+
+
 def test_another_artifact_has_no_score_of_the_one_before(tmp_path, text):
     """The artifact and the last checkpoint are lost; what is trained instead, here with another clip, is scored itself."""
     recipe, path = replace(on_text(tiny("baseline", vocab_size=300, seq_len=32, steps=4), text), checkpoint_every=2), tmp_path / "run"
