@@ -109,7 +109,7 @@ class ModelConfig:
     """Activation dtype; `auto` is bfloat16 on accelerators and float32 on CPU."""
     attention: Attention = "auto"
     """Attention backend; `auto` picks by platform (CPU: `native` where a C++ compiler is and float32 and head_dim allow it, else `xla`).
-    What is named is what runs, or an error."""
+    What is named is what runs, or an error. Forward-mode and second derivatives (`jax.jvp`, `jax.hessian`): `xla` only."""
 
     def __post_init__(self) -> None:
         c = self
