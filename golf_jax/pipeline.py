@@ -87,9 +87,11 @@ def check(recipe: Recipe, options: Options) -> Plan:
     mesh = make_mesh(options.devices or (min(before, jax.device_count()) if jax.process_count() == 1 else 0))
     # A backend that was asked for by name is used everywhere or refused here; `auto` may be another one where scoring needs the mask.
     masked = d.packed or (recipe.model.attention != "auto" and not {"packed", "documents"}.isdisjoint(methods_of(recipe.eval)))
-    check_devices(replace(recipe, model=choose(recipe.model, platform(mesh), documents=masked)), mesh.size)
+    chosen = replace(recipe, model=choose(recipe.model, platform(mesh), documents=masked))
+    check_devices(chosen, mesh.size)
     if d.train == "embedded" and not options.resume:  # a text that is not refused: no error has to wait for a compiler
-        beside(_first_programs, recipe, mesh, masked)
+        beside(compile_init, chosen, mesh)
+        beside(_first_program, recipe, mesh, masked)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
     check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)
     # Only now, as a compiler that it may have to wait for began above.
@@ -99,9 +101,8 @@ def check(recipe: Recipe, options: Options) -> Plan:
     return Plan(recipe, resolved, mesh, text)
 
 
-def _first_programs(recipe: Recipe, mesh: Mesh, masked: bool) -> None:
+def _first_program(recipe: Recipe, mesh: Mesh, masked: bool) -> None:
     recipe = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked))
-    compile_init(recipe, mesh)
     if recipe.micro_rows != "auto":
         compile_step(graph(recipe), mesh, phases(recipe)[0])
 
