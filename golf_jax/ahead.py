@@ -43,8 +43,13 @@ def ahead(make: Callable[..., Any], *args: Any) -> None:
 
 
 def beside(make: Callable[..., Any], *args: Any) -> None:
-    """`ahead` in a thread of its own, while nothing else keeps the cores busy. A process that ends before it is done waits for it."""
-    threading.Thread(target=_quietly, args=(make, *args), name="compile").start()
+    """`ahead` in a thread of its own, while nothing else keeps the cores busy. A command that ends meanwhile does not wait (`busy`)."""
+    threading.Thread(target=_quietly, args=(make, *args), name="beside", daemon=True).start()
+
+
+def busy() -> bool:
+    """Whether something begun by `beside` is not done: XLA cannot be asked to stop, nor the process be taken down around it."""
+    return any(thread.name == "beside" for thread in threading.enumerate())
 
 
 def _quietly(make: Callable[..., Any], *args: Any) -> None:

@@ -1,5 +1,6 @@
 """What the command lines share: recipe overrides, and errors told in one line instead of a traceback."""
 
+import atexit
 import contextlib
 import dataclasses
 import io
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from golf_jax.ahead import busy
 from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
 from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
@@ -95,6 +97,9 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    ended = [1]
+    if computes:
+        atexit.register(_at_once, ended)  # before all others, so that it is called after them
     try:
         with catching():
             _refuse_slips(sys.argv[1:])
@@ -124,7 +129,17 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
     except OSError as error:  # a disk that is full, also behind stdout; a file that cannot be written
         found = GolfError(f"{error.filename or 'output'}: {error.strerror or error}")
         status = _silent(_fail(f"error: {found}", 2))
+    ended[0] = status
     sys.exit(status)
+
+
+def _at_once(ended: list[int]) -> None:
+    """End while a program still compiles in a thread that nobody will ask."""
+    if busy():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(ended[0])
 
 
 def _use_huge_pages() -> None:

@@ -36,6 +36,7 @@ from golf_jax.evaluation import Result, Stream
 from golf_jax.evaluation.methods import METHODS, methods_of
 from golf_jax.files import NotWritten, read_bytes
 from golf_jax.interrupt import Interrupted, Signals, catching
+from golf_jax.kernels.attention import prepare
 from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import Model as Network
 from golf_jax.model import choose, count, resolve, to_tensors
@@ -91,7 +92,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
     check_devices(chosen, mesh.size)
     if d.train == "embedded" and not options.resume:  # a text that is not refused: no error has to wait for a compiler
         beside(compile_init, chosen, mesh)
-        beside(_first_program, recipe, mesh, masked)
+        beside(_first_program, chosen, mesh)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
     check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)
     # Only now, as a compiler that it may have to wait for began above.
@@ -101,10 +102,10 @@ def check(recipe: Recipe, options: Options) -> Plan:
     return Plan(recipe, resolved, mesh, text)
 
 
-def _first_program(recipe: Recipe, mesh: Mesh, masked: bool) -> None:
-    recipe = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked))
-    if recipe.micro_rows != "auto":
-        compile_step(graph(recipe), mesh, phases(recipe)[0])
+def _first_program(chosen: Recipe, mesh: Mesh) -> None:
+    prepare(chosen.model.attention)
+    if chosen.micro_rows != "auto":
+        compile_step(graph(chosen), mesh, phases(chosen)[0])
 
 
 def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa: B008 - frozen

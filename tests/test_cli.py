@@ -131,6 +131,20 @@ def test_a_closed_terminal_leaves_no_number_to_the_next_file(tmp_path):
     assert int((tmp_path / "n").read_text()) > 2
 
 
+def test_a_command_does_not_wait_for_what_compiles_beside_it():
+    code = """import atexit, time
+from golf_jax import ahead, cli
+from golf_jax.config import GolfError
+def main(argv):
+    atexit.register(print, "left")
+    ahead.beside(time.sleep, 60)
+    raise GolfError("no such file")
+cli.run(main, computes=True)"""
+    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "left\n", "error: no such file\n")
+
+
 @pytest.mark.parametrize("platform", ["cuda", "nosuch"])
 def test_a_platform_that_is_not_here_is_one_line(platform):
     code = "from golf_jax import cli; import jax; cli.run(lambda argv: jax.devices() and 0)"

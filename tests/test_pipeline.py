@@ -75,7 +75,7 @@ def test_quickstart_in_miniature(tmp_path, tmp_path_factory, monkeypatch, progra
     monkeypatch.setattr(pipeline, "compile_step", lambda *a: compiled_in.append(threading.current_thread().name) or compile_step(*a))
     result = run(recipe, tmp_path / "run")
     check_run(tmp_path / "run", result)
-    assert compiled_in[0] == "compile"
+    assert compiled_in[0] == "beside"
     stored = from_dict(Recipe, json.loads((tmp_path / "run/config.json").read_text()))
     assert stored == recipe
     home = environment(programs, GOLF_JAX_CACHE=str(cache))
