@@ -11,10 +11,11 @@ import numpy as np
 
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
+from golf_jax.data.manifest import text_bytes
 from golf_jax.data.overlap import Overlap, find_overlap, without_ends
 from golf_jax.data.shards import Shard, check_holes, check_token_range
 from golf_jax.data.sidecar import Sidecar, prove_sidecar
-from golf_jax.data.tokenizer import SPACE, Tokenizer, check_tables, split_documents
+from golf_jax.data.tokenizer import SPACE, Tokenizer, byte_tables, check_tables, split_documents
 from golf_jax.progress import Log, Progress
 
 NO_TEXT = re.compile("[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]")  # private use in three planes, no characters
@@ -95,7 +96,8 @@ def prove_text(
         num_bytes = check_tables(tokenizer, counted, bos_id=bos)
         part = "every document" if len(counted) == len(val_tokens) else f"the first {len(counted):,} tokens"
         facts.append(f"val bytes: {num_bytes:,}, equal to the decoded text of {part}")
-    facts += filter(None, (refuse_private_text(tokenizer, counted, bos), "" if sidecar else marker_use(tokenizer, val_tokens, num_bytes)))
+    said = (refuse_private_text(tokenizer, counted, bos), "" if sidecar else marker_use(tokenizer, val_tokens))
+    facts += filter(None, (*said, repeats(tokenizer, val_tokens, bos)))
     if not num_bytes:
         raise GolfError("validation text: has no bytes, only document starts; give shards with text")
     control = [t for t in range(tokenizer.vocab_size) if tokenizer.processor.is_control(t) and t != bos]
@@ -149,18 +151,40 @@ def refuse_private_text(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -
     return f"WARNING: {len(found):,} private-use characters in {size:,} bytes of validation count as text" if found else ""
 
 
-def marker_use(tokenizer: Tokenizer, tokens: np.ndarray, num_bytes: int) -> str:
-    """WARNING where user-defined pieces (white space aside) are more than 1 % of the `num_bytes` of text: text has no such marks."""
+def marker_use(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    """What is to be said of user-defined pieces (white space aside) in `tokens`: how often they occur, and the bytes they count as.
+
+    Text has few such marks: WARNING where they are more than 1 % of its bytes. GolfError where small letters have no capitals besides,
+    which a transform of case has made into marks; other marks cannot be told from text (`<table>`, digits).
+    """
     counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
-    own = [(t, p.piece) for t, p in enumerate(tokenizer.spec.pieces) if p.type == p.USER_DEFINED and p.piece.strip(f"{SPACE} \t\r\n")]
-    part = sum(int(counts[token]) * len(piece.encode()) for token, piece in own) / max(num_bytes, 1)
-    names = ", ".join(ascii(piece) for _, piece in own[:4])
-    return (
-        f"WARNING: user-defined pieces ({names}) are {100 * part:.1f} % of the bytes of validation: if they are markers of a text "
-        "transform, every score is too low"
-        if part > TOLERATED
-        else ""
-    )
+    kind = [(t, p.piece) for t, p in enumerate(tokenizer.spec.pieces) if p.type == p.USER_DEFINED and p.piece.strip(f"{SPACE} \t\r\n")]
+    own = sorted(((t, piece) for t, piece in kind if counts[t]), key=lambda one: -counts[one[0]])
+    if not own:
+        return ""
+    marks = int(sum(counts[t] * len(piece.replace(SPACE, " ").encode()) for t, piece in own))
+    part = marks / max(text_bytes(byte_tables(tokenizer.processor), tokens), 1)
+    names = ", ".join(f"{piece!a} {counts[t]:,} times" for t, piece in own[:4]) + ", ..." * (len(own) > 4)
+    what = f"user-defined pieces ({names}) count as {marks:,} bytes of text, {100 * part:.1f} % of validation"
+    if part <= TOLERATED:
+        return what
+    sample = np.array(tokens[:SAMPLED_TOKENS])
+    rest = tokenizer.decode(sample[~np.isin(sample, [t for t, _ in own])])
+    small = sum(map(str.islower, rest))
+    if small > len(rest) / 4 and sum(map(str.isupper, rest)) < TOLERATED / 10 * small and not all(piece.isdigit() for _, piece in own):
+        raise GolfError(
+            f"tokenizer {tokenizer.name}: {what}, which has no capitals besides: marks of a transform would count as text; build from the "
+            "original text (`python -m golf_jax.data build --transform caseops` marks capitals, and counts the original)"
+        )
+    return f"WARNING: {what}: if they are markers of a text transform, every score is too low"
+
+
+def repeats(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -> str:
+    """How many documents of validation stand there before, whole; WARNING above 1 %, nothing where none does."""
+    seen = [hash(without_ends(tokenizer, document).tobytes()) for document in split_documents(tokens, bos_id)]
+    again = len(seen) - len(set(seen))
+    doubt = "WARNING: " * (again > TOLERATED * len(seen))
+    return f"{doubt}val: {again:,} of {len(seen):,} documents repeat another one, and are scored each time" if again else ""
 
 
 def prove_round_trip(
