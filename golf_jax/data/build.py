@@ -184,8 +184,7 @@ def _write_splits(
         prove_sidecar(tokenizer, val_tokens, Sidecar(counts))
     else:
         check_tables(tokenizer, val_tokens, tables)
-        refuse_private_text(tokenizer, val_tokens, tokenizer.bos_id)
-        if said := marker_use(tokenizer, val_tokens):
+        for said in filter(None, (refuse_private_text(tokenizer, val_tokens, tokenizer.bos_id), marker_use(tokenizer, val_tokens))):
             log(said)
     identity = {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
     counts = {name: text_facts[name] for name in ("documents", "bytes", "repeated", "blank", "left_out_bytes", "changed")}

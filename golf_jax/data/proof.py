@@ -18,7 +18,9 @@ from golf_jax.data.sidecar import Sidecar, prove_sidecar
 from golf_jax.data.tokenizer import SPACE, Tokenizer, byte_tables, check_tables, split_documents
 from golf_jax.progress import Log, Progress
 
-NO_TEXT = re.compile("[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]")  # private use in three planes, no characters
+# Private use in three planes, no characters, controls but white space, BS and ESC (of terminals).
+NO_TEXT = re.compile("[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]")
+SMALL_LETTERS = 2000  # among which ordinary text has a capital
 ENCODE_BATCH = 64
 PROVED_TOKENS = 1 << 22  # whose byte count is compared with the decoded text where time is limited
 SAMPLED_TOKENS = 1 << 16  # per block of the training shards
@@ -137,7 +139,7 @@ def refuse_markers(tokenizer: Tokenizer, sidecar: bool = False) -> None:
 
 
 def refuse_private_text(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -> str:
-    """What is to be said of private-use characters, which no text has: markers of a transform, whatever kind of piece they are.
+    """What is to be said of private-use and control characters, which no text has: markers of a transform, whatever kind of piece they are.
 
     GolfError when they are more than 1 % of the bytes. CaseOps text goes back to what it was first; its sidecar counts what stood there.
     """
@@ -145,10 +147,13 @@ def refuse_private_text(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -
     found, size = "".join(mark for text in texts for mark in NO_TEXT.findall(text)), sum(len(text.encode()) for text in texts)
     if (part := len(found.encode()) / max(size, 1)) > TOLERATED and not tokenizer.caseops:
         raise GolfError(
-            f"validation text: {len(found):,} private-use characters, {100 * part:.1f} % of its bytes: markers of a transform would "
-            "count as text; build from the original text (`--transform caseops` marks capitals, and counts the original)"
+            f"validation text: {len(found):,} private-use or control characters, {100 * part:.1f} % of its bytes: markers of a "
+            "transform would count as text; build from the original text (`--transform caseops` marks capitals, and counts the original)"
         )
-    return f"WARNING: {len(found):,} private-use characters in {size:,} bytes of validation count as text" if found else ""
+    small = sum(map(str.islower, whole := "".join(texts)))
+    if not found and small > SMALL_LETTERS and sum(map(str.isupper, whole)) < small / 1000:
+        return f"WARNING: {small:,} small letters of validation and hardly a capital: text whose case was folded, or marked in some way"
+    return f"WARNING: {len(found):,} private-use or control characters in {size:,} bytes of validation count as text" if found else ""
 
 
 def marker_use(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
@@ -180,11 +185,15 @@ def marker_use(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
 
 
 def repeats(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -> str:
-    """How many documents of validation stand there before, whole; WARNING above 1 %, nothing where none does."""
-    seen = [hash(without_ends(tokenizer, document).tobytes()) for document in split_documents(tokens, bos_id)]
-    again = len(seen) - len(set(seen))
-    doubt = "WARNING: " * (again > TOLERATED * len(seen))
-    return f"{doubt}val: {again:,} of {len(seen):,} documents repeat another one, and are scored each time" if again else ""
+    """How many documents of validation are empty or stand there before, whole; WARNING above 1 %, nothing where none does."""
+    documents = [without_ends(tokenizer, document) for document in split_documents(tokens, bos_id)]
+    held = [hash(document.tobytes()) for document in documents if len(document) > 1]
+    again, empty, of = len(held) - len(set(held)), len(documents) - len(held), len(documents)
+    if not again + empty:
+        return ""
+    doubt = "WARNING: " * (again + empty > TOLERATED * of)
+    said = [f"{again:,} of {of:,} documents repeat another one"] * bool(again) + [f"{empty:,} of {of:,} documents are empty"] * bool(empty)
+    return f"{doubt}val: {' and '.join(said)}; they are scored all the same"
 
 
 def prove_round_trip(

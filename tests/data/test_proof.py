@@ -117,18 +117,28 @@ def test_repeated_validation_documents_are_told(tokenizer):
         return [fact for fact in facts if "repeat" in fact]
 
     assert said(TEXTS[:9]) == []
-    assert said([*TEXTS[:9], TEXTS[2], TEXTS[2]]) == ["WARNING: val: 2 of 11 documents repeat another one, and are scored each time"]
+    assert said([*TEXTS[:9], TEXTS[2], TEXTS[2]]) == ["WARNING: val: 2 of 11 documents repeat another one; they are scored all the same"]
+    twice = np.concatenate([np.append(1, document) for document in tokenizer.encode_documents(TEXTS[:9])]).astype(np.uint16)
+    assert any("val: 9 of 18 documents are empty; they" in fact for fact in prove_text(tokenizer, [], twice).facts)
     assert said([*(f"number {n}" for n in range(200)), "number 5"])[0].startswith("val: 1 of 201 documents repeat")
 
 
 def test_markers_that_are_ordinary_pieces_or_bytes_are_found_in_the_text(tokenizer):
     marked = [text[:600].replace("a", "\ue001a") for text in TEXTS[:20]]
     other = [text.replace("\ue001", mark) for text, mark in zip(marked, "\U000f0001\ufdd0" * 10, strict=True)]
-    for one, texts in ((tokenizer, marked), (Tokenizer(train_bpe(marked, 400)), marked), (tokenizer, other)):
-        with pytest.raises(GolfError, match=r"private-use characters, \d+\.\d % of its bytes"):
+    control = [text.replace("\ue001", "\x01") for text in marked]
+    for one, texts in ((tokenizer, marked), (Tokenizer(train_bpe(marked, 400)), marked), (tokenizer, other), (tokenizer, control)):
+        with pytest.raises(GolfError, match=r"private-use or control characters, \d+\.\d % of its bytes"):
             prove_text(one, [], np.concatenate(one.encode_documents(texts)))
     found = prove_text(tokenizer, [], np.concatenate(tokenizer.encode_documents(["an icon \uf0e0", *TEXTS[:20]])))
-    assert any(fact.startswith("WARNING: 1 private-use characters") for fact in found.facts)
+    assert any(fact.startswith("WARNING: 1 private-use or control characters") for fact in found.facts)
+
+
+def test_text_without_capitals_is_told(tokenizer):
+    """Folded, or transformed with marks that look like text."""
+    for change in (str.lower, lambda text: re.sub("[A-Z]", lambda capital: f"<cap>{capital[0].lower()}", text)):
+        facts = prove_text(tokenizer, [], np.concatenate(tokenizer.encode_documents([change(text) for text in TEXTS[:20]]))).facts
+        assert any(re.match("WARNING: [0-9,]+ small letters of validation and hardly a capital", fact) for fact in facts)
 
 
 def test_lossy_normalisation_is_named():
