@@ -50,7 +50,7 @@ from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
 from golf_jax.training.phases import phases
-from golf_jax.training.resume import changed, check_same_recipe, devices_of, stages_to_repeat, stored_recipe
+from golf_jax.training.resume import changed, check_alike, check_same_recipe, devices_of, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, go_on, kept, new_path, read_json, start_again
 from golf_jax.training.state import graph, state_shapes
 from golf_jax.training.step import compile_step
@@ -72,8 +72,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
     """All that can contradict is told here, before a run directory exists and before anything is compiled. Raises GolfError."""
     d = recipe.data
     if options.emulate_devices:
-        sequences = d.ranks * d.rows_per_rank
-        if sequences % options.emulate_devices:
+        if (sequences := d.ranks * d.rows_per_rank) % options.emulate_devices:
             raise GolfError(f"--emulate-devices {options.emulate_devices} does not divide the {sequences} sequences of a step")
         d = replace(d, ranks=options.emulate_devices, rows_per_rank=sequences // options.emulate_devices)
         recipe = replace(recipe, data=d)
@@ -91,6 +90,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
     check_devices(resolved, mesh.size)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
     check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)
+    check_alike(recipe, text.identity, bool(options.resume))
     return Plan(recipe, resolved, mesh, text)
 
 
