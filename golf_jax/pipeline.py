@@ -11,17 +11,16 @@ import lzma
 import platform as host
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import zstandard
-from jax.sharding import Mesh
 
 from golf_jax import evaluation
-from golf_jax.ahead import ahead, beside, compiling_ahead
+from golf_jax.ahead import ahead, compiling_ahead
 from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.artifact.code import bundle, raw_code_bytes
 from golf_jax.artifact.ledger import estimate_bytes
@@ -36,14 +35,13 @@ from golf_jax.evaluation import Result, Stream
 from golf_jax.evaluation.methods import METHODS, methods_of
 from golf_jax.files import NotWritten, read_bytes
 from golf_jax.interrupt import Interrupted, Signals, catching
-from golf_jax.kernels.attention import prepare
 from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import Model as Network
-from golf_jax.model import choose, count, resolve, to_tensors
+from golf_jax.model import count, to_tensors
 from golf_jax.opening import load, open_artifact
 from golf_jax.options import Options
-from golf_jax.plan import border, check_data, check_devices, check_plan, check_text
-from golf_jax.processes import cores, from_all, from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
+from golf_jax.plan import Plan, border, check
+from golf_jax.processes import cores, from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log, Progress, clock_seconds, patience
 from golf_jax.quant import quantize, rules_for, without_hessians
 from golf_jax.training.checkpoints import Checkpoints, digest_ahead
@@ -51,61 +49,10 @@ from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
 from golf_jax.training.phases import phases
-from golf_jax.training.resume import changed, check_same_recipe, devices_of, stages_to_repeat, stored_recipe
+from golf_jax.training.resume import changed, check_same_recipe, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, go_on, kept, new_path, read_json, start_again
-from golf_jax.training.state import compile_init, graph, state_shapes
+from golf_jax.training.state import graph, state_shapes
 from golf_jax.training.step import compile_step
-from golf_jax.training.trackers import check_tracker
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `check` has found possible: the recipe with every `auto` resolved, the devices, the proved text."""
-
-    asked: Recipe
-    """As it was given: what config.json and the artifact say."""
-    recipe: Recipe
-    mesh: Mesh
-    text: Text
-
-
-def check(recipe: Recipe, options: Options) -> Plan:
-    """All that can contradict is told here, before a run directory exists and before anything is compiled. Raises GolfError."""
-    d = recipe.data
-    if options.emulate_devices:
-        sequences = d.ranks * d.rows_per_rank
-        if sequences % options.emulate_devices:
-            raise GolfError(f"--emulate-devices {options.emulate_devices} does not divide the {sequences} sequences of a step")
-        d = replace(d, ranks=options.emulate_devices, rows_per_rank=sequences // options.emulate_devices)
-        recipe = replace(recipe, data=d)
-    check_plan(recipe)
-    check_data(recipe)
-    check_tracker(options.tracker)
-    keep_compiled_programs()
-    initialize_distributed()
-    before = devices_of(options.resume) if options.resume else 0
-    split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.batch_shape[0])
-    mesh = make_mesh(options.devices or (min(before, jax.device_count()) if jax.process_count() == 1 else 0))
-    # A backend that was asked for by name is used everywhere or refused here; `auto` may be another one where scoring needs the mask.
-    masked = d.packed or (recipe.model.attention != "auto" and not {"packed", "documents"}.isdisjoint(methods_of(recipe.eval)))
-    chosen = replace(recipe, model=choose(recipe.model, platform(mesh), documents=masked))
-    check_devices(chosen, mesh.size)
-    if d.train == "embedded" and not options.resume:  # a text that is not refused: no error has to wait for a compiler
-        beside(compile_init, chosen, mesh)
-        beside(_first_program, chosen, mesh)
-    text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
-    check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)
-    # Only now, as a compiler that it may have to wait for began above.
-    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked))
-    if len(found := sorted(set(from_all(resolved.model.attention)))) > 1:
-        raise GolfError(f"model.attention: the machines have {' and '.join(found)}, and all must run one: give --model.attention xla")
-    return Plan(recipe, resolved, mesh, text)
-
-
-def _first_program(chosen: Recipe, mesh: Mesh) -> None:
-    prepare(chosen.model.attention)
-    if chosen.micro_rows != "auto":
-        compile_step(graph(chosen), mesh, phases(chosen)[0])
 
 
 def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa: B008 - frozen

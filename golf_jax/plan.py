@@ -1,14 +1,78 @@
 """Is a recipe possible? Everything that can contradict, before a run directory exists and before anything is compiled."""
 
 import os
+from dataclasses import dataclass, replace
 
+import jax
+from jax.sharding import Mesh
+
+from golf_jax.ahead import beside
 from golf_jax.artifact.model import check_packing
 from golf_jax.config import GolfError, ModelConfig, Recipe
 from golf_jax.data import find_shards, open_shard
+from golf_jax.data.text import Text, open_text
+from golf_jax.evaluation.methods import methods_of
 from golf_jax.evaluation.packed import streams
+from golf_jax.kernels.attention import prepare
+from golf_jax.mesh import make_mesh, platform
+from golf_jax.model import choose, resolve
 from golf_jax.model.params import ROLES, leaves
 from golf_jax.optim.optimizer import route
-from golf_jax.training.step import micro_rows
+from golf_jax.options import Options
+from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
+from golf_jax.training.phases import phases
+from golf_jax.training.resume import check_alike, devices_of
+from golf_jax.training.state import compile_init, graph
+from golf_jax.training.step import compile_step, micro_rows
+from golf_jax.training.trackers import check_tracker
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `check` has found possible: the recipe with every `auto` resolved, the devices, the proved text."""
+
+    asked: Recipe
+    """As it was given: what config.json and the artifact say."""
+    recipe: Recipe
+    mesh: Mesh
+    text: Text
+
+
+def check(recipe: Recipe, options: Options) -> Plan:
+    """All that can contradict is told here, before a run directory exists and before anything is compiled. Raises GolfError."""
+    d = recipe.data
+    if options.emulate_devices:
+        if (sequences := d.ranks * d.rows_per_rank) % options.emulate_devices:
+            raise GolfError(f"--emulate-devices {options.emulate_devices} does not divide the {sequences} sequences of a step")
+        d = replace(d, ranks=options.emulate_devices, rows_per_rank=sequences // options.emulate_devices)
+        recipe = replace(recipe, data=d)
+    check_plan(recipe)
+    check_data(recipe)
+    check_tracker(options.tracker)
+    keep_compiled_programs()
+    initialize_distributed()
+    before = devices_of(options.resume) if options.resume else 0
+    split_cpu(options.devices or before, d.ranks if recipe.optim.clip_per_rank else d.batch_shape[0])
+    mesh = make_mesh(options.devices or (min(before, jax.device_count()) if jax.process_count() == 1 else 0))
+    # A backend that was asked for by name is used everywhere or refused here; `auto` may be another one where scoring needs the mask.
+    masked = d.packed or (recipe.model.attention != "auto" and not {"packed", "documents"}.isdisjoint(methods_of(recipe.eval)))
+    chosen = replace(recipe, model=choose(recipe.model, platform(mesh), documents=masked))
+    check_devices(chosen, mesh.size)
+    if d.train == "embedded" and not options.resume:  # a text that is not refused: no error has to wait for a compiler
+        beside(compile_init, chosen, mesh)
+        beside(_first_program, chosen, mesh)
+    text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
+    check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)
+    # Only now, as a compiler that it may have to wait for began above.
+    resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked))
+    check_alike(resolved, text.identity, bool(options.resume))
+    return Plan(recipe, resolved, mesh, text)
+
+
+def _first_program(chosen: Recipe, mesh: Mesh) -> None:
+    prepare(chosen.model.attention)
+    if chosen.micro_rows != "auto":
+        compile_step(graph(chosen), mesh, phases(chosen)[0])
 
 
 def check_plan(recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ PR_SET_PDEATHSIG = 1
 LOST_STATUS = 3
 CHILD = "GOLF_JAX_SUPERVISED"
 NOISE = re.compile(rb"[EWIF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (coordination|preemption_sync|client\.cc|distributed|service)")
+OURS = re.compile(rb"[a-z]|Traceback|\[")  # how a line begins that cannot belong to the error of the runtime before it
 FATAL = re.compile(rb"F\d{4} |terminate called after")
 LOST = "another process of this job has ended, or the coordinator cannot be reached"
 ADVICE = "start all processes again with: python -m golf_jax.train --resume RUN"
@@ -38,18 +39,23 @@ def supervise() -> int | None:
         return None
     child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=os.environ | {CHILD: "1"}, stderr=subprocess.PIPE)
 
+    asked: list[int] = []
+
     def forward(number: int, frame: FrameType | None) -> None:
         del frame
+        asked.append(number)
         child.send_signal(number)
 
     for number in heard():
         signal.signal(number, forward)
     assert child.stderr is not None
     fatal: list[bytes] = []
+    noise = False
     for line in child.stderr:
+        noise = bool(NOISE.match(line)) or (noise and not OURS.match(line))
         if fatal or FATAL.match(line):
             fatal.append(line)
-        elif not NOISE.match(line):
+        elif not noise:
             sys.stderr.buffer.write(line)
             sys.stderr.flush()
     status = child.wait()
@@ -57,5 +63,8 @@ def supervise() -> int | None:
         return 128 - status if status < 0 else status
     gone = re.findall(rb"/task:(\d+)", b"".join(fatal))
     which = f"process {int(gone[0])} has ended" if gone else LOST
+    if asked:  # it ended first: the others were not there when it took its leave
+        print(f"interrupted by {signal.Signals(asked[0]).name}; {ADVICE}", file=sys.stderr)
+        return 128 + asked[0]
     print(f"error: {which}; {ADVICE}", file=sys.stderr)
     return LOST_STATUS

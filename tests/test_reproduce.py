@@ -161,16 +161,27 @@ def test_a_set_that_does_not_conform_is_told_why(references, tmp_path, capsys):
     assert "model/main: logits is" in capsys.readouterr().out
 
 
-def test_a_case_that_refers_to_itself_is_refused(references, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "where", "to"),
+    [
+        ("inputs", "model/main", "model/main"),
+        ("inputs", "grads/main", "model/main"),
+        ("base", "params/main", "main"),
+        ("params", "quant/main", "own/quant/main"),
+    ],
+)
+def test_a_case_that_refers_to_itself_is_refused(references, tmp_path, capsys, kind, where, to):
     def circular(text):
         about = json.loads(str(text))
-        about["sections"]["model"]["cases"]["main"]["inputs"] = "model/main"
+        section, case = where.split("/")
+        about["sections"][section]["cases"][case][kind] = to
+        about["sections"]["model"]["cases"]["main"] |= {"inputs": "grads/main@:2"} if section == "grads" else {}
         return np.array(json.dumps(about))
 
     path = rewritten(references, tmp_path, reference=circular)
-    with pytest.raises(GolfError, match="model/main: not what the format asks for"):
+    with pytest.raises(GolfError, match=rf"set.npz: reference.json: the `{kind}` of \S+ lead in a circle \(.*{where}"):
         reproduce.reproduce(path, "model")
-    assert any(line.startswith("model/main: refers to what is not there") for line in problems(path))
+    assert len(problems(path)) == 1
 
 
 def test_what_is_wrong_with_the_input_is_said(references, tmp_path):

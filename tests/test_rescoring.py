@@ -103,8 +103,11 @@ def test_exported_weights_score_as_the_artifact(folder, tmp_path, capsys):  # no
         evaluate.main([str(model), *text, "--json", str(tmp_path / "score.json")])
         scores.append(json.loads((tmp_path / "score.json").read_text())["nll_nats"])
     assert scores[0] == scores[1]
-    file.write_bytes(file.read_bytes().replace(b'\\"seq_len\\": 32', b'\\"seq_len\\": -2'))
-    with pytest.raises(GolfError, match="model.safetensors: its metadata are not those of a model"):
-        evaluate.main([str(file), *text])
+    whole = file.read_bytes()
+    for altered in (whole.replace(b'\\"seq_len\\": 32', b'\\"seq_len\\": 16'), whole[:-2] + bytes([whole[-2] ^ 64]) + whole[-1:]):
+        assert altered != whole
+        file.write_bytes(altered)
+        with pytest.raises(GolfError, match="model.safetensors: was altered since an artifact was exported to it"):
+            evaluate.main([str(file), *text])
     with pytest.raises(GolfError, match="give a name that ends so"):
         artifact([str(folder / "artifact.golf"), "--export", str(tmp_path / "model.pt")])

@@ -11,13 +11,16 @@ import numpy as np
 
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
+from golf_jax.data.manifest import text_bytes
 from golf_jax.data.overlap import Overlap, find_overlap, without_ends
 from golf_jax.data.shards import Shard, check_holes, check_token_range
 from golf_jax.data.sidecar import Sidecar, prove_sidecar
-from golf_jax.data.tokenizer import SPACE, Tokenizer, check_tables, split_documents
+from golf_jax.data.tokenizer import SPACE, Tokenizer, byte_tables, check_tables, split_documents
 from golf_jax.progress import Log, Progress
 
-NO_TEXT = re.compile("[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]")  # private use in three planes, no characters
+# Private use in three planes, no characters, controls but white space, BS and ESC (of terminals).
+NO_TEXT = re.compile("[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]")
+SMALL_LETTERS = 2000  # among which ordinary text has a capital
 ENCODE_BATCH = 64
 PROVED_TOKENS = 1 << 22  # whose byte count is compared with the decoded text where time is limited
 SAMPLED_TOKENS = 1 << 16  # per block of the training shards
@@ -95,7 +98,8 @@ def prove_text(
         num_bytes = check_tables(tokenizer, counted, bos_id=bos)
         part = "every document" if len(counted) == len(val_tokens) else f"the first {len(counted):,} tokens"
         facts.append(f"val bytes: {num_bytes:,}, equal to the decoded text of {part}")
-    facts += filter(None, (refuse_private_text(tokenizer, counted, bos), "" if sidecar else marker_use(tokenizer, val_tokens, num_bytes)))
+    said = (refuse_private_text(tokenizer, counted, bos), "" if sidecar else marker_use(tokenizer, val_tokens))
+    facts += filter(None, (*said, repeats(tokenizer, val_tokens, bos)))
     if not num_bytes:
         raise GolfError("validation text: has no bytes, only document starts; give shards with text")
     control = [t for t in range(tokenizer.vocab_size) if tokenizer.processor.is_control(t) and t != bos]
@@ -135,7 +139,7 @@ def refuse_markers(tokenizer: Tokenizer, sidecar: bool = False) -> None:
 
 
 def refuse_private_text(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -> str:
-    """What is to be said of private-use characters, which no text has: markers of a transform, whatever kind of piece they are.
+    """What is to be said of private-use and control characters, which no text has: markers of a transform, whatever kind of piece they are.
 
     GolfError when they are more than 1 % of the bytes. CaseOps text goes back to what it was first; its sidecar counts what stood there.
     """
@@ -143,24 +147,53 @@ def refuse_private_text(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -
     found, size = "".join(mark for text in texts for mark in NO_TEXT.findall(text)), sum(len(text.encode()) for text in texts)
     if (part := len(found.encode()) / max(size, 1)) > TOLERATED and not tokenizer.caseops:
         raise GolfError(
-            f"validation text: {len(found):,} private-use characters, {100 * part:.1f} % of its bytes: markers of a transform would "
-            "count as text; build from the original text (`--transform caseops` marks capitals, and counts the original)"
+            f"validation text: {len(found):,} private-use or control characters, {100 * part:.1f} % of its bytes: markers of a "
+            "transform would count as text; build from the original text (`--transform caseops` marks capitals, and counts the original)"
         )
-    return f"WARNING: {len(found):,} private-use characters in {size:,} bytes of validation count as text" if found else ""
+    small = sum(map(str.islower, whole := "".join(texts)))
+    if not found and small > SMALL_LETTERS and sum(map(str.isupper, whole)) < small / 1000:
+        return f"WARNING: {small:,} small letters of validation and hardly a capital: text whose case was folded, or marked in some way"
+    return f"WARNING: {len(found):,} private-use or control characters in {size:,} bytes of validation count as text" if found else ""
 
 
-def marker_use(tokenizer: Tokenizer, tokens: np.ndarray, num_bytes: int) -> str:
-    """WARNING where user-defined pieces (white space aside) are more than 1 % of the `num_bytes` of text: text has no such marks."""
+def marker_use(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    """What is to be said of user-defined pieces (white space aside) in `tokens`: how often they occur, and the bytes they count as.
+
+    Text has few such marks: WARNING where they are more than 1 % of its bytes. GolfError where small letters have no capitals besides,
+    which a transform of case has made into marks; other marks cannot be told from text (`<table>`, digits).
+    """
     counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
-    own = [(t, p.piece) for t, p in enumerate(tokenizer.spec.pieces) if p.type == p.USER_DEFINED and p.piece.strip(f"{SPACE} \t\r\n")]
-    part = sum(int(counts[token]) * len(piece.encode()) for token, piece in own) / max(num_bytes, 1)
-    names = ", ".join(ascii(piece) for _, piece in own[:4])
-    return (
-        f"WARNING: user-defined pieces ({names}) are {100 * part:.1f} % of the bytes of validation: if they are markers of a text "
-        "transform, every score is too low"
-        if part > TOLERATED
-        else ""
-    )
+    kind = [(t, p.piece) for t, p in enumerate(tokenizer.spec.pieces) if p.type == p.USER_DEFINED and p.piece.strip(f"{SPACE} \t\r\n")]
+    own = sorted(((t, piece) for t, piece in kind if counts[t]), key=lambda one: -counts[one[0]])
+    if not own:
+        return ""
+    marks = int(sum(counts[t] * len(piece.replace(SPACE, " ").encode()) for t, piece in own))
+    part = marks / max(text_bytes(byte_tables(tokenizer.processor), tokens), 1)
+    names = ", ".join(f"{piece!a} {counts[t]:,} times" for t, piece in own[:4]) + ", ..." * (len(own) > 4)
+    what = f"user-defined pieces ({names}) count as {marks:,} bytes of text, {100 * part:.1f} % of validation"
+    if part <= TOLERATED:
+        return what
+    sample = np.array(tokens[:SAMPLED_TOKENS])
+    rest = tokenizer.decode(sample[~np.isin(sample, [t for t, _ in own])])
+    small = sum(map(str.islower, rest))
+    if small > len(rest) / 4 and sum(map(str.isupper, rest)) < TOLERATED / 10 * small and not all(piece.isdigit() for _, piece in own):
+        raise GolfError(
+            f"tokenizer {tokenizer.name}: {what}, which has no capitals besides: marks of a transform would count as text; build from the "
+            "original text (`python -m golf_jax.data build --transform caseops` marks capitals, and counts the original)"
+        )
+    return f"WARNING: {what}: if they are markers of a text transform, every score is too low"
+
+
+def repeats(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -> str:
+    """How many documents of validation are empty or stand there before, whole; WARNING above 1 %, nothing where none does."""
+    documents = [without_ends(tokenizer, document) for document in split_documents(tokens, bos_id)]
+    held = [hash(document.tobytes()) for document in documents if len(document) > 1]
+    again, empty, of = len(held) - len(set(held)), len(documents) - len(held), len(documents)
+    if not again + empty:
+        return ""
+    doubt = "WARNING: " * (again + empty > TOLERATED * of)
+    said = [f"{again:,} of {of:,} documents repeat another one"] * bool(again) + [f"{empty:,} of {of:,} documents are empty"] * bool(empty)
+    return f"{doubt}val: {' and '.join(said)}; they are scored all the same"
 
 
 def prove_round_trip(

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from golf_jax.artifact.model import describe, load_model
 from golf_jax.config import GolfError, load_recipe, named, parse_json
 from golf_jax.files import read_bytes
-from golf_jax.interop.packed import read_checkpoint
+from golf_jax.interop.packed import canonical_state, read_checkpoint
 from golf_jax.interop.safetensors import read_metadata, write_safetensors
 from golf_jax.interop.torch_names import open_torch, pr_names
 from golf_jax.model.params import from_tensors, to_tensors
@@ -16,6 +19,7 @@ from golf_jax.progress import Log
 
 FOREIGN = (".pt", ".pth", ".ptz", ".safetensors")
 HEADER = "golf_jax"  # key of the metadata of a .safetensors file: the artifact's header
+DIGEST = "golf_jax_sha256"  # of it and the weights
 
 
 def open_model(path: str, recipe: str = "", log: Log = print) -> Model:
@@ -38,6 +42,8 @@ def open_model(path: str, recipe: str = "", log: Log = print) -> Model:
 
 def _exported(path: str, header: str) -> Model:
     tensors = read_checkpoint(path)
+    if read_metadata(path).get(DIGEST) != _digest(tensors, header):
+        raise GolfError(f"{path}: was altered since an artifact was exported to it; export it again, or name the --recipe of these weights")
     with named(f"{path}: its metadata are not those of a model"):
         about = describe(parse_json(header), {name: x.shape for name, x in tensors.items()})
         params = from_tensors(about.config, tensors)
@@ -55,8 +61,18 @@ def export_artifact(artifact: bytes, path: str | Path) -> int:
         raise GolfError(f"--export {path}: weights are written as .safetensors; give a name that ends so")
     model = load_model(artifact)
     tensors = pr_names(model.header["name"], model.config, to_tensors(model.config, model.params))
-    write_safetensors(tensors, path, {HEADER: json.dumps(model.header)})
+    header = json.dumps(model.header)
+    digest = _digest(canonical_state({n: np.asarray(x) for n, x in tensors.items()}, str(path)), header)
+    write_safetensors(tensors, path, {HEADER: header, DIGEST: digest})
     return len(tensors)
+
+
+def _digest(tensors: Mapping[str, np.ndarray], header: str) -> str:
+    """Of header, names, shapes and values, as `read_checkpoint` gives them."""
+    found = hashlib.sha256(header.encode())
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {x.shape}\n".encode() + np.ascontiguousarray(x).tobytes())
+    return found.hexdigest()
 
 
 def _sha256(path: str) -> str:

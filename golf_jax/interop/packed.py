@@ -173,11 +173,34 @@ def _torch_load(source: Any, where: str) -> Any:
     except ImportError:
         raise pgrp.NotInstalled(f"{where}: reading PyTorch files needs torch; install the extra: pip install 'golf-jax[torch]'") from None
     try:
+        _check_zip(source, where)
         return torch.load(source, map_location="cpu", weights_only=True)
+    except GolfError:
+        raise
     except pickle.UnpicklingError:  # torch's own advice is to run whatever code the file holds
         raise GolfError(f"{where}: not a torch file that holds only tensors: its pickle asks for code; save model.state_dict()") from None
     except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as e:
         raise GolfError(f"{where}: not a torch file that holds only tensors ({type(e).__name__})") from None
+
+
+def _check_zip(source: Any, where: str) -> None:
+    """GolfError for what torch does not look at: a checksum that differs, an entry that stands there twice."""
+    if not zipfile.is_zipfile(source):  # the layout before torch 1.6, which has no checksums
+        return
+    with zipfile.ZipFile(source) as z:
+        entries = z.infolist()
+        if odd := next((e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED), ""):  # it may be any size
+            raise GolfError(f"{where}: {odd!a} is compressed, as torch writes none; save it with torch.save")
+        if len({e.filename for e in entries}) < len(entries):
+            raise GolfError(f"{where}: two of its entries have the same name; save it with torch.save")
+        try:
+            wrong = z.testzip()
+        except zipfile.BadZipFile as error:
+            wrong = str(error)
+    if wrong:
+        raise GolfError(f"{where}: damaged: {wrong!a} is not what its checksum was taken of; fetch or save it again")
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
 
 
 def _numpy(tensor: Any, where: str = "tensor", dtypes: tuple[str, ...] = (*_DTYPES, "int8", "uint8")) -> np.ndarray:
@@ -190,7 +213,7 @@ def _numpy(tensor: Any, where: str = "tensor", dtypes: tuple[str, ...] = (*_DTYP
         raise GolfError(f"{where}: a {kind} cannot be read; save a dense tensor of {', '.join(_DTYPES)}")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # some kB can claim terabytes
         raise GolfError(f"{where}: shape {tuple(tensor.shape)} repeats fewer stored values (expand); save a dense tensor")
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if dtype == "bfloat16":
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

@@ -31,6 +31,7 @@ from golf_jax.model import Model, from_tensors
 
 Arrays = dict[str, np.ndarray]
 FREE_BYTES, BYTES_PER_BYTE = 1 << 28, 64  # a file of n bytes may hold 256 MiB + 64 n: a small one can never cost gigabytes
+LONGEST_CHAIN = 64  # of cases that refer to each other
 # Items that a case takes as given; everything else in its section is compared.
 INPUTS = {
     "params": ".+", "model": "tokens|segments|cu_seqlens", "grads": "tokens|segments", "newton_schulz": "input",
@@ -93,6 +94,22 @@ class Set:
             if item.partition("@")[0] in ("tokens", "warmup_tokens", "segments", "cu_seqlens") and array.dtype.kind not in "iu":
                 raise GolfError(f"{self.path}: entry {key!r} is {array.dtype}; tokens and segments are integers")
             self.items[f"{section}/{case}"][item] = array
+        for kind in ("inputs", "base", "params"):
+            for where in self.items:
+                chain = [where]
+                while (following := self._following(kind, chain[-1])) in self.items:
+                    if following in chain or len(chain) == LONGEST_CHAIN:
+                        via = " -> ".join([*chain, following][:4])
+                        raise GolfError(f"{self.path}: reference.json: the `{kind}` of {where} lead in a circle ({via}); name another case")
+                    chain.append(following)
+
+    def _following(self, kind: str, where: str) -> str:
+        """The case from which this one takes what it has not itself: "" for none."""
+        section, _, name = where.partition("/")
+        value = str(self.json["sections"][section]["cases"][name].get(kind, ""))
+        if kind != "inputs" and (kind == "base") != (section == "params"):  # where it is not read
+            return ""
+        return f"params/{value}" if kind == "base" else "/".join(value.partition("@")[0].removeprefix("own/").split("/")[:2])
 
     @cached_property
     def recipe(self) -> Recipe:

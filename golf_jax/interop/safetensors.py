@@ -24,7 +24,7 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     data = read_bytes(path)
     header, length = _header(data, path)
     try:
-        entries = {n: (e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in header.items() if n[:2] != "__"}
+        entries = {n: (e["dtype"], _whole(e["shape"]), *_whole(e["data_offsets"])) for n, e in header.items() if n[:2] != "__"}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise GolfError(f"{path}: damaged safetensors header ({type(e).__name__})") from None
     tensors, position, body = {}, 0, memoryview(data)[8 + length :]
@@ -39,6 +39,13 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     if position != len(body):
         raise GolfError(f"{path}: {len(body) - position} bytes behind the last tensor")
     return tensors
+
+
+def _whole(numbers: Any) -> tuple[int, ...]:
+    """ValueError for anything but integers: not for text, fractions and truth values that `int` takes."""
+    if any(type(number) is not int for number in numbers):
+        raise ValueError
+    return tuple(numbers)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -12,7 +12,8 @@ from golf_jax.data.prefetch import Prefetcher
 from golf_jax.interrupt import Interrupted, Signals
 from golf_jax.processes import agreed, from_all
 from golf_jax.training.checkpoints import Checkpoints
-from golf_jax.training.rundir import RunDir, go_on
+from golf_jax.training.resume import devices_of
+from golf_jax.training.rundir import RunDir, go_on, start_again
 from golf_jax.training.state import TrainState
 
 SECONDS = 60.0  # of training between two checkpoints, where the recipe does not count steps
@@ -110,6 +111,9 @@ class Keeper:
         left = self.checkpoints.steps()
         rates = [group.lr for group in self.recipe.optim.groups]
         field = f"optim.groups.{rates.index(max(rates))}.lr"
-        resume = f"{go_on(self.run.path)} --accept {field} --{field} N"
-        on = f", or go on from checkpoint {left[0]} with lower ones: {resume}" if left else ""
-        return GolfError(f"step {step + 1}: the training loss is {loss}; lower the learning rates in a new run{on}")
+        what = f"step {step + 1}: the training loss is {loss}; lower the learning rates"
+        if left:
+            resume = f"{go_on(self.run.path)} --accept {field} --{field} N"
+            return GolfError(f"{what} in a new run, or go on from checkpoint {left[0]} with lower ones: {resume}")
+        again = start_again(self.run.path, devices_of(self.run.path))
+        return GolfError(f"{what}: nothing worth going on from was kept; start again with: {again} --{field} N")

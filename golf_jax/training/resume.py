@@ -1,14 +1,18 @@
 """What a run directory says about its run, and what may be changed when it goes on."""
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
 from golf_jax.config import GolfError, Recipe, differences, from_dict, to_dict
+from golf_jax.data.identity import difference
+from golf_jax.processes import from_all
 from golf_jax.training.rundir import newest_meta, read_json, read_stages
 
 # What cannot change what has been trained; the text is compared by content (`golf_jax.data.identity`), wherever it lies.
-FREE = ("log_every", "checkpoint_every", "micro_rows", "model.attention", "quant", "eval", "data.train", "data.val", "data.tokenizer")
+PLACES = ("data.train", "data.val", "data.tokenizer")
+FREE = ("log_every", "checkpoint_every", "micro_rows", "model.attention", "quant", "eval", *PLACES)
 REPACKED = ("quant", "eval")  # the artifact holds both
 
 
@@ -72,6 +76,23 @@ def check_same_recipe(path: Path, meta: dict[str, Any], recipe: dict[str, Any], 
             raise GolfError(
                 f"checkpoint {meta['step']} is another run's: {field} is {there!r} there and {here!r} in config.json; remove it"
             )
+
+
+def check_alike(recipe: Recipe, identity: dict[str, Any], resumed: bool) -> None:
+    """GolfError, on all processes, if one was started with other flags or reads another text than process 0: they would wait for each
+    other for ever, or train on what nobody meant. Where the text lies may differ."""
+    mine = {"recipe": to_dict(recipe), "text": identity, "resume": resumed}
+    first, *others = map(json.loads, from_all(json.dumps(mine)))
+    for number, other in enumerate(others, 1):
+        found = [one for one in differences(first["recipe"], other["recipe"]) if not _within(one[0], PLACES)]
+        found += [("--resume", first["resume"], other["resume"])] * (first["resume"] != other["resume"])
+        what = difference(first["text"], other["text"])
+        what = f"the text of process {number} is not that of process 0: {what}" if what else ""
+        if found:
+            what = f"{found[0][0]} is {found[0][1]!r} in process 0 and {found[0][2]!r} in process {number}"
+        if what:
+            or_else = ", or with --model.attention xla where a compiler is not everywhere" * what.startswith("model.attention ")
+            raise GolfError(f"{what}; start all processes with the same command and the same files{or_else}")
 
 
 def stages_to_repeat(changes: list[dict[str, Any]]) -> tuple[str, ...]:

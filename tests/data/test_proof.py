@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from golf_jax.config import GolfError
 from golf_jax.data import proof
+from golf_jax.data.build import build
 from golf_jax.data.corpus import documents
 from golf_jax.data.documents import cut, find_files, read_documents
 from golf_jax.data.identity import difference, identify
@@ -86,19 +87,58 @@ def test_marker_pieces_are_refused_and_line_end_pieces_are_not(split):
         prove_text(markers, [], np.concatenate(markers.encode_documents(TEXTS[:3])))
     ends = trained(user_defined_symbols=["\n"], normalization_rule_name="identity", remove_extra_whitespaces=False)
     prove_text(ends, [], np.concatenate(ends.encode_documents(TEXTS[:3])))
-    words = trained(user_defined_symbols=["<cap>"], normalization_rule_name="identity", remove_extra_whitespaces=False)
-    found = prove_text(words, [], np.concatenate(words.encode_documents([text.replace("a", "<cap>a") for text in TEXTS[:3]])))
-    assert any(re.match(r"WARNING: user-defined pieces \('<cap>'\) are \d+\.\d % of the bytes", fact) for fact in found.facts)
+
+
+def test_user_defined_pieces_that_occur_are_told_and_marks_for_capitals_refused(tmp_path):
+    """No private-use characters, so text may well have them: with what they count as. A text that has no capitals left had them marked."""
+    words = trained(user_defined_symbols=["<cap>", "<br>"], normalization_rule_name="identity", remove_extra_whitespaces=False)
+
+    def said(texts):
+        facts = prove_text(words, [], np.concatenate(words.encode_documents(texts))).facts
+        return [fact for fact in facts if "user-defined" in fact]
+
+    assert said(TEXTS[:20]) == []
+    assert re.match(r"user-defined pieces \('<cap>' 3 times\) count as 15 bytes of text, 0\.\d % of", *said(["<cap>" * 3, *TEXTS[:20]]))
+    assert said([text.replace("a", "<br>a") for text in TEXTS[:3]])[0].startswith("WARNING: user-defined pieces ('<br>' ")
+    marked = [re.sub("[A-Z]", lambda capital: f"<cap>{capital[0].lower()}", text) for text in TEXTS[:20]]
+    with pytest.raises(GolfError, match=r"\('<cap>' [\d,]+ times\) count as [\d,]+ bytes of text, .* no capitals besides: marks"):
+        said(marked)
+    assert said(["天地玄黄<cap>" * 9])[0].startswith("WARNING")  # a script without small letters
+    lines, (file, model) = [], [tmp_path / "a.jsonl", tmp_path / "words.model"]
+    file.write_text("".join(json.dumps({"text": f"{text[:200]} <br>"}) + "\n" for text in TEXTS))
+    model.write_bytes(words.model)
+    build([file], tmp_path / "data", tokenizer=model, log=lines.append)
+    assert any("user-defined pieces ('<br>' " in line for line in lines)
+
+
+def test_repeated_validation_documents_are_told(tokenizer):
+    def said(texts):
+        facts = prove_text(tokenizer, [], np.concatenate(tokenizer.encode_documents(texts))).facts
+        return [fact for fact in facts if "repeat" in fact]
+
+    assert said(TEXTS[:9]) == []
+    assert said([*TEXTS[:9], TEXTS[2], TEXTS[2]]) == ["WARNING: val: 2 of 11 documents repeat another one; they are scored all the same"]
+    twice = np.concatenate([np.append(1, document) for document in tokenizer.encode_documents(TEXTS[:9])]).astype(np.uint16)
+    assert any("val: 9 of 18 documents are empty; they" in fact for fact in prove_text(tokenizer, [], twice).facts)
+    assert said([*(f"number {n}" for n in range(200)), "number 5"])[0].startswith("val: 1 of 201 documents repeat")
 
 
 def test_markers_that_are_ordinary_pieces_or_bytes_are_found_in_the_text(tokenizer):
     marked = [text[:600].replace("a", "\ue001a") for text in TEXTS[:20]]
     other = [text.replace("\ue001", mark) for text, mark in zip(marked, "\U000f0001\ufdd0" * 10, strict=True)]
-    for one, texts in ((tokenizer, marked), (Tokenizer(train_bpe(marked, 400)), marked), (tokenizer, other)):
-        with pytest.raises(GolfError, match=r"private-use characters, \d+\.\d % of its bytes"):
+    control = [text.replace("\ue001", "\x01") for text in marked]
+    for one, texts in ((tokenizer, marked), (Tokenizer(train_bpe(marked, 400)), marked), (tokenizer, other), (tokenizer, control)):
+        with pytest.raises(GolfError, match=r"private-use or control characters, \d+\.\d % of its bytes"):
             prove_text(one, [], np.concatenate(one.encode_documents(texts)))
     found = prove_text(tokenizer, [], np.concatenate(tokenizer.encode_documents(["an icon \uf0e0", *TEXTS[:20]])))
-    assert any(fact.startswith("WARNING: 1 private-use characters") for fact in found.facts)
+    assert any(fact.startswith("WARNING: 1 private-use or control characters") for fact in found.facts)
+
+
+def test_text_without_capitals_is_told(tokenizer):
+    """Folded, or transformed with marks that look like text."""
+    for change in (str.lower, lambda text: re.sub("[A-Z]", lambda capital: f"<cap>{capital[0].lower()}", text)):
+        facts = prove_text(tokenizer, [], np.concatenate(tokenizer.encode_documents([change(text) for text in TEXTS[:20]]))).facts
+        assert any(re.match("WARNING: [0-9,]+ small letters of validation and hardly a capital", fact) for fact in facts)
 
 
 def test_lossy_normalisation_is_named():

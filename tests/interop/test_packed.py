@@ -4,6 +4,7 @@ import io
 import lzma
 import pickle
 import sys
+import zipfile
 import zlib
 
 import ml_dtypes
@@ -151,6 +152,42 @@ def test_exotic_tensors_are_one_line(tmp_path):
         read_checkpoint(saved(tmp_path, {"w": torch.zeros(1, 1).expand(10**7, 10**5)}))
     with pytest.raises(GolfError, match="not a state_dict"):
         read_checkpoint(saved(tmp_path, {0: w}))
+
+
+def test_views_of_all_kinds_are_read_as_their_values(tmp_path):
+    torch = pytest.importorskip("torch")
+    w = torch.arange(16.0).view(4, 4)
+    for view in (w.t().contiguous().t(), torch.stack([w, -w], -1)[..., 0], torch._neg_view(-w), torch.cat([w, w]).view(2, 4, 4)[1]):
+        np.testing.assert_array_equal(read_checkpoint(saved(tmp_path, {"w": view}))["w"], w.numpy())
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_what_torch_does_not_look_at_is_compared(tmp_path):
+    """Checksums of the zip, entries of one name, compressed ones; in packed files as well, whose streams may have no checksum."""
+    torch = pytest.importorskip("torch")
+    path = saved(tmp_path, {"w": torch.arange(64.0)})
+    data = path.read_bytes()
+    at = data.index(torch.arange(64.0).numpy().tobytes())
+    flipped = data[: at + 6] + bytes([data[at + 6] ^ 64]) + data[at + 7 :]
+    with (
+        zipfile.ZipFile(path) as z,
+        zipfile.ZipFile(tmp_path / "twice.pt", "w") as twice,
+        zipfile.ZipFile(tmp_path / "z.pt", "w", 8) as packed,
+    ):
+        for name in [*z.namelist(), z.namelist()[-1]]:
+            twice.writestr(name, z.read(name))
+        for name in z.namelist():
+            packed.writestr(name, z.read(name))
+    path.write_bytes(flipped)
+    for file, what in (
+        (path, "damaged: .*data/0' is not what its checksum"),
+        (tmp_path / "twice.pt", "the same name"),
+        (tmp_path / "z.pt", "is compressed"),
+    ):
+        with pytest.raises(GolfError, match=what):
+            read_checkpoint(file)
+    with pytest.raises(GolfError, match="packed file: damaged"):
+        read_packed_codes(zstandard.compress(flipped))
 
 
 def test_packings_that_scripts_fall_back_to(references):

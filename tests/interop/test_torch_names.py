@@ -134,3 +134,8 @@ def test_safetensors_round_trip_and_damage(references, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(GolfError, match="model.safetensors"):
             read_safetensors(path)
+    for number in (b"4.0", b'"4"', b"true"):
+        header = b'{"w": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 16]}}' % number
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+        with pytest.raises(GolfError, match="model.safetensors: damaged safetensors header"):
+            read_safetensors(path)

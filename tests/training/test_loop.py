@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 from contextlib import closing
@@ -99,8 +100,10 @@ def test_a_run_on_steps_is_reproducible(run_training, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run_training, tmp_path):
     recipe = small()
     groups = tuple(replace(g, lr=1e30) for g in recipe.optim.groups)
-    with pytest.raises(GolfError, match=r"^step \d: the training loss is nan; lower the learning rates in a new run$"):
+    with pytest.raises(GolfError, match=r"^step \d: the training loss is nan; .*start again with: (.*) N$") as caught:
         run_training(replace(recipe, optim=replace(recipe.optim, groups=groups)), tmp_path / "run")
+    again = shlex.split(caught.value.args[0].partition(" with: ")[2])
+    assert again[:4] == ["python", "-m", "golf_jax.train", f"{tmp_path}/run/config.json"] and again[-2] == "--optim.groups.0.lr"
     rows = metrics(tmp_path / "run")
     assert math.isfinite(rows[0]["loss"]) and rows[-1]["loss"] is None
 
@@ -134,7 +137,7 @@ def test_a_checkpoint_no_better_than_untrained_weights_is_no_advice(run_training
         assert checkpoints.steps() == [1]
         keeper.starts_at(1, 1.0)
         keeper.learned(1, 40.0)
-        assert str(keeper.diverged(3, math.nan)).endswith("lower the learning rates in a new run")
+        assert ": nothing worth going on from was kept; start again with: " in str(keeper.diverged(3, math.nan))
 
 
 def test_what_was_trained_is_saved_when_the_text_cannot_be_read_on(run_training, tmp_path):

@@ -1,5 +1,6 @@
 """What may be changed when a run goes on."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from tiny_recipes import tiny
 
 from golf_jax.config import GolfError, to_dict
 from golf_jax.files import sealed
+from golf_jax.training import resume
 from golf_jax.training.resume import changed, stages_to_repeat, stored_recipe
 
 RECIPE = tiny("baseline")
@@ -66,3 +68,25 @@ def test_the_recipe_of_a_run_comes_back(tmp_path):
         stored_recipe(tmp_path)
     with pytest.raises(GolfError, match="nowhere: no run is there"):
         stored_recipe(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": {"seed": 7}}, "seed is 1337 in process 0 and 7 in process 1; start all processes with the same command"),
+        ({"text": {"tokenizer": "b"}}, "the text of process 1 is not that of process 0: "),
+        ({"resume": True}, "--resume is False in process 0 and True in process 1"),
+        ({"recipe": {"model": {"attention": "native"}}}, "'auto' in process 0 and 'native' in process 1; .*or with --model.attention xla"),
+        ({"recipe": {"data": {"train": "elsewhere/train_*.bin"}}}, ""),
+    ],
+)
+def test_processes_that_were_started_otherwise_are_refused(monkeypatch, change, message):
+    """Else they wait for each other for ever, or train on what nobody meant."""
+
+    def merged(here, over):
+        return here | {name: merged(here[name], value) if isinstance(value, dict) else value for name, value in over.items()}
+
+    monkeypatch.setattr(resume, "from_all", lambda mine: [mine, json.dumps(merged(json.loads(mine), change))])
+    identity = {"tokenizer": "a", "train": [], "val": [], "digest": "c"}
+    with pytest.raises(GolfError, match=message) if message else contextlib.nullcontext():
+        resume.check_alike(replace(tiny("baseline"), seed=1337), identity, False)
