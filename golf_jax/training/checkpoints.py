@@ -4,8 +4,10 @@ Orbax checks its own bookkeeping, not the arrays, so `meta` carries a digest of 
 arrays of one step beside the meta of another, are found before anything is trained on.
 """
 
+import errno
 import functools
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -28,6 +30,7 @@ from golf_jax.mesh import ROWS
 from golf_jax.processes import from_main
 from golf_jax.training.state import TrainState
 
+FULL = os.strerror(errno.ENOSPC)
 KEPT = 2
 PRIMES = (2654435761, 2246822519)
 
@@ -190,14 +193,20 @@ class Checkpoints:
 
     @contextmanager
     def _written(self, what: str) -> Iterator[None]:
-        """Reported, and half a checkpoint takes no room on the full disk any more."""
+        """Reported, and on a full disk half a checkpoint takes no room any more, nor one that is older than the newest."""
         try:
             with self._reported(what):
                 yield
-        except GolfError:
+        except GolfError as error:
             for half in self.directory.glob("*.orbax-checkpoint-tmp") if jax.process_index() == 0 else ():
                 shutil.rmtree(half, ignore_errors=True)
-            raise
+            there = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())  # orbax has given up some already
+            if jax.process_count() > 1 or FULL not in str(error) or not (older := there[:-1]):
+                raise
+            for step in older:
+                shutil.rmtree(self.directory / str(step), ignore_errors=True)
+            self._manager.reload()
+            raise GolfError(f"{error}; {', '.join(map(str, older))} given up for room") from error
 
     @contextmanager
     def _reported(self, what: str) -> Iterator[None]:
@@ -208,6 +217,7 @@ class Checkpoints:
             raise
         except Exception as error:
             detail = next(iter(str(error).splitlines()), type(error).__name__)
+            detail = FULL if FULL in detail else detail  # behind all the paths that tensorstore names
             raise GolfError(f"{self.directory}: {what} ({detail[:300]})") from error
 
 

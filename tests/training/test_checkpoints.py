@@ -63,6 +63,20 @@ def test_the_newest_comes_back_whole(state, copy):
     assert restore(copy.parent / "none") is None
 
 
+def test_a_full_disk_costs_the_older_checkpoint_and_never_the_newest(state, copy, monkeypatch):
+    """Two fill the disk: a third has no room beside them, and the state that is kept would grow old."""
+    kept = Checkpoints(copy)
+    with monkeypatch.context() as patch:
+        patch.setattr(kept._manager, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(GolfError, match=r"checkpoint 15 cannot be written \(No space left on device\); 5 given up for room$"):
+            kept.save(15, state, position={}, wait=True)
+        with pytest.raises(GolfError, match=r"device\)$"):
+            kept.save(16, state, position={}, wait=True)
+    kept.save(20, state, position={}, wait=True)
+    kept.close()
+    assert restore(copy).step == 20
+
+
 @pytest.mark.parametrize("name", [*SHIPPED, "pr2135"])
 def test_the_state_of_every_recipe_comes_back(name, tmp_path):
     """Averages, stale gradients, low-precision copies: whatever a recipe's state is made of."""

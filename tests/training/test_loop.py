@@ -225,7 +225,7 @@ def test_a_save_that_fails_in_the_background_is_told_under_its_own_step(run_trai
     monkeypatch.setattr(ocp.CheckpointManager, "_finalize", full)
     run_training(saved, tmp_path / "run")
     log = (tmp_path / "run/log.txt").read_text()
-    assert re.findall(r"checkpoint (\d) cannot be written \(\[Errno 28\]", log) == ["4", "6"] and failed == [4, 6]
+    assert re.findall(r"checkpoint (\d) cannot be written \(No space left", log) == ["4", "6"] and failed == [4, 6]
     assert "training complete: step 6 is saved" in log and {"2", "6"} == {p.name for p in (tmp_path / "run/checkpoints").iterdir()}
 
 
@@ -236,4 +236,4 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(run_training, 
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
     assert run_training(saved, tmp_path / "run").steps == 6
     log = (tmp_path / "run/log.txt").read_text()
-    assert all(f"checkpoint {step} cannot be written ([Errno 28] No space left on device); the run goes on" in log for step in (2, 4, 6))
+    assert all(f"checkpoint {step} cannot be written (No space left on device); the run goes on" in log for step in (2, 4, 6))
