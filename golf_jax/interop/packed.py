@@ -24,6 +24,7 @@ from golf_jax.config import GolfError
 from golf_jax.files import refuse_pointer
 from golf_jax.interop import pgrp
 from golf_jax.interop.safetensors import read_safetensors
+from golf_jax.processes import say_once
 from golf_jax.quant import QTensor, dequantize_all
 
 MAX_RAW_BYTES = 1 << 30
@@ -83,8 +84,11 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
 
 def _state_dict(stored: Any, path: Path) -> Mapping[str, Any]:
     for _ in range(2):
-        if isinstance(stored, Mapping):
-            stored = next((stored[k] for k in NESTED if isinstance(stored.get(k), Mapping)), stored)
+        if isinstance(stored, Mapping) and (key := next((k for k in NESTED if isinstance(stored.get(k), Mapping)), None)):
+            stored, outer = stored[key], stored
+            for other, tensors in outer.items():
+                if other != key and isinstance(tensors, Mapping) and tensors.keys() == stored.keys():  # an average, most often
+                    say_once(f"{path}: the weights under {key!r} are read; those under {other!r} are not")
     if not isinstance(stored, Mapping) or not stored or not all(isinstance(n, str) and hasattr(v, "dtype") for n, v in stored.items()):
         found = f"keys {', '.join(map(str, list(stored)[:6]))}" if isinstance(stored, Mapping) else f"a {type(stored).__name__}"
         raise GolfError(f"{path}: not a state_dict of tensors, nor one under {', '.join(NESTED)}; found {found}")

@@ -141,6 +141,13 @@ def test_checkpoints_come_in_many_forms(tmp_path):
         read_checkpoint(saved(tmp_path, state | {"lm_head.weight": torch.zeros(4, 3)}))
 
 
+def test_weights_of_the_same_names_that_are_not_read_are_told(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    file = saved(tmp_path, {"ema": {"w": torch.zeros(2)}, "model": {"w": torch.ones(2)}, "optimizer": {"v": torch.ones(2)}})
+    assert read_checkpoint(file)["w"].all()
+    assert capsys.readouterr().err == f"{file}: the weights under 'model' are read; those under 'ema' are not\n"
+
+
 def test_exotic_tensors_are_one_line(tmp_path):
     torch = pytest.importorskip("torch")
     w = torch.ones(4, 4)
