@@ -288,25 +288,31 @@ def attention(
         elif c.value_residual_first:
             v_BTGK = (lam[0] + lam[1]) * raw_BTGK
     cos, sin = rope
-    q_BSHK = ops.rope(ops.rms_norm(q_BSHK, q_eps), cos[t - s :], sin[t - s :])
-    k_BTGK = ops.rope(ops.rms_norm(k_BTGK, k_eps), cos, sin)
+    backend = c.attention if last is None or c.attention in SUFFIX else "xla"
+    inside = {}
+    if r_BT1 is not None and backend == "pallas":  # gradients of norms and gain come from the kernels
+        rms = ops.inverse_rms(q_BSHK, q_eps), ops.inverse_rms(k_BTGK, k_eps)
+        q_BSHK, k_BTGK = (ops.times(x, jax.lax.stop_gradient(r)) for x, r in zip((q_BSHK, k_BTGK), rms, strict=True))
+        inside["factors"] = (w["q_gain"], *(jnp.log(r)[..., 0] for r in rms))
+    else:
+        q_BSHK, k_BTGK = ops.rms_norm(q_BSHK, q_eps), ops.rms_norm(k_BTGK, k_eps)
+    q_BSHK, k_BTGK = ops.rope(q_BSHK, cos[t - s :], sin[t - s :]), ops.rope(k_BTGK, cos, sin)
     tap("q_rope", q_BSHK)
-    q_BSHK = q_BSHK * w["q_gain"][:, None]
+    if not inside:
+        q_BSHK = q_BSHK * w["q_gain"][:, None]
     tap("q", q_BSHK)
     tap("k", k_BTGK)
     tap("v", v_BTGK)
     xsa = i >= c.num_layers - c.xsa_last_n
-    backend = c.attention if last is None or c.attention in SUFFIX else "xla"
     first_BT, longest = sight or (None, None)
     first_BS = None if first_BT is None else first_BT[:, t - s :]
     gate_BSH = _gate(c, w, maps, z_BTD[:, t - s :], None if r_BT1 is None else r_BT1[:, t - s :])
     if gate_BSH is not None:
         tap("gate", gate_BSH)
         gate_BSH = gate_BSH * c.head_gate_scale if c.head_gate == "narrow" else gate_BSH
-    inside = {}
     # What has no gate yet never meets memory (nor `y`). PR 2005's step moves more bytes that way (benchmarks/aot.md).
     if c.head_gate == "linear" and attend is None and backend == "pallas":
-        inside, gate_BSH = {"gate_BSH": gate_BSH}, None
+        inside["gate_BSH"], gate_BSH = gate_BSH, None
     attend = attend or partial(xsa_attention, first_BS=first_BS, longest=longest, backend=backend, **inside)
     y_BSHK = attend(q_BSHK, k_BTGK, v_BTGK, xsa=xsa)
     tap("y", y_BSHK)
