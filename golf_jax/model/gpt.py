@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from golf_jax.config import GolfError, ModelConfig
-from golf_jax.kernels.attention import SUFFIX, xsa_attention
+from golf_jax.kernels.attention import SUFFIX, has_factors, xsa_attention
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
 from golf_jax.model import layers as ops
 from golf_jax.model.cache import Cache
@@ -66,7 +66,7 @@ def hidden(
     if fake_quant is not None:
         params = fake_quantize(config, params, fake_quant)
     dtype = jnp.dtype(config.dtype)
-    late = config.attention == "pallas" and tap is branch is cache is None
+    late = tap is branch is cache is None and has_factors(config.attention)
     tap = tap or (lambda name, x: None)
     seq_len = tokens_BT.shape[1] if cache is None else cache.row_len
     last = None if last is None or last >= seq_len else last
@@ -344,9 +344,7 @@ def _input_maps(w: Params, z_BTD: jax.Array, last: int | None) -> Params:
 
 
 @jax.named_scope("mlp")
-def mlp(
-    config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name, x: None, r_BT1: jax.Array | None = None
-) -> jax.Array:
+def mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name, x: None, r_BT1: jax.Array | None = None) -> jax.Array:
     """(leaky_relu(r z W_up))^2 W_down, r: None is 1."""
     u_BTF = ops.linear(z_BTD, w["up"])
     slope = config.mlp_slope

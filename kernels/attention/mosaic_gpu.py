@@ -57,9 +57,7 @@ from golf_jax.kernels.attention.mosaic_gpu_common import (
 HEAD_DIMS = (32, 64, 128)
 
 
-def xsa_attention(
-    q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, first_BS=None, gate_BSH=None, factors=None, interpret: bool = False
-) -> jax.Array:
+def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, first_BS=None, gate_BSH=None, factors=None, interpret: bool = False) -> jax.Array:
     """As `kernels.attention.xsa_attention`; bf16 or fp16, head_dim 32, 64 or 128, T padded with zeros to a multiple of 128.
 
     The padding is exact: no query sees a later key, and padded queries have dy = 0. `interpret` simulates the GPU on
