@@ -74,8 +74,9 @@ def hidden(
     x_BTD, values = _embed(config, params, tokens_BT, dtype, tap)
     sight = None if segments_BT is None else (ops.first_visible(segments_BT), longest)
     table = leaves(config).items()
-    used = _scaled_maps(params) if late else params
-    stacks = {name: ops.unstack(used[name].astype(dtype)) for name, leaf in table if name in used and (leaf.per_layer or name in LANES)}
+    used = {name: params[name] for name, leaf in table if leaf.per_layer or name in LANES}
+    used = _late_maps(config, used) if late else used
+    stacks = {name: ops.unstack(x.astype(dtype)) for name, x in used.items()}
     rope = ops.rope_tables(
         seq_len, config.rope_dims or config.head_dim, config.rope_base, config.rope_train_len, config.rope_bf16_frequencies
     )
@@ -114,10 +115,13 @@ def _prefixed(tap: Tap, step: int, layer: int) -> Tap:
     return lambda name, x: tap(f"{step}/{layer}/{name}", x)
 
 
-def _scaled_maps(params: Params) -> Params:
-    """Parameters with the scales of attention and MLP in the maps before them, which saves their passes over the activations."""
+def _late_maps(config: ModelConfig, params: Params) -> Params:
+    """The layers' parameters with the scales of attention and MLP in the maps before them, which saves passes over the activations,
+    and a gate in the query rows as a map of its own, whose gradient is no part of the queries'."""
     scales = {"o": "attn_scale", "down": "mlp_scale"}
     scaled = {name: params[name] * params[scale][:, None] for name, scale in scales.items()}
+    if config.head_gate == "query_rows":
+        scaled["q"], scaled["gate"] = jnp.split(params["q"], [config.width], -1)
     return {name: x for name, x in params.items() if name not in scales.values()} | scaled
 
 
@@ -311,7 +315,7 @@ def attention(
         tap("gate", gate_BSH)
         gate_BSH = gate_BSH * c.head_gate_scale if c.head_gate == "narrow" else gate_BSH
     # What has no gate yet never meets memory (nor `y`). PR 2005's step moves more bytes that way (benchmarks/aot.md).
-    if c.head_gate == "linear" and attend is None and backend == "pallas":
+    if c.head_gate != "off" and (r_BT1 is not None or c.head_gate == "linear") and attend is None and backend == "pallas":
         inside["gate_BSH"], gate_BSH = gate_BSH, None
     attend = attend or partial(xsa_attention, first_BS=first_BS, longest=longest, backend=backend, **inside)
     y_BSHK = attend(q_BSHK, k_BTGK, v_BTGK, xsa=xsa)
@@ -330,7 +334,7 @@ def _gate(c: ModelConfig, w: Params, maps: Params, z_BSD: jax.Array, r_BS1: jax.
     if c.head_gate == "narrow":
         gate_BSH = ops.linear(z_BSD[..., : c.gate_window], w["narrow_gate"])
     else:
-        gate_BSH = maps["gate"] if c.head_gate == "linear" else maps["q"][..., c.width :]
+        gate_BSH = maps["gate"] if "gate" in maps else maps["q"][..., c.width :]
     gate_BSH = gate_BSH if r_BS1 is None else ops.times(gate_BSH, r_BS1)
     return gate_BSH + w["gate_bias"] if c.head_gate == "linear" else gate_BSH
 

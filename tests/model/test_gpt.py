@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_recipes import tiny
 
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import xsa_attention
 from golf_jax.model import GPT, gpt, init_params, logits, nll, platforms
-from tiny_recipes import tiny
 
 CONFIG = ModelConfig(vocab_size=40, num_layers=2, width=32, num_heads=2, num_kv_heads=1)
 TOKENS = np.arange(20).reshape(2, 10)
