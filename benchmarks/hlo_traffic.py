@@ -86,7 +86,8 @@ def _taken(fused: list[Instruction], index: int, whole: int) -> int:
 
 
 def _elements(shape: str) -> int:
-    return math.prod(int(d) for d in _ARRAY.search(shape)[2].split(",") if d)
+    """Of one array."""
+    return math.prod(int(d) for _, dims in _ARRAY.findall(shape) for d in dims.split(",") if d)
 
 
 def _kind(i: Instruction, fused: list[Instruction]) -> str:

@@ -314,7 +314,7 @@ def attention(
     if gate_BSH is not None:
         tap("gate", gate_BSH)
         gate_BSH = gate_BSH * c.head_gate_scale if c.head_gate == "narrow" else gate_BSH
-    # What has no gate yet never meets memory (nor `y`). PR 2005's step moves more bytes that way (benchmarks/aot.md).
+    # What has no gate yet never meets memory (nor `y`). With a gate in the query rows more bytes are moved that way (benchmarks/aot.md).
     if c.head_gate != "off" and (r_BT1 is not None or c.head_gate == "linear") and attend is None and backend == "pallas":
         inside["gate_BSH"], gate_BSH = gate_BSH, None
     attend = attend or partial(xsa_attention, first_BS=first_BS, longest=longest, backend=backend, **inside)
@@ -352,7 +352,7 @@ def mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name
     """(leaky_relu(r z W_up))^2 W_down, r: None is 1."""
     u_BTF = ops.linear(z_BTD, w["up"])
     slope = config.mlp_slope
-    h_BTF = ops.squared_leaky(u_BTF, slope) if r_BT1 is None else ops.scaled_squared_leaky(u_BTF, r_BT1, slope)
+    h_BTF: Any = ops.squared_leaky(u_BTF, slope) if r_BT1 is None else ops.scaled_squared_leaky(u_BTF, r_BT1, slope)
     tap("down_in", h_BTF)
     return ops.linear(h_BTF, w["down"])
 
