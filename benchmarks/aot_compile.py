@@ -93,12 +93,16 @@ def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
             yield Program(f"{name}: forward", local(attention, *[sharded] * 3, out=sharded), (q, kv, kv), backend)
             yield Program(f"{name}: forward and backward", local(with_gradients, *[sharded] * 4, out=sharded), (q, kv, kv, q), backend)
 
-    def gated(q, k, v, gate, dy):
-        y, pullback = jax.vjp(lambda q, k, v, gate: xsa_attention(q, k, v, xsa=True, gate_BSH=gate, backend="pallas"), q, k, v, gate)
+    def gated(q, k, v, gate, gain, dy):
+        def attention(q, k, v, gate, gain, *logs):
+            return xsa_attention(q, k, v, xsa=True, gate_BSH=gate, factors=(gain, *logs), backend="pallas")
+
+        y, pullback = jax.vjp(attention, q, k, v, gate, gain, *(jnp.zeros(x.shape[:3]) for x in (q, k)))
         return y, *pullback(dy)
 
-    arguments = (q, kv, kv, array(batch, T, H), q)
-    yield Program("pallas attention, xsa, head gate: forward and backward", local(gated, *[sharded] * 5, out=sharded), arguments, "pallas")
+    arguments = (q, kv, kv, array(batch, T, H), array(H, dtype=jnp.float32, spec=P()), q)
+    specs, out = (*[sharded] * 4, P(), sharded), (*[sharded] * 5, P(), sharded, sharded)
+    yield Program("pallas attention, xsa, head gate, factors: forward and backward", local(gated, *specs, out=out), arguments, "pallas")
     for sequences, length in ((BATCH, T), (1, BATCH * T)):  # documents inside 48 rows, and packed into one
         q, kv = (array(sequences * mesh.size, length, heads, head_dim) for heads in (H, G))
         first = array(sequences * mesh.size, length, dtype=jnp.int32)

@@ -70,18 +70,24 @@ def _add(computations: dict[str, list[Instruction]], name: str, times: int, tota
 
 
 def _taken(fused: list[Instruction], index: int, whole: int) -> int:
-    """Bytes of a fusion's parameter that it reads: all, unless every use is a slice or gather of it."""
-    names = {i.name for i in fused if i.op == "parameter" and i.rest.startswith(f"{index})")}
-    taken = 0
+    """Bytes of a fusion's parameter that it reads: all, unless every use is a slice or gather of it. The same slice counts once."""
+    parameter = next(i for i in fused if i.op == "parameter" and i.rest.startswith(f"{index})"))
+    names, taken = {parameter.name}, {}
     for i in fused:
         if names & set(i.operands):
-            if i.op == "bitcast":
+            if i.op in ("bitcast", "convert"):
                 names.add(i.name)
             elif i.op in _TAKES and i.operands[0] in names:
-                taken += array_bytes(i.shape)
+                region = re.search(r" slice={.*?}", i.rest)
+                taken[region[0] if region else i.name] = whole * _elements(i.shape) // _elements(parameter.shape)
             else:
                 return whole
-    return taken
+    return min(whole, sum(taken.values()))
+
+
+def _elements(shape: str) -> int:
+    """Of one array."""
+    return math.prod(int(d) for _, dims in _ARRAY.findall(shape) for d in dims.split(",") if d)
 
 
 def _kind(i: Instruction, fused: list[Instruction]) -> str:

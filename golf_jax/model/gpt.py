@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from golf_jax.config import GolfError, ModelConfig
-from golf_jax.kernels.attention import SUFFIX, xsa_attention
+from golf_jax.kernels.attention import SUFFIX, has_factors, xsa_attention
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
 from golf_jax.model import layers as ops
 from golf_jax.model.cache import Cache
@@ -66,6 +66,7 @@ def hidden(
     if fake_quant is not None:
         params = fake_quantize(config, params, fake_quant)
     dtype = jnp.dtype(config.dtype)
+    late = tap is branch is cache is None and has_factors(config.attention)
     tap = tap or (lambda name, x: None)
     seq_len = tokens_BT.shape[1] if cache is None else cache.row_len
     last = None if last is None or last >= seq_len else last
@@ -73,7 +74,9 @@ def hidden(
     x_BTD, values = _embed(config, params, tokens_BT, dtype, tap)
     sight = None if segments_BT is None else (ops.first_visible(segments_BT), longest)
     table = leaves(config).items()
-    stacks = {name: ops.unstack(params[name].astype(dtype)) for name, leaf in table if leaf.per_layer or name in LANES}
+    used = {name: params[name] for name, leaf in table if leaf.per_layer or name in LANES}
+    used = _late_maps(config, used) if late else used
+    stacks = {name: ops.unstack(x.astype(dtype)) for name, x in used.items()}
     rope = ops.rope_tables(
         seq_len, config.rope_dims or config.head_dim, config.rope_base, config.rope_train_len, config.rope_bf16_frequencies
     )
@@ -95,7 +98,7 @@ def hidden(
         attend = None if cache is None else partial(cache.attend, step)
         x_BTD, lane_BTD, v_BTGK = _block(
             config, i, block, x_BTD, lane_BTD, x0_BTD, v0_BTGK, values.get(i), rope, sight, only, _prefixed(tap, step, i), attend,
-            branch and _at_step(branch, step),
+            branch and _at_step(branch, step), late,
         )  # fmt: skip
         v0_BTGK = v_BTGK if v0_BTGK is None else v0_BTGK
         _tap_lanes(tap, step, "out", x_BTD, lane_BTD)
@@ -110,6 +113,16 @@ def hidden(
 
 def _prefixed(tap: Tap, step: int, layer: int) -> Tap:
     return lambda name, x: tap(f"{step}/{layer}/{name}", x)
+
+
+def _late_maps(config: ModelConfig, params: Params) -> Params:
+    """The layers' parameters with the scales of attention and MLP in the maps before them, which saves passes over the activations,
+    and a gate in the query rows as a map of its own, whose gradient is no part of the queries'."""
+    scales = {"o": "attn_scale", "down": "mlp_scale"}
+    scaled = {name: params[name] * params[scale][:, None] for name, scale in scales.items()}
+    if config.head_gate == "query_rows":
+        scaled["q"], scaled["gate"] = jnp.split(params["q"], [config.width], -1)
+    return {name: x for name, x in params.items() if name not in scales.values()} | scaled
 
 
 def _at_step(branch: Branch, step: int) -> Branch:
@@ -189,33 +202,39 @@ def _block(
     tap: Tap,
     attend: Attend | None,
     branch: Branch | None,
+    late: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """One transformer block with the weights of physical layer i: the stream, its second lane, and the block's own, unmixed value.
 
     lane: None, or what the MLP reads (PR 2135, 3.7); then attention and MLP write to both lanes and do not see each other.
+    late: norms scale what the maps make of their input, so that the normalised state never meets memory; w has no output scales.
     """
     scale = (i + 1) ** -0.5 if config.layer_scale else 1.0
+
+    def norm(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        return (x, ops.inverse_rms(x) * scale) if late else (ops.rms_norm(x) * jnp.asarray(scale, x.dtype), None)
+
     u_BTD = w["resid_mix"][0] * x_BTD + w["resid_mix"][1] * x0_BTD
-    z_BTD = ops.rms_norm(u_BTD) * jnp.asarray(scale, x_BTD.dtype)
+    z_BTD, r_BT1 = norm(u_BTD)
     tap("attn_in", z_BTD)
-    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap, sight, attend, branch)
+    a_BTD, v_BTGK = attention(config, i, w, z_BTD, v0_BTGK, value_embed, rope, last, tap, sight, attend, branch, r_BT1)
     if branch:
         a_BTD = branch("o", z_BTD, a_BTD)
     tap("attn_out", a_BTD)
     if last is not None:
         x_BTD, u_BTD, z_BTD = (x[:, -last:] for x in (x_BTD, u_BTD, z_BTD))
-        lane_BTD = None if lane_BTD is None else lane_BTD[:, -last:]
-    a_BTD = w["attn_scale"] * a_BTD
+        lane_BTD, r_BT1 = (None if x is None else x[:, -last:] for x in (lane_BTD, r_BT1))
+    a_BTD = a_BTD if late else w["attn_scale"] * a_BTD
     y_BTD = u_BTD + a_BTD if lane_BTD is None else lane_BTD
     parallel = 0 <= config.parallel_from <= i
     if not parallel:
-        z_BTD = ops.rms_norm(y_BTD) * jnp.asarray(scale, x_BTD.dtype)
+        z_BTD, r_BT1 = norm(y_BTD)
     tap("mlp_in", z_BTD)
-    m_BTD = mlp(config, w, z_BTD, tap)
+    m_BTD = mlp(config, w, z_BTD, tap, r_BT1)
     if branch:
         m_BTD = branch("mlp", z_BTD, m_BTD)
     tap("mlp_out", m_BTD)
-    m_BTD = w["mlp_scale"] * m_BTD
+    m_BTD = m_BTD if late else w["mlp_scale"] * m_BTD
     if lane_BTD is None:
         return y_BTD + m_BTD, None, v_BTGK
     post, resid = w["lane_post"], w["lane_resid"]  # [attention or MLP, receiving lane], [lane]
@@ -237,25 +256,33 @@ def attention(
     sight: Sight = None,
     attend: Attend | None = None,
     branch: Branch | None = None,
+    r_BT1: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of layer i with its own weights w on the normalised input: output [B, T, D] and its unmixed value [B, T, G, K].
 
     v0: value of layer 0 (None in it); value_embed [B, T, G K]; last: only the last N queries; attend: instead of `xsa_attention`.
+    r: what the input is to be multiplied by.
     """
     c = config
     b, t = z_BTD.shape[:2]
     s = t if last is None else last
     maps = _input_maps(w, z_BTD, last)
+    q_eps = k_eps = ops.EPS
+    if r_BT1 is not None:  # the norms of q and k take it out again, but for their eps
+        k_eps = (ops.EPS / jnp.square(r_BT1))[:, :, None]
+        q_eps = k_eps[:, t - s :]
     if branch:
         maps |= {name: branch(name, z_BTD, maps[name]) for name in ("q", "v")}
     qg = maps["q"]
     tap("q_proj", qg)
     q_BSHK = qg[..., : c.width].reshape(b, s, c.num_heads, c.head_dim)
     k_BTGK = maps["k"].reshape(b, t, c.num_kv_heads, c.head_dim)
-    v_BTK = maps["v"]
+    v_BTGK = maps["v"].reshape(k_BTGK.shape)
+    if r_BT1 is not None:
+        v_BTGK = ops.times(v_BTGK, r_BT1[:, :, None])
     if value_embed is not None:
-        v_BTK = v_BTK + value_embed
-    raw_BTGK = v_BTGK = v_BTK.reshape(b, t, c.num_kv_heads, c.head_dim)
+        v_BTGK = v_BTGK + value_embed.reshape(k_BTGK.shape)
+    raw_BTGK = v_BTGK
     tap("k_proj", k_BTGK)
     tap("v_raw", raw_BTGK)
     if c.value_residual:
@@ -265,25 +292,31 @@ def attention(
         elif c.value_residual_first:
             v_BTGK = (lam[0] + lam[1]) * raw_BTGK
     cos, sin = rope
-    q_BSHK = ops.rope(ops.rms_norm(q_BSHK), cos[t - s :], sin[t - s :])
-    k_BTGK = ops.rope(ops.rms_norm(k_BTGK), cos, sin)
+    backend = c.attention if last is None or c.attention in SUFFIX else "xla"
+    inside = {}
+    if r_BT1 is not None and backend == "pallas":  # gradients of norms and gain come from the kernels
+        rms = ops.inverse_rms(q_BSHK, q_eps), ops.inverse_rms(k_BTGK, k_eps)
+        q_BSHK, k_BTGK = (ops.times(x, jax.lax.stop_gradient(r)) for x, r in zip((q_BSHK, k_BTGK), rms, strict=True))
+        inside["factors"] = (w["q_gain"], *(jnp.log(r)[..., 0] for r in rms))
+    else:
+        q_BSHK, k_BTGK = ops.rms_norm(q_BSHK, q_eps), ops.rms_norm(k_BTGK, k_eps)
+    q_BSHK, k_BTGK = ops.rope(q_BSHK, cos[t - s :], sin[t - s :]), ops.rope(k_BTGK, cos, sin)
     tap("q_rope", q_BSHK)
-    q_BSHK = q_BSHK * w["q_gain"][:, None]
+    if not inside:
+        q_BSHK = q_BSHK * w["q_gain"][:, None]
     tap("q", q_BSHK)
     tap("k", k_BTGK)
     tap("v", v_BTGK)
     xsa = i >= c.num_layers - c.xsa_last_n
-    backend = c.attention if last is None or c.attention in SUFFIX else "xla"
     first_BT, longest = sight or (None, None)
     first_BS = None if first_BT is None else first_BT[:, t - s :]
-    gate_BSH = _gate(c, w, maps, z_BTD[:, t - s :])
+    gate_BSH = _gate(c, w, maps, z_BTD[:, t - s :], None if r_BT1 is None else r_BT1[:, t - s :])
     if gate_BSH is not None:
         tap("gate", gate_BSH)
         gate_BSH = gate_BSH * c.head_gate_scale if c.head_gate == "narrow" else gate_BSH
-    inside = {}
-    # What has no gate yet never meets memory (nor `y`). PR 2005's step moves more bytes that way (benchmarks/aot.md).
-    if c.head_gate == "linear" and attend is None and backend == "pallas":
-        inside, gate_BSH = {"gate_BSH": gate_BSH}, None
+    # What has no gate yet never meets memory (nor `y`). With a gate in the query rows more bytes are moved that way (benchmarks/aot.md).
+    if c.head_gate != "off" and (r_BT1 is not None or c.head_gate == "linear") and attend is None and backend == "pallas":
+        inside["gate_BSH"], gate_BSH = gate_BSH, None
     attend = attend or partial(xsa_attention, first_BS=first_BS, longest=longest, backend=backend, **inside)
     y_BSHK = attend(q_BSHK, k_BTGK, v_BTGK, xsa=xsa)
     tap("y", y_BSHK)
@@ -294,15 +327,16 @@ def attention(
     return ops.linear(y_BSD, w["o"]), raw_BTGK
 
 
-def _gate(c: ModelConfig, w: Params, maps: Params, z_BSD: jax.Array) -> jax.Array | None:
+def _gate(c: ModelConfig, w: Params, maps: Params, z_BSD: jax.Array, r_BS1: jax.Array | None) -> jax.Array | None:
     """Logits of each head's gate [B, S, H]."""
-    if c.head_gate == "linear":
-        return maps["gate"] + w["gate_bias"]
-    if c.head_gate == "query_rows":
-        return maps["q"][..., c.width :]
+    if c.head_gate == "off":
+        return None
     if c.head_gate == "narrow":
-        return ops.linear(z_BSD[..., : c.gate_window], w["narrow_gate"])
-    return None
+        gate_BSH = ops.linear(z_BSD[..., : c.gate_window], w["narrow_gate"])
+    else:
+        gate_BSH = maps["gate"] if "gate" in maps else maps["q"][..., c.width :]
+    gate_BSH = gate_BSH if r_BS1 is None else ops.times(gate_BSH, r_BS1)
+    return gate_BSH + w["gate_bias"] if c.head_gate == "linear" else gate_BSH
 
 
 def _input_maps(w: Params, z_BTD: jax.Array, last: int | None) -> Params:
@@ -314,10 +348,11 @@ def _input_maps(w: Params, z_BTD: jax.Array, last: int | None) -> Params:
 
 
 @jax.named_scope("mlp")
-def mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name, x: None) -> jax.Array:
-    """(leaky_relu(z W_up))^2 W_down."""
+def mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name, x: None, r_BT1: jax.Array | None = None) -> jax.Array:
+    """(leaky_relu(r z W_up))^2 W_down, r: None is 1."""
     u_BTF = ops.linear(z_BTD, w["up"])
-    h_BTF = jnp.square(jnp.where(u_BTF > 0, u_BTF, config.mlp_slope * u_BTF))
+    slope = config.mlp_slope
+    h_BTF: Any = ops.squared_leaky(u_BTF, slope) if r_BT1 is None else ops.scaled_squared_leaky(u_BTF, r_BT1, slope)
     tap("down_in", h_BTF)
     return ops.linear(h_BTF, w["down"])
 

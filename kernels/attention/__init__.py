@@ -32,6 +32,7 @@ def xsa_attention(
     first_BS: jax.Array | None = None,
     longest: int | None = None,
     gate_BSH: jax.Array | None = None,
+    factors: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     backend: str = "xla",
 ) -> jax.Array:
     """Causal attention with scale 1/sqrt(K), softmax in fp32; with `xsa` the part along the own value is removed.
@@ -41,9 +42,13 @@ def xsa_attention(
     first (int32 [B,S]): the first key that each query sees, which is the start of the segment that it lies in. longest: no segment
     is longer (not checked); lets `xla` be linear in T, where the kernels find out for themselves.
     gate [B,S,H], with `pallas` only: each head's output is multiplied by its sigmoid before it is written.
+    factors (gain [H], log_q [B,S,H], log_k [B,T,G]), where `has_factors`: each head's q is multiplied by its gain. The two logarithms are
+    not used but for their gradients, dq.q and dk.k of each row: those of the logarithm of a factor that the caller has put in already.
     Raises ValueError for shapes, dtypes or platforms that the backend does not have.
     """
     _check(q_BTHK, k_BTGK, v_BTGK, first_BS, gate_BSH, backend)
+    if factors is not None and not has_factors(backend):
+        raise ValueError(f"factors are in attention backend 'pallas' on a GPU only, got some with {backend!r}")
     if backend == "xla":
         o = causal_attention(q_BTHK, k_BTGK, v_BTGK, first_BS, longest)
         last_v = v_BTGK[:, v_BTGK.shape[1] - q_BTHK.shape[1] :]
@@ -56,7 +61,16 @@ def xsa_attention(
         return cudnn.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa)
     from golf_jax.kernels.attention import pallas
 
-    return pallas.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS, gate_BSH=gate_BSH)
+    return pallas.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS, gate_BSH=gate_BSH, factors=factors)
+
+
+def has_factors(backend: str) -> bool:
+    """Whether the backend takes `factors` here: `pallas` on a GPU."""
+    if backend != "pallas":
+        return False
+    from golf_jax.kernels.attention import pallas
+
+    return pallas.platform() in ("gpu", "cuda")
 
 
 def _check(q, k, v, first, gate, backend):

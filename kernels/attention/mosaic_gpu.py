@@ -9,6 +9,8 @@ Three kernels, each of two compute warpgroups (64 rows each) and one warpgroup t
   delta (1 - g): nothing is divided by a gate that may be zero.
 - dkv: a key block against all queries that see it, all heads of the group in one program: no atomics, deterministic.
   The XSA part of dv, -(a y + c do) summed over the heads, is added there.
+With factors the scores of a head are multiplied by its gain, and dq and dkv also give dq.q and dk.k of each row, which is all that the
+gradients of gain, norms and of anything else that scales q and k need: no further pass over them.
 With a document mask (`first`) each kernel visits only the blocks that share a document, and masks only those on a border.
 
 Layouts: q [B,T,H,K], k and v [B,T,G,K], gate and row statistics [B,H,T] fp32 (log-sum-exp in base 2). The pipeline and the
@@ -55,7 +57,7 @@ from golf_jax.kernels.attention.mosaic_gpu_common import (
 HEAD_DIMS = (32, 64, 128)
 
 
-def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, first_BS=None, gate_BSH=None, interpret: bool = False) -> jax.Array:
+def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, first_BS=None, gate_BSH=None, factors=None, interpret: bool = False) -> jax.Array:
     """As `kernels.attention.xsa_attention`; bf16 or fp16, head_dim 32, 64 or 128, T padded with zeros to a multiple of 128.
 
     The padding is exact: no query sees a later key, and padded queries have dy = 0. `interpret` simulates the GPU on
@@ -71,49 +73,55 @@ def xsa_attention(q_BTHK, k_BTGK, v_BTGK, *, xsa: bool, first_BS=None, gate_BSH=
     pad = ((0, 0), (0, -T % TILE), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, pad) for x in (q_BTHK, k_BTGK, v_BTGK))
     documents = None if first_BS is None else Documents.of(jnp.pad(first_BS, pad[:2], constant_values=T))
-    gate = None if gate_BSH is None else jnp.pad(gate_BSH.astype(jnp.float32), pad[:3]).swapaxes(1, 2)
-    y: jax.Array = _attention(q, k, v, gate, documents, xsa, interpret)  # pyright: ignore[reportAssignmentType]
+    rows = lambda x: jnp.pad(x.astype(jnp.float32), pad[:3]).swapaxes(1, 2)  # noqa: E731
+    gate = None if gate_BSH is None else rows(gate_BSH)
+    if factors is not None:
+        factors = (factors[0].astype(jnp.float32), *map(rows, factors[1:]))
+    y: jax.Array = _attention(q, k, v, gate, factors, documents, xsa, interpret)  # pyright: ignore[reportAssignmentType]
     return y[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, gate, documents, xsa, interpret) -> jax.Array:
-    return forward(q, k, v, _open(gate), documents, xsa, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(q, k, v, gate, factors, documents, xsa, interpret) -> jax.Array:
+    return forward(q, k, v, _open(gate), factors and factors[0], documents, xsa, interpret)[0]
 
 
 def _open(gate):
     return None if gate is None else jax.nn.sigmoid(gate)
 
 
-def _forward_rule(q, k, v, gate, documents, xsa, interpret):
-    y, lse, c = forward(q, k, v, _open(gate), documents, xsa, interpret)
-    return y, (q, k, v, gate, documents, y, lse, c)
+def _forward_rule(q, k, v, gate, factors, documents, xsa, interpret):
+    gain = factors and factors[0]
+    y, lse, c = forward(q, k, v, _open(gate), gain, documents, xsa, interpret)
+    return y, (q, k, v, gate, gain, documents, y, lse, c)
 
 
 def _backward_rule(xsa, interpret, residuals, dy):
-    q, k, v, gate, documents, y, lse, c = residuals
+    q, k, v, gate, gain, documents, y, lse, c = residuals
     opened = _open(gate)
-    dq, delta, do, a = backward_dq(q, k, v, opened, documents, y, dy, lse, xsa, interpret)
-    dkv = backward_dkv(q, k, v, documents, y, dy if do is None else do, lse, delta, a, c, interpret)
-    return dq, *dkv, None if opened is None else delta * (1 - opened), None
+    dq, delta, do, a, q_dot = backward_dq(q, k, v, opened, gain, documents, y, dy, lse, xsa, interpret)
+    dk, dv, k_dot = backward_dkv(q, k, v, gain, documents, y, dy if do is None else do, lse, delta, a, c, interpret)
+    dfactors = None if gain is None else (jnp.sum(q_dot, (0, 2)), gain[:, None] * q_dot, k_dot)
+    return dq, dk, dv, None if opened is None else delta * (1 - opened), dfactors, None
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
 
 
-def forward(q, k, v, gate, documents, xsa, interpret):
+def forward(q, k, v, gate, gain, documents, xsa, interpret):
     """y, log2-sum-exp [B,H,T] and c = o.v / |v|^2 [B,H,T] (None without xsa)."""
     B, T, H, K = q.shape
     group, tiles, scale = H // k.shape[2], T // TILE, K**-0.5 * LOG2E
     stages = num_stages(K, tiles)
 
-    def xsa_attention_forward(q_ref, k_ref, v_ref, gate_ref, documents, y_ref, lse_ref, c_ref, *scratch):
+    def xsa_attention_forward(q_ref, k_ref, v_ref, gate_ref, gain_ref, documents, y_ref, lse_ref, c_ref, *scratch):
         q_smem, k_smem, v_smem, gate_smem, first_smem, lse_smem, c_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         tile = tiles - 1 - lax.axis_index("tile")  # the longest rows first: no long tail
         kv_head = lax.div(head, jnp.int32(group))
         first_key, last_border = first_keys(documents, batch, tile)
         begin = lax.div(first_key, jnp.int32(TILE))
+        head_scale = scale if gain is None else scale * gain_ref[head]
 
         def compute(warpgroup):
             rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
@@ -133,7 +141,7 @@ def forward(q, k, v, gate, documents, xsa, interpret):
                 o, largest, total = carry
                 slot = lax.rem(step - begin, jnp.int32(stages))
                 plgpu.barrier_wait(k_ready.at[slot])
-                scores = dot(own, transposed(k_smem.at[slot])) * scale
+                scores = dot(own, transposed(k_smem.at[slot])) * head_scale
                 plgpu.barrier_arrive(k_free.at[slot])
                 if diagonal:
                     row, column = iota(scores.shape, 0, warpgroup * ROWS), iota(scores.shape, 1, 0)
@@ -189,7 +197,7 @@ def forward(q, k, v, gate, documents, xsa, interpret):
 
     row_statistics = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
     return launch(
-        xsa_attention_forward, q, k, v, gate, documents,
+        xsa_attention_forward, q, k, v, gate, gain, documents,
         out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype), row_statistics, row_statistics if xsa else None],
         scratch=[
             tile_buffer((WARPGROUPS, ROWS, K), q.dtype),

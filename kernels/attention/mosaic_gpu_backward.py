@@ -35,8 +35,8 @@ def _backward_block(head_dim: int) -> int:
     return TILE if head_dim <= 64 else ROWS
 
 
-def backward_dq(q, k, v, gate, documents, y, dy, lse, xsa, interpret):
-    """dq, delta = y.dy [B,H,T], do (None without xsa and gate), and with xsa a = dy.v / |v|^2 [B,H,T] (else None).
+def backward_dq(q, k, v, gate, gain, documents, y, dy, lse, xsa, interpret):
+    """dq, delta = y.dy [B,H,T], do (None without xsa and gate), with xsa a = dy.v / |v|^2 [B,H,T], with gain dq.q / gain [B,H,T].
 
     gate: after the sigmoid.
     """
@@ -47,14 +47,16 @@ def backward_dq(q, k, v, gate, documents, y, dy, lse, xsa, interpret):
     stages = num_stages(K, tiles * per_tile)
     changed = xsa or gate is not None  # do is not dy
 
-    def xsa_attention_dq(q_ref, k_ref, v_ref, gate_ref, documents, y_ref, dy_ref, lse_ref, dq_ref, delta_ref, do_ref, a_ref, *scratch):
-        q_smem, y_smem, do_smem, own_v_smem, k_smem, v_smem, gate_smem, first_smem, lse_smem, delta_smem, a_smem, *barriers = scratch
+    def xsa_attention_dq(q_ref, k_ref, v_ref, gate_ref, gain_ref, documents, y_ref, dy_ref, lse_ref, *rest):
+        dq_ref, delta_ref, do_ref, a_ref, dot_ref, q_smem, y_smem, do_smem, own_v_smem, k_smem, v_smem, *scratch = rest
+        gate_smem, first_smem, lse_smem, delta_smem, a_smem, *barriers = scratch
         own_ready, k_ready, v_ready, k_free, v_free = barriers
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         tile = tiles - 1 - lax.axis_index("tile")
         kv_head = lax.div(head, jnp.int32(group))
         first_key, last_border = first_keys(documents, batch, tile)
         begin = lax.div(first_key, jnp.int32(width))
+        head_scale = scale if gain is None else scale * gain_ref[head]
 
         def compute(warpgroup):
             rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
@@ -99,7 +101,7 @@ def backward_dq(q, k, v, gate, documents, y, dy, lse, xsa, interpret):
             def block(step, dq, offset=None):
                 slot = lax.rem(step - begin, jnp.int32(stages))
                 plgpu.barrier_wait(k_ready.at[slot])
-                scores = dot(own_q, transposed(k_smem.at[slot])) * (scale * LOG2E)
+                scores = dot(own_q, transposed(k_smem.at[slot])) * (head_scale * LOG2E)
                 if offset is not None:
                     row, column = iota(scores.shape, 0, warpgroup * ROWS), iota(scores.shape, 1, offset)
                     scores = jnp.where(row >= column, scores, -jnp.inf)
@@ -119,9 +121,14 @@ def backward_dq(q, k, v, gate, documents, y, dy, lse, xsa, interpret):
             dq = lax.fori_loop(begin, full, block, zeros((ROWS, K)))
             for i in range(per_tile):
                 dq = block(full + i, dq, offset=i * width)
-            own_q[...] = (dq * scale).astype(q.dtype)
+            if gain is not None:
+                plgpu.wait_smem_to_gmem(0)  # delta has left its place
+                delta_smem[warpgroup] = jnp.sum(dq * load_rows(own_q), axis=1) * scale
+            own_q[...] = (dq * head_scale).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_q, dq_ref.at[batch, rows, head])
+            if gain is not None:
+                plgpu.copy_smem_to_gmem(delta_smem.at[warpgroup], dot_ref.at[batch, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
         def copy():
@@ -142,8 +149,8 @@ def backward_dq(q, k, v, gate, documents, y, dy, lse, xsa, interpret):
     like_q = jax.ShapeDtypeStruct(q.shape, q.dtype)
     own, streamed = tile_buffer((WARPGROUPS, ROWS, K), q.dtype), tile_buffer((stages, width, K), q.dtype)
     return launch(
-        xsa_attention_dq, q, k, v, gate, documents, y, dy, lse,
-        out_type=[like_q, row_statistics, like_q if changed else None, row_statistics if xsa else None],
+        xsa_attention_dq, q, k, v, gate, gain, documents, y, dy, lse,
+        out_type=[like_q, row_statistics, like_q if changed else None, *(row_statistics if x else None for x in (xsa, gain is not None))],
         scratch=[
             *[own] * 3,
             own if xsa else None,
@@ -161,8 +168,8 @@ def backward_dq(q, k, v, gate, documents, y, dy, lse, xsa, interpret):
     )  # fmt: skip
 
 
-def backward_dkv(q, k, v, documents, y, do, lse, delta, a, c, interpret):
-    """dk and dv; with a and c (None without xsa) dv holds the epilogue's part."""
+def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
+    """dk, dv and with gain dk.k [B,G,T]; with a and c (None without xsa) dv holds the epilogue's part."""
     B, T, H, K = q.shape
     G = k.shape[2]
     group, tiles, scale, xsa = H // G, T // TILE, K**-0.5, a is not None
@@ -171,7 +178,8 @@ def backward_dkv(q, k, v, documents, y, do, lse, delta, a, c, interpret):
     blocks = tiles * per_tile
     stages = num_stages(K, blocks)
 
-    def xsa_attention_dkv(q_ref, k_ref, v_ref, documents, y_ref, do_ref, lse_ref, delta_ref, a_ref, c_ref, dk_ref, dv_ref, *scratch):
+    def xsa_attention_dkv(q_ref, k_ref, v_ref, gain_ref, documents, y_ref, do_ref, lse_ref, delta_ref, a_ref, c_ref, *rest):
+        dk_ref, dv_ref, dot_ref, dot_smem, *scratch = rest
         k_smem, v_smem, q_smem, do_smem, first_smem, lse_smem, delta_smem, *scratch = scratch
         own_y_smem, own_do_smem, a_smem, c_smem, kv_ready, q_ready, do_ready, free, own_ready, own_free = scratch
         batch, kv_head, tile = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile")
@@ -210,8 +218,9 @@ def backward_dkv(q, k, v, documents, y, do, lse, delta, a, c, interpret):
             def block(step, carry):
                 dk, dv = carry
                 slot, index = lax.rem(step, jnp.int32(stages)), lax.rem(step, per_head)
+                head_scale = scale if gain is None else scale * gain_ref[kv_head * group + lax.div(step, per_head)]
                 plgpu.barrier_wait(q_ready.at[slot])
-                scores = dot(own_k, transposed(q_smem.at[slot])) * (scale * LOG2E)
+                scores = dot(own_k, transposed(q_smem.at[slot])) * (head_scale * LOG2E)
                 scores = lax.cond(index < per_tile, lambda x: mask(x, index * width), lambda x: x, scores)
                 if documents is not None:
                     scores = lax.cond(first + index >= full, lambda x: mask_documents(x, slot), lambda x: x, scores)
@@ -222,6 +231,8 @@ def backward_dkv(q, k, v, documents, y, do, lse, delta, a, c, interpret):
                 dp = dot(own_v, transposed(do_smem.at[slot]))
                 row_delta = load(delta_smem.at[slot], plgpu.Layout.WGMMA.reduce(0))
                 ds = p * (dp - lax.broadcast_in_dim(row_delta, dp.shape, [1]))
+                if gain is not None:
+                    ds = ds * head_scale
                 dk = add_dot(dk, ds.astype(q.dtype), q_smem.at[slot], interpret)
                 plgpu.barrier_arrive(free.at[slot])
                 if xsa:
@@ -229,11 +240,17 @@ def backward_dkv(q, k, v, documents, y, do, lse, delta, a, c, interpret):
                 return dk, dv
 
             dk, dv = lax.fori_loop(0, group * per_head, block, (zeros((ROWS, K)), zeros((ROWS, K))))
-            own_k[...] = (dk * scale).astype(q.dtype)
+            if gain is None:
+                dk = dk * scale
+            else:
+                dot_smem[warpgroup] = jnp.sum(dk * load_rows(own_k), axis=1)
+            own_k[...] = dk.astype(q.dtype)
             own_v[...] = dv.astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_k, dk_ref.at[batch, rows, kv_head])
             plgpu.copy_smem_to_gmem(own_v, dv_ref.at[batch, rows, kv_head])
+            if gain is not None:
+                plgpu.copy_smem_to_gmem(dot_smem.at[warpgroup], dot_ref.at[batch, kv_head, rows])
             plgpu.wait_smem_to_gmem(0)
 
         def copy():
@@ -266,10 +283,12 @@ def backward_dkv(q, k, v, documents, y, do, lse, delta, a, c, interpret):
         specialize(compute, copy)
 
     own, streamed = tile_buffer((WARPGROUPS, ROWS, K), q.dtype), tile_buffer((stages, width, K), q.dtype)
+    row_dots = None if gain is None else jax.ShapeDtypeStruct((B, G, T), jnp.float32)
     return launch(
-        xsa_attention_dkv, q, k, v, documents, y, do, lse, delta, a, c,
-        out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        xsa_attention_dkv, q, k, v, gain, documents, y, do, lse, delta, a, c,
+        out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype), row_dots],
         scratch=[
+            None if gain is None else statistics_buffer(WARPGROUPS, ROWS),
             *[own] * 2,
             *[streamed] * 2,
             None if documents is None else statistics_buffer(stages, width, dtype=jnp.int32),

@@ -41,6 +41,25 @@ def test_what_a_fusion_takes_of_an_operand_counts(hlo):
     assert sum(found.values()) == 3 * 4 * 1024 * 16
 
 
+def test_a_slice_counts_once_and_in_the_width_that_it_has_in_memory(hlo):
+    text = """HloModule m
+
+%fused (p: bf16[8,4]) -> f32[8,2] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %c = f32[8,4]{1,0} convert(%p)
+  %a = f32[8,2]{1,0} slice(%c), slice={[0:8], [0:2]}
+  %b = f32[8,2]{1,0} slice(%c), slice={[0:8], [0:2]}
+  ROOT %m = f32[8,2]{1,0} multiply(%a, %b)
+}
+
+ENTRY %main (x: bf16[8,4]) -> f32[8,2] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  ROOT %f = f32[8,2]{1,0} fusion(%x), kind=kLoop, calls=%fused
+}
+"""
+    assert hlo.traffic(text) == {"elementwise and reductions": 8 * 2 * 2 + 8 * 2 * 4}
+
+
 def test_a_loop_counts_as_often_as_it_runs(hlo):
     def loop(x):  # with more in its carry than HLO writes without numbering it
         def body(carry, _):

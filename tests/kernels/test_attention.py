@@ -141,6 +141,30 @@ def test_gate_in_the_kernel_matches_float64(xsa):
     np.testing.assert_allclose(got[4], expected[4], atol=2e-2 * np.abs(expected[4]).max())
 
 
+@needs_interpreter
+def test_factors_of_queries_and_keys_match_float64():
+    """One head with a negative gain and one with none at all, and the gradients of factors that q and k hold already."""
+    q, k, v, dy = inputs(1, 130, 3, 1, 64, "bfloat16")
+    gain, logs = jnp.asarray([1.5, -0.5, 0.0]), [jnp.zeros(x.shape[:3]) for x in (q, k)]
+
+    def run(attention, q, k, v, gain, *logs_dy):
+        y, pullback = jax.vjp(attention, q, k, v, gain, *logs_dy[:2])
+        return y, *pullback(logs_dy[2])
+
+    kernels = lambda q, k, v, *factors: mosaic_gpu.xsa_attention(q, k, v, xsa=True, factors=factors, interpret=True)  # noqa: E731
+    got = run(kernels, q, k, v, gain, *logs, dy)
+
+    def plain(q, k, v, gain, *logs):
+        q, k = (x * jnp.exp(log)[..., None] for x, log in zip((q, k), logs, strict=True))
+        return attention_float64(q * gain[:, None], k, v, True)
+
+    with jax.enable_x64(True):
+        expected = [np.asarray(a) for a in run(plain, *(np.asarray(a, np.float64) for a in (q, k, v, gain, *logs, dy)))]
+    assert_close(got[:4], expected[:4], "bfloat16")
+    for a, b in zip(got[4:], expected[4:], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-2 * np.abs(b).max())
+
+
 # One row with a document of one token, documents inside a block, one that starts on its edge, and one longer than a block.
 BORDERS = (5, 6, 40, 128, 129, 290)
 DOCUMENTS = [

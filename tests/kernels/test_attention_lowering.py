@@ -21,28 +21,38 @@ needs_plugin = pytest.mark.skipif(
 )
 
 
-def lowered_text(backend, device, *, head_dim=64, T=256, xsa=True, documents=False):
+def lowered_text(backend, device, *, head_dim=64, T=256, xsa=True, documents=False, factors=False):
     """Forward and gradients, lowered for the platform of a device that is not here."""
     q = jax.ShapeDtypeStruct((2, T, 4, head_dim), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((2, T, 2, head_dim), jnp.bfloat16)
     first = jax.ShapeDtypeStruct((2, T), jnp.int32) if documents else None
 
-    def total(q, k, v, first):
-        return jnp.sum(xsa_attention(q, k, v, xsa=xsa, first_BS=first, backend=backend).astype(jnp.float32))
+    given = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (q.shape[2:3], q.shape[:3], kv.shape[:3])) if factors else None
+
+    def total(q, k, v, factors, first):
+        return jnp.sum(xsa_attention(q, k, v, xsa=xsa, first_BS=first, factors=factors, backend=backend).astype(jnp.float32))
 
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
     platform = {"gpu": "cuda"}.get(device.platform, device.platform)
     # cuDNN's partitioning rule does not lower under an abstract mesh; only `pallas` needs to be told the platform.
     with jax.sharding.use_abstract_mesh(mesh) if backend != "cudnn" else contextlib.nullcontext():
-        return jax.jit(jax.value_and_grad(total, (0, 1, 2))).trace(q, kv, kv, first).lower(lowering_platforms=(platform,)).as_text()
+        return (
+            jax.jit(jax.value_and_grad(total, (0, 1, 2, 3))).trace(q, kv, kv, given, first).lower(lowering_platforms=(platform,)).as_text()
+        )
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "T", "xsa", "documents"),
-    [(64, 256, True, False), (64, 1000, False, False), (32, 128, True, False), (128, 512, True, False), (64, 1000, True, True)],
+    ("head_dim", "T", "xsa", "documents", "factors"),
+    [
+        (64, 256, True, False, True),
+        (64, 1000, False, False, False),
+        (32, 128, True, False, False),
+        (128, 512, True, False, True),
+        (64, 1000, True, True, True),
+    ],
 )
-def test_mosaic_kernels_lower_for_cuda(head_dim, T, xsa, documents):
-    text = lowered_text("pallas", GPU, head_dim=head_dim, T=T, xsa=xsa, documents=documents)
+def test_mosaic_kernels_lower_for_cuda(head_dim, T, xsa, documents, factors):
+    text = lowered_text("pallas", GPU, head_dim=head_dim, T=T, xsa=xsa, documents=documents, factors=factors)
     assert_backend(text, "pallas")
     for kernel in ("xsa_attention_forward", "xsa_attention_dq", "xsa_attention_dkv"):
         assert kernel in text

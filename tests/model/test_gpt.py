@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_recipes import tiny
 
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import xsa_attention
@@ -14,7 +15,8 @@ from golf_jax.model import GPT, gpt, init_params, logits, nll, platforms
 
 CONFIG = ModelConfig(vocab_size=40, num_layers=2, width=32, num_heads=2, num_kv_heads=1)
 TOKENS = np.arange(20).reshape(2, 10)
-PARAMS = init_params(CONFIG, jax.random.key(0))
+KEY = jax.random.key(0)
+PARAMS = init_params(CONFIG, KEY)
 
 
 def test_init_and_apply_are_the_functions():
@@ -98,6 +100,34 @@ def test_a_gate_acts_once_inside_the_kernels_or_behind_them(kind, inside, monkey
     monkeypatch.setattr(platforms, "supported_backends", lambda *a, **k: ("xla", "pallas"))
     np.testing.assert_allclose(logits(replace(config, attention="pallas"), params, TOKENS), expected, atol=1e-5)
     assert given == [inside] * config.num_layers
+
+
+@pytest.mark.parametrize("name", ["pr372", "pr562", "pr638", "pr2005", "pr2135"])
+def test_late_norms_and_factors_change_nothing(name, monkeypatch):
+    """What the GPU kernels are called with, here the reference: norms behind the maps, output scales in them, gain and the gradients
+    of the norms of q and k inside attention."""
+    config = tiny(name).model
+    params = {n: x + 0.2 * jax.random.normal(jax.random.key(i), x.shape) for i, (n, x) in enumerate(init_params(config, KEY).items())}
+    given = []
+
+    def kernels(q, k, v, *, xsa, first_BS, longest, backend, gate_BSH=None, factors=None):
+        given.append(factors is not None)
+        if factors is not None:
+            gain, *logs = factors
+            one_q, one_k = (jnp.exp(log - jax.lax.stop_gradient(log))[..., None] for log in logs)
+            q, k = q * gain[:, None] * one_q, k * one_k
+        y = xsa_attention(q, k, v, xsa=xsa, first_BS=first_BS, longest=longest)
+        return y if gate_BSH is None else y * jax.nn.sigmoid(gate_BSH)[..., None]
+
+    def loss_and_gradients(config):
+        return jax.value_and_grad(lambda p: jnp.mean(nll(config, p, TOKENS, TOKENS[:, ::-1], training=True)))(params)
+
+    expected = loss_and_gradients(replace(config, attention="xla"))
+    monkeypatch.setattr(gpt, "xsa_attention", kernels)
+    monkeypatch.setattr(gpt, "has_factors", lambda backend: backend == "pallas")
+    got = loss_and_gradients(replace(config, attention="pallas"))
+    assert given and all(given)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()), rtol=1e-4), got, expected)
 
 
 def test_the_parts_have_names_in_a_profile():
