@@ -1,7 +1,8 @@
 """The network: configuration in, logits out."""
 
-from golf_jax.model.gpt import GPT, head_softcap, hidden, logits, nll
+from golf_jax.model.gpt import head_softcap, hidden, logits, nll
 from golf_jax.model.model import Model
+from golf_jax.model.module import GPT
 from golf_jax.model.params import Params, count, from_tensors, init_params, leaves, to_tensors
 from golf_jax.model.platforms import choose, resolve
 

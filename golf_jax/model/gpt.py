@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +19,7 @@ from golf_jax.model import layers as ops
 from golf_jax.model.cache import Cache
 from golf_jax.model.fake_quant import fake_quantize
 from golf_jax.model.inputs import check_params, check_tokens
-from golf_jax.model.params import Params, init_params, leaves
+from golf_jax.model.params import Params, leaves
 from golf_jax.model.platforms import for_default_platform
 
 Tap = Callable[[str, jax.Array], None]
@@ -409,26 +408,3 @@ def logits(
     config = for_default_platform(config, segments_BT is not None)
     x_BTD = hidden(config, params, tokens_BT, segments_BT=segments_BT, looping=looping, cache=cache, tap=tap)
     return softcap_logits(x_BTD, params["tok_emb"], softcap=head_softcap(config, params, training))
-
-
-class GPT(nn.Module):
-    """Linen module of the network: `init(key)` -> {"params": ...}, `apply(variables, tokens)` -> logits, float32 [B, T, V].
-
-    `init` gives what `init_params` gives, `apply` what `logits` gives, bit for bit. Within a larger module Linen's own keys are used.
-    """
-
-    config: ModelConfig
-    numerics: str = "fp32"
-    """`as_run`: the initialisation in the precision of the records' scripts."""
-
-    @nn.nowrap
-    def init(self, rngs: jax.Array | dict[str, jax.Array], *_: Any, **__: Any) -> dict[str, Params]:
-        """Fresh variables. Example tokens may be given, as Linen has it, and are not needed: every shape is in the config."""
-        return {"params": init_params(self.config, rngs["params"] if isinstance(rngs, dict) else rngs, self.numerics)}
-
-    @nn.compact
-    def __call__(self, tokens_BT: jax.Array, *, looping: bool = True) -> jax.Array:
-        if self.is_initializing():
-            for name, leaf in leaves(self.config).items():
-                self.param(name, leaf.init, leaf.shape)
-        return logits(self.config, dict(self.variables.get("params", {})), tokens_BT, looping=looping)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from golf_jax.config import DataConfig, EvalConfig, GroupConfig, Recipe, ScheduleConfig, SlidingConfig
 from golf_jax.mesh import AXIS, REPLICATED, ROWS
-from golf_jax.model.gpt import GPT
+from golf_jax.model.module import GPT
 from golf_jax.model.params import dead_layers, leaves
 from golf_jax.optim.averaging import ema_init, swa_init
 from golf_jax.optim.optimizer import Optimizer, make_optimizer
