@@ -148,17 +148,17 @@ cli.run(main, computes=True)"""
 def test_a_signal_leaves_the_devices_for_which_xla_may_still_compile():
     """Its threads do not end with the wait for them; 3 of 18 commands crashed when jax and the interpreter took the devices down."""
     code = """import atexit, os, signal
-import jax
-from jax._src import xla_bridge
 from golf_jax import cli
 class Device:
     def __del__(self): print("gone")
 device = Device()
 def main(argv):
+    import jax
     jax.devices()
     atexit.register(print, "left")
     os.kill(os.getpid(), signal.SIGTERM)
 def look():
+    from jax._src import xla_bridge
     print(bool(xla_bridge._backends))
 end, cli._at_once = cli._at_once, lambda ended: (look(), end(ended))
 cli.run(main, computes=True)"""
