@@ -124,8 +124,10 @@ def _digest(command: list[str]) -> str:
 
 
 def _named(name: str, library: Path) -> str:
-    """A library's file name holds the digest of its bytes: one that is cut off or damaged has another, and is built again."""
-    return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
+    """A library's file name holds the digest of its bytes: one that is cut off, damaged or unreadable has another, and is built again."""
+    with contextlib.suppress(OSError):
+        return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
+    return ""
 
 
 def _keep(library: Path, place: Path) -> Path:

@@ -98,6 +98,18 @@ def test_a_damaged_library_is_built_again(unloaded, left):
 
 
 @needs_compiler
+def test_what_cannot_be_read_is_no_library(unloaded):
+    """As that of another user; here a folder, which the superuser cannot read either."""
+    native.load()
+    (library,) = unloaded.iterdir()
+    (unloaded / f"{library.name[:-19]}{'0' * 16}.so").mkdir()
+    library.rename(library.with_suffix(".moved"))
+    native.begin.cache_clear()
+    native.load()
+    assert library.is_file()
+
+
+@needs_compiler
 def test_a_place_that_keeps_nothing_is_no_hindrance(unloaded, monkeypatch):
     unloaded.write_text("a file")
     native.load()
