@@ -97,8 +97,8 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    ended = [1]
-    if computes:
+    ended, ends = [1], computes or _is_ours()
+    if ends:
         atexit.register(_at_once, ended)  # before all others, so that it is called after them
     try:
         with catching():
@@ -112,6 +112,8 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
         status = _fail(f"error: {error}", 2)
     except Interrupted as stop:
         status = stop.status if stop.told else _fail(f"interrupted by {stop}", stop.status)
+        if ends:
+            _leave_devices()
     except (MemoryError, RuntimeError, AssertionError) as error:
         named = os.environ.get("JAX_PLATFORMS")
         if named and traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
@@ -133,9 +135,19 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
     sys.exit(status)
 
 
+def _leave_devices() -> None:
+    """Not taken down when the process ends (`_at_once`): a thread of XLA's own may compile for them, for which a signal ended the wait."""
+    if jax := sys.modules.get("jax"):
+        with contextlib.suppress(ImportError, AttributeError):
+            from jax._src.api import clean_up  # no public way to it
+
+            atexit.unregister(clean_up)
+            atexit.register(jax.distributed.shutdown)
+
+
 def _at_once(ended: list[int]) -> None:
-    """End while a program still compiles in a thread that nobody will ask."""
-    if busy():
+    """End while a program still compiles in a thread that nobody will ask, before the interpreter takes down what that thread uses."""
+    if busy() or ended[0] > 128:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
@@ -150,14 +162,18 @@ def _use_huge_pages() -> None:
     environment may be emptied around every Python, which would start over for ever.
     """
     given, words = os.environ.get("GLIBC_TUNABLES", ""), sys.orig_argv
-    ours = _module(words).split(".")[0] == "golf_jax" or Path(" ".join(words[1:2])).name == "golf-jax"
-    if AGAIN in sys._xoptions or "glibc.malloc.hugetlb" in given or not ours:
-        return  # never somebody else's process: a notebook that runs the module, a test
+    if AGAIN in sys._xoptions or "glibc.malloc.hugetlb" in given or not _is_ours():
+        return
     with contextlib.suppress(OSError, ValueError):  # another system, another C library, a program that cannot be started
         if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text() and os.confstr("CS_GNU_LIBC_VERSION"):
             os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [given, "glibc.malloc.hugetlb=1"]))
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept until the new start listens
             os.execv(sys.executable, [sys.executable, "-X", AGAIN, *words[1:]])
+
+
+def _is_ours() -> bool:
+    """Whether this process is a command of this package, never somebody else's: a notebook that runs the module, a test."""
+    return _module(sys.orig_argv).split(".")[0] == "golf_jax" or Path(" ".join(sys.orig_argv[1:2])).name == "golf-jax"
 
 
 def _module(words: Sequence[str]) -> str:

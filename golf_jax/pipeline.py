@@ -49,7 +49,7 @@ from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
 from golf_jax.training.phases import phases
-from golf_jax.training.resume import changed, check_same_recipe, stages_to_repeat, stored_recipe
+from golf_jax.training.resume import attention_of, changed, check_same_recipe, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, environment, go_on, kept, new_path, read_json, start_again
 from golf_jax.training.state import graph, state_shapes
 from golf_jax.training.step import compile_step
@@ -96,6 +96,10 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.note("text", plan.text.identity)
         run.write("config.json", to_dict(plan.asked))
     run.track(options.tracker, to_dict(plan.asked))
+    before, now = from_main(attention_of(run.path) if options.resume and run.main else ""), recipe.model.attention
+    if before not in ("", now) and not any(change["field"] == "model.attention" for change in changes):  # `auto` was another one
+        run.note("changes", [*record.get("changes", []), {"field": "attention", "before": before, "after": now}])
+        run.log(f"attention is computed by {now} here and was by {before}: the same to float32 rounding, not bit for bit")
     run.write(
         "environment.json",
         environment()

@@ -116,6 +116,7 @@ def cache_directory() -> Path:
     entry), a private folder among the temporary files, which is said on stderr. GolfError when GOLF_JAX_CACHE cannot be written.
     """
     given, base = os.environ.get("GOLF_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    place = Path()
     try:
         place = Path(given) if given else (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "golf_jax"
         place.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,8 @@ def cache_directory() -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         if given:
             raise GolfError(f"GOLF_JAX_CACHE={given}: cannot be written ({error})") from None
-        reason = error
+        # Without the name of the file that was tried, which is another each time: `say_once`.
+        reason = f"{place}: {error.strerror}" if isinstance(error, OSError) else error
     user = os.getuid() if hasattr(os, "getuid") else "user"
     place = Path(tempfile.gettempdir()) / f"golf_jax-{user}"
     try:

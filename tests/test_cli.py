@@ -145,6 +145,28 @@ cli.run(main, computes=True)"""
     assert (done.returncode, done.stdout, done.stderr) == (2, "left\n", "error: no such file\n")
 
 
+def test_a_signal_leaves_the_devices_for_which_xla_may_still_compile():
+    """Its threads do not end with the wait for them; 3 of 18 commands crashed when jax and the interpreter took the devices down."""
+    code = """import atexit, os, signal
+from golf_jax import cli
+class Device:
+    def __del__(self): print("gone")
+device = Device()
+def main(argv):
+    import jax
+    jax.devices()
+    atexit.register(print, "left")
+    os.kill(os.getpid(), signal.SIGTERM)
+def look():
+    from jax._src import xla_bridge
+    print(bool(xla_bridge._backends))
+end, cli._at_once = cli._at_once, lambda ended: (look(), end(ended))
+cli.run(main, computes=True)"""
+    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "left\nTrue\n", "interrupted by SIGTERM\n")
+
+
 @pytest.mark.parametrize("platform", ["cuda", "nosuch"])
 def test_a_platform_that_is_not_here_is_one_line(platform):
     code = "from golf_jax import cli; import jax; cli.run(lambda argv: jax.devices() and 0)"

@@ -213,18 +213,24 @@ def test_a_full_disk_names_the_command_that_goes_on(tmp_path, text, monkeypatch,
     check_run(path, result)
 
 
-def test_other_code_is_told_and_recorded(tmp_path, text, monkeypatch):
-    """Of another version, or edited since: the result must not pass for that of one program."""
+def test_other_code_and_another_backend_are_told_and_recorded(tmp_path, text, monkeypatch):
+    """Of another version, or edited since, or on a machine without a compiler: the result must not pass for that of one program."""
     recipe, path = on_text(tiny("baseline", vocab_size=300, seq_len=32, steps=4), text), tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(pipeline, "pack_model", lambda *_, **__: (_ for _ in ()).throw(Interrupted(signal.SIGTERM)))
         run(recipe, path)
     (path / "code.pyz").write_bytes(b"an earlier version")
+    used = json.loads((path / "environment.json").read_text())
+    (path / "environment.json").write_text(json.dumps(used | {"attention": "cudnn"}))
     result = pipeline.run(recipe, Options(resume=str(path)))
     now = hashlib.sha256((path / "code.pyz").read_bytes()).hexdigest()[:12]
-    assert result["changes"] == [{"field": "code", "before": hashlib.sha256(b"an earlier version").hexdigest()[:12], "after": now}]
+    assert result["changes"] == [
+        {"field": "attention", "before": "cudnn", "after": used["attention"]},
+        {"field": "code", "before": hashlib.sha256(b"an earlier version").hexdigest()[:12], "after": now},
+    ]
     log = (path / "log.txt").read_text()
-    assert log.count("WARNING: the code is another") == 1 and f"code: {result['changes'][0]['before']} -> {now}" in log
+    assert log.count("WARNING: the code is another") == 1 and f"code: {result['changes'][1]['before']} -> {now}" in log
+    assert log.count(f"attention is computed by {used['attention']} here and was by cudnn") == 1
 
 
 def test_another_artifact_has_no_score_of_the_one_before(tmp_path, text):

@@ -13,7 +13,7 @@ import numpy as np
 from golf_jax.config import GolfError
 from golf_jax.data import caseops
 from golf_jax.data.documents import find_files, read_documents
-from golf_jax.data.manifest import NAME, file_entry, read_manifest, write_manifest
+from golf_jax.data.manifest import COUNTS, NAME, file_entry, read_manifest, write_manifest
 from golf_jax.data.proof import marker_use, refuse_markers, refuse_private_text
 from golf_jax.data.shards import load_val_tokens, open_shard, write_shard
 from golf_jax.data.sidecar import Sidecar, beside, encode_counted, prove_sidecar
@@ -187,7 +187,7 @@ def _write_splits(
         for said in filter(None, (refuse_private_text(tokenizer, val_tokens, tokenizer.bos_id), marker_use(tokenizer, val_tokens))):
             log(said)
     identity = {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
-    counts = {name: text_facts[name] for name in ("documents", "bytes", "repeated", "blank", "left_out_bytes", "changed")}
+    counts = {name: text_facts[name] for name in COUNTS}
     blocks = [f"{text_facts['blocks']:,} characters U+2581 become spaces"] if text_facts["blocks"] else []
     return {"tokenizer": identity, "text": {**counts, "changes": tokenizer.changes() + blocks}, **splits}
 

@@ -18,7 +18,8 @@ CUTS = tuple(re.compile(pattern) for pattern in (r"\n[^\S\n]*\n", r"\n", r"\s"))
 def find_files(inputs: Sequence[str | Path], pattern: str = "") -> tuple[list[Path], list[Path]]:
     """(files to read, files left out) of `inputs`; directories in name order, all below that match `pattern` or PATTERNS.
 
-    macOS resource forks (`._name`) in directories are left out. GolfError for what is missing or no file, or if nothing is found.
+    macOS resource forks (`._name`), pipes, broken links and links to directories are left out in directories.
+    GolfError for what is missing or no file, or if nothing is found.
     """
     found: list[Path] = []
     skipped: list[Path] = []
@@ -29,8 +30,10 @@ def find_files(inputs: Sequence[str | Path], pattern: str = "") -> tuple[list[Pa
                 raise GolfError(f"{path}: cannot be read ({'not a regular file' if path.exists() else 'No such file or directory'})")
             found.append(path)
             continue
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        chosen = [f for f in files if not f.name.startswith("._") and any(Path(f.name.lower()).match(p.lower()) for p in patterns)]
+        files = [file for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()]  # a link to a folder is not followed
+        chosen = [
+            f for f in files if f.is_file() and not f.name.startswith("._") and any(Path(f.name.lower()).match(p.lower()) for p in patterns)
+        ]
         if not chosen:
             raise GolfError(f"{path}: holds no {', '.join(patterns)} file among {len(files)}; --glob '*.py' names others")
         found += chosen

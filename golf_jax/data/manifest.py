@@ -14,6 +14,8 @@ from golf_jax.files import read_bytes, write_atomic
 FORMAT = "golf_jax.data/1"
 NAME = "manifest.json"
 MAX_BYTES = 1 << 26
+COUNTS = ("documents", "bytes", "repeated", "blank", "left_out_bytes", "changed")
+"""Of the text that the shards were built from."""
 
 
 def sha256_file(path: str | Path) -> str:
@@ -50,7 +52,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise GolfError(f"{path}: tokenizer.file {manifest['tokenizer']['file']!a} names no file in the directory; give --tokenizer MODEL")
     if "text" in manifest:
         _check(path, manifest, "", {"text": dict})
-        _check(path, manifest["text"], "text.", {field: int for field in {"documents", "repeated", "blank"} & set(manifest["text"])})
+        _check(path, manifest["text"], "text.", {field: int for field in set(COUNTS) & set(manifest["text"])})
     for split in ("train", "val"):
         _check(path, manifest[split], f"{split}.", {"tokens": int, "files": list})
         for field in {"documents", "bytes"} & set(manifest[split]):

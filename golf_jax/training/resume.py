@@ -38,11 +38,21 @@ def stored_recipe(path: str | Path) -> Recipe:
 
 def devices_of(path: str | Path) -> int:
     """How many devices the run in `path` used; 0 where it does not say."""
+    used = _used(path, "devices_used")
+    return used if isinstance(used, int) and used > 0 else 0
+
+
+def attention_of(path: str | Path) -> str:
+    """What computed attention in the run in `path`; empty where it does not say."""
+    used = _used(path, "attention")
+    return used if isinstance(used, str) and used.isidentifier() else ""
+
+
+def _used(path: str | Path, name: str) -> Any:
     with contextlib.suppress(FileNotFoundError):
         found = read_json(Path(path) / "environment.json")
-        used = found.get("devices_used") if isinstance(found, dict) else 0
-        return used if isinstance(used, int) and used > 0 else 0
-    return 0
+        return found.get(name) if isinstance(found, dict) else None
+    return None
 
 
 def _within(field: str, names: tuple[str, ...]) -> bool:

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,14 +46,17 @@ def begin() -> Callable[[], str]:
         if path.name == _named(name, path):
             return functools.cache(functools.partial(_register, path))
     print(f"native attention: compiled once by {command[0]}, a few seconds", file=sys.stderr, flush=True)
-    folder = tempfile.TemporaryDirectory(prefix="golf_jax-")  # goes with the process, or with what waits for the library
-    made = Path(folder.name) / f"{name}.so"
     try:
-        process = subprocess.Popen([*command, str(_SOURCE), "-o", str(made)], stderr=subprocess.PIPE, text=True)
+        # It goes with the process, or with what waits for the library; what the compiler keeps meanwhile lies there, too.
+        folder = tempfile.TemporaryDirectory(prefix="golf_jax-", ignore_cleanup_errors=True)
+        made, surroundings = Path(folder.name) / f"{name}.so", {**os.environ, "TMPDIR": folder.name}
+        process = subprocess.Popen(
+            [*command, str(_SOURCE), "-o", str(made)], stderr=subprocess.PIPE, text=True, env=surroundings, process_group=0
+        )
     except OSError as e:
         told = f"attention backend 'native': {command[0]} cannot be run ({e})"
         return lambda: told
-    atexit.register(process.kill)
+    atexit.register(_end, process)
 
     @functools.cache
     def told_once() -> str:
@@ -60,7 +64,7 @@ def begin() -> Callable[[], str]:
             try:
                 said = process.communicate(timeout=_PATIENCE)[1]
             except subprocess.TimeoutExpired as e:
-                process.kill()
+                _end(process)
                 return f"attention backend 'native': {command[0]} cannot be run ({e})"
             if process.returncode or not made.is_file():
                 said = next((line for line in said.splitlines() if "error" in line), f"exit status {process.returncode}")
@@ -76,6 +80,13 @@ def begin() -> Callable[[], str]:
 
     lock = threading.Lock()
     return wait
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """With those that it has started: a compiler's driver does not take the compiler with it."""
+    if process.poll() is None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def load() -> None:
@@ -113,8 +124,10 @@ def _digest(command: list[str]) -> str:
 
 
 def _named(name: str, library: Path) -> str:
-    """A library's file name holds the digest of its bytes: one that is cut off or damaged has another, and is built again."""
-    return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
+    """A library's file name holds the digest of its bytes: one that is cut off, damaged or unreadable has another, and is built again."""
+    with contextlib.suppress(OSError):
+        return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
+    return ""
 
 
 def _keep(library: Path, place: Path) -> Path:

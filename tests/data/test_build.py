@@ -19,7 +19,7 @@ from golf_jax.data import corpus, proof
 from golf_jax.data.build import build, is_validation
 from golf_jax.data.documents import find_files, read_documents
 from golf_jax.data.identity import identify
-from golf_jax.data.manifest import damage, read_manifest, sha256_file
+from golf_jax.data.manifest import COUNTS, damage, read_manifest, sha256_file
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard, write_shard
 from golf_jax.data.tokenizer import Tokenizer, split_documents
 from golf_jax.data.verify import documents_of, verify_directory
@@ -214,6 +214,15 @@ def test_verify_compares_every_total_of_the_manifest(built, field, monkeypatch):
     (built / "manifest.json").write_text(json.dumps(manifest))
     report = verify_directory(built)
     assert len(report.problems) == 1 and str(manifest[section][name]) in report.problems[0]
+
+
+@pytest.mark.parametrize("field", COUNTS)
+def test_a_count_of_the_manifest_that_is_no_number_is_refused(built, field):
+    manifest = json.loads((built / "manifest.json").read_text())
+    manifest["text"][field] = "0"
+    (built / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(GolfError, match=f"manifest.json: text.{field} is missing or no int"):
+        verify_directory(built)
 
 
 def test_a_run_finds_a_token_that_was_altered_between_the_samples(tmp_path, built):

@@ -1,8 +1,11 @@
 """Proofs of text: what is not the tokenizer's own, not text, not countable or trained on is refused; sound text passes."""
 
+import errno
 import io
 import json
+import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -293,6 +296,19 @@ def test_files_as_people_have_them(tmp_path):
         list(read_documents([tmp_path / "deep.jsonl"]))
 
 
+def test_whatever_is_left_out_of_a_directory_is_named(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/one.txt").write_text("one")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/two.txt").write_text("two")
+    os.mkfifo(tmp_path / "there/pipe.txt")
+    for name, target in (("broken.txt", "nowhere"), ("folder", "elsewhere"), ("linked.txt", "elsewhere/two.txt")):
+        (tmp_path / "there" / name).symlink_to(tmp_path / target)
+    found, skipped = find_files([tmp_path / "there"])
+    assert [path.name for path in found] == ["linked.txt", "one.txt"]
+    assert [path.name for path in skipped] == ["broken.txt", "folder", "pipe.txt"]
+
+
 def test_the_cache_has_a_place(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("GOLF_JAX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -305,6 +321,21 @@ def test_the_cache_has_a_place(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert cache_directory().parent == tmp_path and "GOLF_JAX_CACHE" in capsys.readouterr().err
     assert cache_directory().parent == tmp_path and not capsys.readouterr().err  # once in a command
+
+
+def test_a_cache_that_can_be_read_only_is_told_once(tmp_path, monkeypatch, capsys):
+    """The file with which that is found out has another name each time."""
+    tried = iter(("one", "two"))
+
+    def refuse(dir: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(dir / next(tried)))
+
+    monkeypatch.delenv("GOLF_JAX_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert cache_directory() == cache_directory()
+    assert capsys.readouterr().err.count(f"({tmp_path / 'xdg/golf_jax'}: Read-only file system)") == 1
 
 
 def test_room_that_was_never_written_to_is_no_text(tokenizer, split):

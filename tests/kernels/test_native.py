@@ -1,8 +1,10 @@
 """The library that a machine's C++ compiler makes of native.cc: built once, by whichever compiler is named, or told why not."""
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -96,6 +98,18 @@ def test_a_damaged_library_is_built_again(unloaded, left):
 
 
 @needs_compiler
+def test_what_cannot_be_read_is_no_library(unloaded):
+    """As that of another user; here a folder, which the superuser cannot read either."""
+    native.load()
+    (library,) = unloaded.iterdir()
+    (unloaded / f"{library.name[:-19]}{'0' * 16}.so").mkdir()
+    library.rename(library.with_suffix(".moved"))
+    native.begin.cache_clear()
+    native.load()
+    assert library.is_file()
+
+
+@needs_compiler
 def test_a_place_that_keeps_nothing_is_no_hindrance(unloaded, monkeypatch):
     unloaded.write_text("a file")
     native.load()
@@ -108,6 +122,28 @@ def test_a_compiler_that_hangs_or_makes_nothing_is_told(unloaded, monkeypatch):
         native.begin.cache_clear()
         with pytest.raises(ValueError, match=message):
             native.load()
+
+
+def test_a_command_that_ends_takes_the_compiler_with_it(tmp_path):
+    """Also what the compiler's driver has started, and all that they have written."""
+    driver, said, scratch = tmp_path / "c++", tmp_path / "said", tmp_path / "scratch"
+    scratch.mkdir()
+    driver.write_text(f"#!/bin/sh\nsleep 60 2> /dev/null &\necho > $TMPDIR/half.s\necho $! > {said}\nwait\n")
+    driver.chmod(0o755)
+    program = f"""
+import pathlib, time
+from golf_jax.kernels.attention import native
+native._places = lambda: [pathlib.Path({str(tmp_path)!r})]
+native.begin()
+while not (pathlib.Path({str(said)!r}).exists() and pathlib.Path({str(said)!r}).read_text()): time.sleep(0.01)
+"""
+    surroundings = {**os.environ, "CXX": str(driver), "TMPDIR": str(scratch)}
+    subprocess.run([sys.executable, "-c", program], env=surroundings, timeout=60, check=True)
+    assert not [*scratch.iterdir()]
+    child, until = Path("/proc", said.read_text().strip(), "stat"), time.monotonic() + 30
+    while child.exists() and ") Z " not in child.read_text() and time.monotonic() < until:  # a zombie where nobody is its parent
+        time.sleep(0.05)
+    assert time.monotonic() < until
 
 
 def test_without_a_compiler_the_need_is_told(monkeypatch):
