@@ -108,8 +108,8 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activation dtype; `auto` is bfloat16 on accelerators and float32 on CPU."""
     attention: Attention = "auto"
-    """Attention backend; `auto` picks by platform (CPU: `native` where a C++ compiler is and float32 and head_dim allow it, else `xla`).
-    What is named is what runs, or an error. Forward-mode and second derivatives (`jax.jvp`, `jax.hessian`): `xla` only."""
+    """Attention backend; `auto` picks by platform (x86 CPU with a C++ compiler: `native`, if float32 and head_dim allow it; else
+    `xla`). What is named is what runs, or an error. Forward-mode and second derivatives (`jax.jvp`, `jax.hessian`): `xla` only."""
 
     def __post_init__(self) -> None:
         c = self

@@ -102,7 +102,9 @@ def supported_backends(platform: str, head_dim: int, dtype, *, documents: bool =
     """
     name, half = jax.numpy.dtype(dtype).name, jax.numpy.dtype(dtype).itemsize == 2
     if platform == "cpu":
-        return ("native", "xla") if name == "float32" and head_dim % 16 == 0 and native.compiler() else ("xla",)
+        if name != "float32" or head_dim % 16 or not native.compiler():
+            return ("xla",)
+        return ("native", "xla") if native.MEASURED else ("xla", "native")
     if platform == "tpu":
         return ("pallas", "xla") if name in ("bfloat16", "float32") and (head_dim == 64 or head_dim % 128 == 0) else ("xla",)
     if platform in ("gpu", "cuda"):

@@ -297,7 +297,9 @@ def test_kernels_refuse_what_they_do_not_have(module, dtype, head_dim, message):
 
 def test_backends_of_a_platform_best_first(monkeypatch):
     monkeypatch.setenv("CXX", "c++")
-    assert supported_backends("cpu", 64, jnp.float32) == ("native", "xla")
+    for measured, backends in ((True, ("native", "xla")), (False, ("xla", "native"))):
+        monkeypatch.setattr(native, "MEASURED", measured)
+        assert supported_backends("cpu", 64, jnp.float32) == backends
     assert supported_backends("cpu", 24, jnp.float32) == supported_backends("cpu", 64, jnp.bfloat16) == ("xla",)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX")

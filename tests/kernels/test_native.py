@@ -24,6 +24,7 @@ def unloaded(tmp_path, monkeypatch):
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
     native.begin.cache_clear()
+    monkeypatch.setattr(native, "MEASURED", True)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *a, **k: None)  # other tests use those that are registered
     yield tmp_path / "xla"
     jax.config.update("jax_compilation_cache_dir", before)
