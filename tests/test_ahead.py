@@ -1,6 +1,7 @@
 """Programs made in threads before they are asked for."""
 
 import threading
+import time
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_beside_needs_no_pool_and_keeps_failures_for_who_asks():
 
     beside(program, "a")
     while busy():
-        pass
+        time.sleep(0.01)
     with pytest.raises(ValueError, match="a"):
         program("a")
     assert len(threads) == 2 and threads[0] is not threads[1]

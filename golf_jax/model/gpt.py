@@ -260,7 +260,7 @@ def attention(
     """Attention of layer i with its own weights w on the normalised input: output [B, T, D] and its unmixed value [B, T, G, K].
 
     v0: value of layer 0 (None in it); value_embed [B, T, G K]; last: only the last N queries; attend: instead of `xsa_attention`.
-    r: what the input is to be multiplied by.
+    r: float32 [B, T, 1], what the input is to be multiplied by, else None.
     """
     c = config
     b, t = z_BTD.shape[:2]
@@ -348,7 +348,7 @@ def _input_maps(w: Params, z_BTD: jax.Array, last: int | None) -> Params:
 
 @jax.named_scope("mlp")
 def mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name, x: None, r_BT1: jax.Array | None = None) -> jax.Array:
-    """(leaky_relu(r z W_up))^2 W_down, r: None is 1."""
+    """(leaky_relu(r z W_up))^2 W_down; r float32 [B, T, 1], None is 1."""
     u_BTF = ops.linear(z_BTD, w["up"])
     slope = config.mlp_slope
     h_BTF: Any = ops.squared_leaky(u_BTF, slope) if r_BT1 is None else ops.scaled_squared_leaky(u_BTF, r_BT1, slope)
