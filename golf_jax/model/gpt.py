@@ -293,7 +293,7 @@ def attention(
     cos, sin = rope
     backend = c.attention if last is None or c.attention in SUFFIX else "xla"
     inside = {}
-    if r_BT1 is not None and backend == "pallas":  # gradients of norms and gain come from the kernels
+    if r_BT1 is not None and has_factors(backend):  # gradients of norms and gain come from the kernels
         rms = ops.inverse_rms(q_BSHK, q_eps), ops.inverse_rms(k_BTGK, k_eps)
         q_BSHK, k_BTGK = (ops.times(x, jax.lax.stop_gradient(r)) for x, r in zip((q_BSHK, k_BTGK), rms, strict=True))
         inside["factors"] = (w["q_gain"], *(jnp.log(r)[..., 0] for r in rms))

@@ -48,13 +48,13 @@ def xsa_attention(
     """
     _check(q_BTHK, k_BTGK, v_BTGK, first_BS, gate_BSH, backend)
     if factors is not None and not has_factors(backend):
-        raise ValueError(f"factors are in attention backend 'pallas' on a GPU only, got some with {backend!r}")
+        raise ValueError(f"factors are in the attention backends 'native' and, on a GPU, 'pallas' only, got some with {backend!r}")
     if backend == "xla":
         o = causal_attention(q_BTHK, k_BTGK, v_BTGK, first_BS, longest)
         last_v = v_BTGK[:, v_BTGK.shape[1] - q_BTHK.shape[1] :]
         return exclude_self_value(o, last_v) if xsa else o.astype(q_BTHK.dtype)
     if backend == "native":
-        return native.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS)
+        return native.xsa_attention(q_BTHK, k_BTGK, v_BTGK, xsa=xsa, first_BS=first_BS, factors=factors)
     if backend == "cudnn":
         from golf_jax.kernels.attention import cudnn
 
@@ -65,9 +65,9 @@ def xsa_attention(
 
 
 def has_factors(backend: str) -> bool:
-    """Whether the backend takes `factors` here: `pallas` on a GPU."""
+    """Whether the backend takes `factors` here: `native`, and `pallas` on a GPU."""
     if backend != "pallas":
-        return False
+        return backend == "native"
     from golf_jax.kernels.attention import pallas
 
     return pallas.platform() in ("gpu", "cuda")

@@ -1,8 +1,9 @@
 // Causal grouped-query attention with the XSA epilogue on a CPU, float32: forward and backward.
 //
 // One task per sequence and kv head, in the threads of XLA. In each, blocks of queries meet the keys that they see; scores stay in the
-// cache and are computed again in the backward pass. Every product is one `tile` of registers: left operand read by broadcast, right
-// operand in rows of vectors. Scores are in units of log2, so that exp2 is all that is needed.
+// cache and are computed again in the backward pass, which also gives dq.q / gain and dk.k of each row. Every product is one `tile` of
+// registers: left operand read by broadcast, right operand in rows of vectors. Scores are in units of log2, so that exp2 is all that is
+// needed.
 // B batch, S queries (the last S of T positions), H query heads, G kv heads, K head_dim.
 
 #include <algorithm>
@@ -56,7 +57,8 @@ template <int M>
 inline void tiles(int64_t width, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
                   bool add) {
   int64_t n = 0;
-  for (; n + COLS * W <= width; n += COLS * W) tile<M, COLS>(depth, a, am, ak, b + n, ldb, c + n, ldc, add);
+  for (; n + COLS * W <= width && n + (COLS + 1) * W != width; n += COLS * W) tile<M, COLS>(depth, a, am, ak, b + n, ldb, c + n, ldc, add);
+  for (; n + 2 * W <= width; n += 2 * W) tile<M, 2>(depth, a, am, ak, b + n, ldb, c + n, ldc, add);
   for (; n < width; n += W) tile<M, 1>(depth, a, am, ak, b + n, ldb, c + n, ldc, add);
 }
 
@@ -120,6 +122,13 @@ void transpose(const Shape& s, Rows x, std::vector<float>& panels) {
   panels.assign(s.padded * s.K, 0.0f);
   for (int64_t t = 0; t < s.T; ++t)
     for (int64_t k = 0; k < s.K; ++k) panels[t / PANEL * PANEL * s.K + k * PANEL + t % PANEL] = x[t][k];
+}
+
+// Rows one after another: where they lie further apart their cache lines meet in few sets.
+Rows together(const Shape& s, Rows x, std::vector<float>& kept) {
+  kept.resize(s.T * s.K);
+  for (int64_t t = 0; t < s.T; ++t) std::copy_n(x[t], s.K, &kept[t * s.K]);
+  return {kept.data(), s.K};
 }
 
 struct Always {};
@@ -199,13 +208,13 @@ void parallel(ffi::ThreadPool pool, int64_t count, F f) {
 using In = ffi::Buffer<ffi::F32>;
 using Out = ffi::ResultBuffer<ffi::F32>;
 
-ffi::Error Forward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32> first, bool xsa, Out y, Out along, Out lse) {
+ffi::Error Forward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32> first, In gain, bool xsa, Out y, Out along, Out lse) {
   const Shape s(q.dimensions(), k.dimensions());
   const float scale = 1.0f / (std::sqrt((float)s.K) * LN2);
   parallel(pool, s.B * s.G, [=](int64_t task) mutable {
     const int64_t b = task / s.G, g = task % s.G;
-    std::vector<float> keys, weights(BLOCK * s.padded), scaled(BLOCK * s.K), u(s.K);
-    const Rows values = s.key(v.typed_data(), b, g);
+    std::vector<float> keys, own, weights(BLOCK * s.padded), scaled(BLOCK * s.K), u(s.K);
+    const Rows values = together(s, s.key(v.typed_data(), b, g), own);
     transpose(s, s.key(k.typed_data(), b, g), keys);
     for (int64_t start = 0; start < s.S; start += BLOCK) {
       const int32_t* f = first.typed_data() + b * s.S + start;
@@ -213,8 +222,9 @@ ffi::Error Forward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32>
       const int64_t count = block.count;
       for (int64_t h = g * s.H / s.G; h < (g + 1) * s.H / s.G; ++h) {
         const Rows from = s.query(q.typed_data(), b, start, h), out = s.query(y->typed_data(), b, start, h);
+        const float factor = scale * gain.typed_data()[h];
         for (int64_t m = 0; m < count; ++m)
-          for (int64_t i = 0; i < s.K; i += W) store(&scaled[m * s.K + i], load(from[m] + i) * scale);
+          for (int64_t i = 0; i < s.K; i += W) store(&scaled[m * s.K + i], load(from[m] + i) * factor);
         block.scores(scaled.data(), keys, weights.data());
         float inverse[BLOCK];
         for (int64_t m = 0; m < count; ++m) {
@@ -251,19 +261,16 @@ ffi::Error Forward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32>
 }
 
 // Of y = o - (o.u) u: do = dy - (dy.u) u, and do . o = do . y because do is orthogonal to u (kernels/attention/xsa.py).
-ffi::Error Backward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32> first, In y, In along, In lse, In dy, bool xsa, Out dq,
-                    Out dk, Out dv) {
+ffi::Error Backward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32> first, In gain, In y, In along, In lse, In dy, bool xsa,
+                    Out dq, Out dk, Out dv, Out q_dot, Out k_dot) {
   const Shape s(q.dimensions(), k.dimensions());
   const float scale = 1.0f / (std::sqrt((float)s.K) * LN2);
   parallel(pool, s.B * s.G, [=](int64_t task) mutable {
     const int64_t b = task / s.G, g = task % s.G;
-    std::vector<float> keys, values, p(BLOCK * s.padded), ds(BLOCK * s.padded), scaled(BLOCK * s.K), grad(BLOCK * s.K), u(s.K);
-    const Rows key = s.key(k.typed_data(), b, g), value = s.key(v.typed_data(), b, g);
-    const Rows to_key = s.key(dk->typed_data(), b, g), to_value = s.key(dv->typed_data(), b, g);
-    for (int64_t t = 0; t < s.T; ++t) {
-      std::fill_n(to_key[t], s.K, 0.0f);
-      std::fill_n(to_value[t], s.K, 0.0f);
-    }
+    std::vector<float> keys, values, own, p(BLOCK * s.padded), ds(BLOCK * s.padded), scaled(BLOCK * s.K), grad(BLOCK * s.K), u(s.K);
+    std::vector<float> sums(2 * s.T * s.K);
+    const Rows key = together(s, s.key(k.typed_data(), b, g), own), value = s.key(v.typed_data(), b, g);
+    const Rows to_key{sums.data(), s.K}, to_value{&sums[s.T * s.K], s.K};
     transpose(s, key, keys);
     transpose(s, value, values);
     for (int64_t start = 0; start < s.S; start += BLOCK) {
@@ -273,9 +280,10 @@ ffi::Error Backward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32
       for (int64_t h = g * s.H / s.G; h < (g + 1) * s.H / s.G; ++h) {
         const Rows from = s.query(q.typed_data(), b, start, h), out = s.query(y.typed_data(), b, start, h);
         const Rows given = s.query(dy.typed_data(), b, start, h), to = s.query(dq->typed_data(), b, start, h);
+        const float factor = scale * gain.typed_data()[h];
         float inner[BLOCK];
         for (int64_t m = 0; m < count; ++m) {
-          float a = 0, c = 0, inverse = 0, *own = to_value[block.last + m];
+          float a = 0, c = 0, inverse = 0, *sum = to_value[block.last + m];
           if (xsa) {
             inverse = unit(value[block.last + m], s.K, u.data());
             a = dot(given[m], u.data(), s.K);
@@ -283,9 +291,9 @@ ffi::Error Backward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32
           }
           for (int64_t i = 0; i < s.K; i += W) {
             const Vec d = load(given[m] + i) - load(&u[i]) * a;
-            store(&scaled[m * s.K + i], load(from[m] + i) * scale);
+            store(&scaled[m * s.K + i], load(from[m] + i) * factor);
             store(&grad[m * s.K + i], d);
-            store(own + i, load(own + i) - (load(out[m] + i) * a + d * c) * inverse);
+            store(sum + i, load(sum + i) - (load(out[m] + i) * a + d * c) * inverse);
           }
           inner[m] = dot(given[m], out[m], s.K);
         }
@@ -303,9 +311,16 @@ ffi::Error Backward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32
         block.gather(ds.data(), key, to);
         block.scatter(ds.data(), scaled.data(), to_key);
         block.scatter(p.data(), grad.data(), to_value);
-        for (int64_t m = 0; m < count; ++m)
-          for (int64_t i = 0; i < s.K; i += W) store(to[m] + i, load(to[m] + i) * scale);
+        for (int64_t m = 0; m < count; ++m) {
+          q_dot->typed_data()[(b * s.S + start + m) * s.H + h] = dot(to[m], from[m], s.K) * scale;
+          for (int64_t i = 0; i < s.K; i += W) store(to[m] + i, load(to[m] + i) * factor);
+        }
       }
+    }
+    for (int64_t t = 0; t < s.T; ++t) {
+      k_dot->typed_data()[(b * s.T + t) * s.G + g] = dot(to_key[t], key[t], s.K);
+      std::copy_n(to_key[t], s.K, s.key(dk->typed_data(), b, g)[t]);
+      std::copy_n(to_value[t], s.K, s.key(dv->typed_data(), b, g)[t]);
     }
   });
   return ffi::Error::Success();
@@ -314,8 +329,8 @@ ffi::Error Backward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(golf_xsa_forward, Forward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Arg<In>().Arg<ffi::Buffer<ffi::S32>>().Attr<bool>("xsa")
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Arg<In>().Arg<ffi::Buffer<ffi::S32>>().Arg<In>().Attr<bool>("xsa")
                                   .Ret<In>().Ret<In>().Ret<In>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(golf_xsa_backward, Backward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Arg<In>().Arg<ffi::Buffer<ffi::S32>>().Arg<In>().Arg<In>().Arg<In>()
-                                  .Arg<In>().Attr<bool>("xsa").Ret<In>().Ret<In>().Ret<In>());
+                                  .Arg<In>().Arg<In>().Attr<bool>("xsa").Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>());

@@ -141,18 +141,25 @@ def test_gate_in_the_kernel_matches_float64(xsa):
     np.testing.assert_allclose(got[4], expected[4], atol=2e-2 * np.abs(expected[4]).max())
 
 
-@needs_interpreter
-def test_factors_of_queries_and_keys_match_float64():
+@pytest.mark.parametrize(
+    ("backend", "last", "dtype"),
+    [
+        pytest.param("pallas", 130, "bfloat16", marks=needs_interpreter),
+        *[pytest.param("native", last, "float32", marks=needs_compiler) for last in (130, 70)],
+    ],
+)
+def test_factors_of_queries_and_keys_match_float64(backend, last, dtype):
     """One head with a negative gain and one with none at all, and the gradients of factors that q and k hold already."""
-    q, k, v, dy = inputs(1, 130, 3, 1, 64, "bfloat16")
+    q, k, v, dy = inputs(1, 130, 3, 1, 64, dtype)
+    q, dy = q[:, -last:], dy[:, -last:]
     gain, logs = jnp.asarray([1.5, -0.5, 0.0]), [jnp.zeros(x.shape[:3]) for x in (q, k)]
 
     def run(attention, q, k, v, gain, *logs_dy):
         y, pullback = jax.vjp(attention, q, k, v, gain, *logs_dy[:2])
         return y, *pullback(logs_dy[2])
 
-    kernels = lambda q, k, v, *factors: mosaic_gpu.xsa_attention(q, k, v, xsa=True, factors=factors, interpret=True)  # noqa: E731
-    got = run(kernels, q, k, v, gain, *logs, dy)
+    attention = functools.partial(mosaic_gpu.xsa_attention, interpret=True) if backend == "pallas" else native.xsa_attention
+    got = run(lambda q, k, v, *factors: attention(q, k, v, xsa=True, factors=factors), q, k, v, gain, *logs, dy)
 
     def plain(q, k, v, gain, *logs):
         q, k = (x * jnp.exp(log)[..., None] for x, log in zip((q, k), logs, strict=True))
@@ -160,9 +167,9 @@ def test_factors_of_queries_and_keys_match_float64():
 
     with jax.enable_x64(True):
         expected = [np.asarray(a) for a in run(plain, *(np.asarray(a, np.float64) for a in (q, k, v, gain, *logs, dy)))]
-    assert_close(got[:4], expected[:4], "bfloat16")
+    assert_close(got[:4], expected[:4], dtype)
     for a, b in zip(got[4:], expected[4:], strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-2 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, atol=(1e-2 if dtype == "bfloat16" else 1e-5) * np.abs(b).max())
 
 
 # One row with a document of one token, documents inside a block, one that starts on its edge, and one longer than a block.

@@ -10,7 +10,7 @@ import pytest
 from tiny_recipes import tiny
 
 from golf_jax.config import GolfError, ModelConfig
-from golf_jax.kernels.attention import xsa_attention
+from golf_jax.kernels.attention import native, xsa_attention
 from golf_jax.model import GPT, gpt, init_params, logits, nll, platforms
 
 CONFIG = ModelConfig(vocab_size=40, num_layers=2, width=32, num_heads=2, num_kv_heads=1)
@@ -105,7 +105,7 @@ def test_a_gate_acts_once_inside_the_kernels_or_behind_them(kind, inside, monkey
 @pytest.mark.parametrize("last", [None, 4])
 @pytest.mark.parametrize("name", ["pr372", "pr562", "pr638", "pr2005", "pr2135"])
 def test_late_norms_and_factors_change_nothing(name, last, monkeypatch):
-    """What the GPU kernels are called with, here the reference: norms behind the maps, output scales in them, gain and the gradients
+    """What kernels with factors are called with, here the reference: norms behind the maps, output scales in them, gain and the gradients
     of the norms of q and k inside attention. last: of the last block only some queries, which the reference backend computes."""
     config = tiny(name).model
     params = {n: x + 0.2 * jax.random.normal(jax.random.key(i), x.shape) for i, (n, x) in enumerate(init_params(config, KEY).items())}
@@ -120,15 +120,30 @@ def test_late_norms_and_factors_change_nothing(name, last, monkeypatch):
         y = xsa_attention(q, k, v, xsa=xsa, first_BS=first_BS, longest=longest)
         return y if gate_BSH is None else y * jax.nn.sigmoid(gate_BSH)[..., None]
 
-    def loss_and_gradients(config):
-        targets = TOKENS[:, ::-1] if last is None else TOKENS[:, :last]
-        return jax.value_and_grad(lambda p: jnp.mean(nll(config, p, TOKENS, targets, training=True, last=last)))(params)
-
-    expected = loss_and_gradients(replace(config, attention="xla"))
+    expected = loss_and_gradients(replace(config, attention="xla"), params, last)
     monkeypatch.setattr(gpt, "xsa_attention", kernels)
     monkeypatch.setattr(gpt, "has_factors", lambda backend: backend == "pallas")
-    got = loss_and_gradients(replace(config, attention="pallas"))
+    assert_same(loss_and_gradients(replace(config, attention="pallas"), params, last), expected)
     assert all(given[:-1]) and given[-1] == (last is None)
+
+
+@pytest.mark.skipif(not native.compiler(), reason="no C++ compiler on this machine")
+@pytest.mark.parametrize("last", [None, 4])
+@pytest.mark.parametrize("name", ["pr372", "pr562", "pr638", "pr1182", "pr2005", "pr2135"])
+def test_native_attention_changes_nothing(name, last):
+    """With the same late norms and factors, which it has for suffixes, too."""
+    config = replace(tiny(name).model, num_heads=2, num_kv_heads=1)  # head_dim 16
+    params = {n: x + 0.2 * jax.random.normal(jax.random.key(i), x.shape) for i, (n, x) in enumerate(init_params(config, KEY).items())}
+    got, expected = (loss_and_gradients(replace(config, attention=backend), params, last) for backend in ("native", "xla"))
+    assert_same(got, expected)
+
+
+def loss_and_gradients(config, params, last):
+    targets = TOKENS[:, ::-1] if last is None else TOKENS[:, :last]
+    return jax.value_and_grad(lambda p: jnp.mean(nll(config, p, TOKENS, targets, training=True, last=last)))(params)
+
+
+def assert_same(got, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()), rtol=1e-4), got, expected)
 
 
