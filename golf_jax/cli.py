@@ -18,7 +18,10 @@ from golf_jax.ahead import busy
 from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
 from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
-AGAIN = "golf_jax_in_huge_pages"
+AGAIN = "golf_jax_keeps_pages"
+# Huge pages where Linux gives them to those that ask, and freed blocks of up to 64 MB, the most that a thread's heap holds, kept.
+SIZES = {"hugetlb": 1, "mmap_threshold": 64 << 20, "trim_threshold": 256 << 20, "top_pad": 64 << 20}
+TUNABLES = ":".join(f"glibc.malloc.{name}={value}" for name, value in SIZES.items())
 LEAST_ADDRESSES, LEAST_FILES = 2 << 30, 64
 GLOBS = ("--data.train", "--data.val", "--val")
 TEXTS = ("--prompt", "--blurb")  # flags whose value may be any text
@@ -77,7 +80,7 @@ class _Notices(io.FileIO):
 def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
     """Run a command's main and exit with its status. The one door of all commands.
 
-    computes: it works for minutes, so that huge pages are worth a second start (`_use_huge_pages`).
+    computes: it works for minutes, so that keeping pages is worth a second start (`_keep_pages`).
 
     A GolfError becomes one line on stderr and status 2, a signal status 128 + its number (Ctrl-C 130), a reader that went away (`| head`)
     141, as of a shell's own tools. What the terminal cannot show is written with backslash escapes. What the system refuses is one line.
@@ -88,7 +91,7 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     if computes:
-        _use_huge_pages()
+        _keep_pages()
     sys.stdin = sys.stdin or open(0)
     if sys.stderr is sys.__stderr__:
         sys.stderr = io.TextIOWrapper(
@@ -154,19 +157,19 @@ def _at_once(ended: list[int]) -> None:
         os._exit(ended[0])
 
 
-def _use_huge_pages() -> None:
-    """Start this process over with glibc's huge pages, where Linux gives them to those that ask for them.
+def _keep_pages() -> None:
+    """Start this process over with a glibc that keeps freed memory and asks for huge pages.
 
-    XLA:CPU maps its temporaries anew in every step, page by page (a sixth of pr638's time, benchmarks/README.md). glibc reads the variable
-    only when a process starts. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 keeps small pages. The second start is marked on its command line: an
-    environment may be emptied around every Python, which would start over for ever.
+    XLA:CPU allocates its temporaries anew in every step, which the kernel maps page by page (a fifth of pr638's time,
+    benchmarks/README.md). glibc reads the variable only when a process starts. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it alone. The
+    second start is marked on its command line: an environment may be emptied around every Python, which would start over for ever.
     """
     given, words = os.environ.get("GLIBC_TUNABLES", ""), sys.orig_argv
     if AGAIN in sys._xoptions or "glibc.malloc.hugetlb" in given or not _is_ours():
         return
-    with contextlib.suppress(OSError, ValueError):  # another system, another C library, a program that cannot be started
-        if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text() and os.confstr("CS_GNU_LIBC_VERSION"):
-            os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [given, "glibc.malloc.hugetlb=1"]))
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # another system, another C library, a program that cannot be started
+        if os.confstr("CS_GNU_LIBC_VERSION"):
+            os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [given, TUNABLES]))
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept until the new start listens
             os.execv(sys.executable, [sys.executable, "-X", AGAIN, *words[1:]])
 

@@ -221,17 +221,17 @@ def test_a_closed_standard_input_is_an_empty_one():
 @pytest.mark.parametrize(
     ("words", "given", "set_to"),
     [
-        (["-u", "-m", "golf_jax.train", "pr638"], "", "glibc.malloc.hugetlb=1"),
-        (["/usr/bin/golf-jax", "train"], "glibc.cpu.x=1", "glibc.cpu.x=1:glibc.malloc.hugetlb=1"),
+        (["-u", "-m", "golf_jax.train", "pr638"], "", cli.TUNABLES),
+        (["/usr/bin/golf-jax", "train"], "glibc.cpu.x=1", f"glibc.cpu.x=1:{cli.TUNABLES}"),
         (["-m", "golf_jax.train"], "glibc.malloc.hugetlb=0", None),
-        (["-X", "dev", "-m", "golf_jax.train"], "", "glibc.malloc.hugetlb=1"),
+        (["-X", "dev", "-m", "golf_jax.train"], "", cli.TUNABLES),
         (["-m", "ipykernel_launcher", "-f", "golf_jax.json"], "", None),
         (["mine.py", "-m", "golf_jax.train"], "", None),
         (["-c", "work()", "-m", "golf_jax.train"], "", None),
         ([], "", None),
     ],
 )
-def test_what_computes_starts_over_in_huge_pages_once_and_never_another_process(words, given, set_to, monkeypatch):
+def test_what_computes_starts_over_keeping_pages_once_and_never_another_process(words, given, set_to, monkeypatch):
     class Started(Exception):
         pass
 
@@ -241,7 +241,6 @@ def test_what_computes_starts_over_in_huge_pages_once_and_never_another_process(
 
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.36", raising=False)
-    monkeypatch.setattr(Path, "read_text", lambda self: "always [madvise] never\n")
     monkeypatch.setattr(sys, "orig_argv", ["python", *words])
     monkeypatch.setattr(sys, "argv", ["x"])
     monkeypatch.setenv("GLIBC_TUNABLES", given)
