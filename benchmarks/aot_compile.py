@@ -124,11 +124,13 @@ def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
         yield Program(f"softcap cross entropy, vocabulary {vocab}: value and gradients", function, arguments, "xla")
 
 
-def step_programs(mesh: Mesh, recipes: list[str], backends: list[str]) -> Iterator[Program]:
+def step_programs(mesh: Mesh, recipes: list[str], backends: list[str], mlp: str, layers: int) -> Iterator[Program]:
     """The training step as golf_jax.train compiles it, with and without depth recurrence where the recipe has it."""
     for name, backend in [(name, backend) for name in recipes for backend in backends]:
         recipe = load_recipe(name)
-        recipe = replace(recipe, model=resolve(replace(recipe.model, attention=backend), "gpu", documents=recipe.data.packed))
+        cut = {"num_layers": layers} if layers else {}
+        model = replace(recipe.model, attention=backend, mlp=mlp if backend == "pallas" else "auto", **cut)
+        recipe = replace(recipe, model=resolve(model, "gpu", documents=recipe.data.packed))
         state = state_shapes(recipe, mesh)
         d = recipe.data
         tokens = jax.ShapeDtypeStruct(d.batch_shape, jnp.int32, sharding=rows(mesh))
@@ -136,7 +138,12 @@ def step_programs(mesh: Mesh, recipes: list[str], backends: list[str]) -> Iterat
         inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated(mesh)), kinds)
         for phase in phases(recipe):
             arguments = (state, Batch(tokens, tokens, tokens if d.packed else None), inputs)
-            yield Program(f"{name} {phase.name}, {backend}", make_step(recipe, mesh, phase), arguments, backend)
+            yield Program(
+                f"{name} {phase.name}, {backend}{', MLP too' * (recipe.model.mlp == 'pallas')}",
+                make_step(recipe, mesh, phase),
+                arguments,
+                backend,
+            )
 
 
 @contextlib.contextmanager
@@ -227,6 +234,8 @@ def main() -> int:
     parser.add_argument("--what", choices=("kernels", "step"), default="kernels")
     parser.add_argument("--recipes", nargs="+", default=["pr638", "pr2005"], help="for step")
     parser.add_argument("--backends", nargs="+", default=["pallas", "cudnn", "xla"], help="for step")
+    parser.add_argument("--mlp", choices=("auto", "xla", "pallas"), default="auto", help="for step with attention pallas")
+    parser.add_argument("--layers", type=int, default=0, help="for step: not as many as the recipe has, where that is allowed")
     parser.add_argument("--head-dim", type=int, default=64, help="for kernels")
     parser.add_argument("--devices", type=int, nargs="+", default=[1], help="sizes of the data axis")
     parser.add_argument("--target", type=Path, default=Path(__file__).with_name("h100_target.txtpb"))
@@ -241,7 +250,7 @@ def main() -> int:
             made = (
                 kernel_programs(mesh, options.head_dim)
                 if options.what == "kernels"
-                else step_programs(mesh, options.recipes, options.backends)
+                else step_programs(mesh, options.recipes, options.backends, options.mlp, options.layers)
             )
             yield from ((program, mesh) for program in made)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import SUFFIX, has_factors, xsa_attention
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
+from golf_jax.kernels.mlp import squared_leaky_linear
 from golf_jax.model import layers as ops
 from golf_jax.model.cache import Cache
 from golf_jax.model.fake_quant import fake_quantize
@@ -57,8 +58,8 @@ def hidden(
     cache: go on with a row: tokens are `cache.window` of it, the result is that of its new positions, whose keys and values it takes in.
     Raises GolfError for tokens that are not integers [B, T] within the vocabulary, and for leaves that are not those of the model.
     """
-    if "auto" in (config.dtype, config.attention):
-        raise GolfError("model.dtype and model.attention are auto: resolve(config, platform), as Model.open does")
+    if "auto" in (config.dtype, config.attention, config.mlp):
+        raise GolfError("model.dtype, model.attention or model.mlp is auto: resolve(config, platform), as Model.open does")
     tokens_BT, params = check_tokens(config, tokens_BT), check_params(config, params)
     if fake_quant is None and config.fake_quant.in_eval:
         fake_quant = 1.0
@@ -351,6 +352,8 @@ def mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name
     """(leaky_relu(r z W_up))^2 W_down; r float32 [B, T, 1], None is 1."""
     u_BTF = ops.linear(z_BTD, w["up"])
     slope = config.mlp_slope
+    if r_BT1 is not None and config.mlp == "pallas":
+        return squared_leaky_linear(u_BTF.reshape(-1, u_BTF.shape[-1]), r_BT1.reshape(-1), w["down"], slope).reshape(z_BTD.shape)
     h_BTF: Any = ops.squared_leaky(u_BTF, slope) if r_BT1 is None else ops.scaled_squared_leaky(u_BTF, r_BT1, slope)
     tap("down_in", h_BTF)
     return ops.linear(h_BTF, w["down"])

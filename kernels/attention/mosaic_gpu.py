@@ -27,25 +27,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from golf_jax.kernels.attention.mosaic_gpu_backward import backward_dkv, backward_dq
-from golf_jax.kernels.attention.mosaic_gpu_common import (
-    LOG2E,
-    LOWEST,
+from golf_jax.kernels.attention.mosaic_gpu_common import LOG2E, LOWEST, Documents, along, first_keys, iota, num_stages
+from golf_jax.kernels.mosaic_gpu import (
     OLD_API,
     ROWS,
     TILE,
     WARPGROUPS,
-    Documents,
     add_dot,
-    along,
     columns,
     dot,
-    first_keys,
     full_rows,
-    iota,
     launch,
     load,
     load_rows,
-    num_stages,
     specialize,
     stage_loop,
     statistics_buffer,
@@ -211,6 +205,6 @@ def forward(q, k, v, gate, gain, documents, xsa, interpret):
             *[plgpu.Barrier(num_barriers=stages)] * 2,
             *[plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)] * 2,
         ],
-        grid=(B, H, tiles),
+        grid={"batch": B, "head": H, "tile": tiles},
         interpret=interpret,
     )  # fmt: skip

@@ -6,21 +6,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from golf_jax.kernels.attention.mosaic_gpu_common import (
-    LOG2E,
+from golf_jax.kernels.attention.mosaic_gpu_common import LOG2E, along, first_keys, iota, num_stages
+from golf_jax.kernels.mosaic_gpu import (
     ROWS,
     TILE,
     WARPGROUPS,
     add_dot,
-    along,
     columns,
     dot,
-    first_keys,
-    iota,
     launch,
     load,
     load_rows,
-    num_stages,
     specialize,
     stage_loop,
     statistics_buffer,
@@ -163,7 +159,7 @@ def backward_dq(q, k, v, gate, gain, documents, y, dy, lse, xsa, interpret):
             *[plgpu.Barrier(num_barriers=stages)] * 2,
             *[plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)] * 2,
         ],
-        grid=(B, H, tiles),
+        grid={"batch": B, "head": H, "tile": tiles},
         interpret=interpret,
     )  # fmt: skip
 
@@ -302,6 +298,6 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
             plgpu.Barrier(num_arrivals=4 * WARPGROUPS) if xsa else None,
             plgpu.Barrier(num_arrivals=WARPGROUPS) if xsa else None,
         ],
-        grid=(B, G, tiles),
+        grid={"batch": B, "head": G, "tile": tiles},
         interpret=interpret,
     )  # fmt: skip
