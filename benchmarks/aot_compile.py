@@ -97,11 +97,11 @@ def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
         def attention(q, k, v, gate, gain, *logs):
             return xsa_attention(q, k, v, xsa=True, gate_BSH=gate, factors=(gain, *logs), backend="pallas")
 
-        y, pullback = jax.vjp(attention, q, k, v, gate, gain, *(jnp.zeros(x.shape[:3]) for x in (q, k)))
+        y, pullback = jax.vjp(attention, q, k, v, gate, gain, *(jnp.zeros(x.shape[:3]) for x in (q, k, v)))
         return y, *pullback(dy)
 
     arguments = (q, kv, kv, array(batch, T, H), array(H, dtype=jnp.float32, spec=P()), q)
-    specs, out = (*[sharded] * 4, P(), sharded), (*[sharded] * 5, P(), sharded, sharded)
+    specs, out = (*[sharded] * 4, P(), sharded), (*[sharded] * 5, P(), *[sharded] * 3)
     yield Program("pallas attention, xsa, head gate, factors: forward and backward", local(gated, *specs, out=out), arguments, "pallas")
     for sequences, length in ((BATCH, T), (1, BATCH * T)):  # documents inside 48 rows, and packed into one
         q, kv = (array(sequences * mesh.size, length, heads, head_dim) for heads in (H, G))

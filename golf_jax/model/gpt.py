@@ -278,8 +278,11 @@ def attention(
     q_BSHK = qg[..., : c.width].reshape(b, s, c.num_heads, c.head_dim)
     k_BTGK = maps["k"].reshape(b, t, c.num_kv_heads, c.head_dim)
     v_BTGK = maps["v"].reshape(k_BTGK.shape)
+    backend = c.attention if last is None or c.attention in SUFFIX else "xla"
+    in_kernels = r_BT1 is not None and backend == "pallas"  # gradients of norms and gain come from there
+    of_r = in_kernels and not c.value_residual and value_embed is None  # v is r times a map, and its part of r's gradient too
     if r_BT1 is not None:
-        v_BTGK = ops.times(v_BTGK, r_BT1[:, :, None])
+        v_BTGK = ops.times(v_BTGK, (jax.lax.stop_gradient(r_BT1) if of_r else r_BT1)[:, :, None])
     if value_embed is not None:
         v_BTGK = v_BTGK + value_embed.reshape(k_BTGK.shape)
     raw_BTGK = v_BTGK
@@ -292,12 +295,12 @@ def attention(
         elif c.value_residual_first:
             v_BTGK = (lam[0] + lam[1]) * raw_BTGK
     cos, sin = rope
-    backend = c.attention if last is None or c.attention in SUFFIX else "xla"
     inside = {}
-    if r_BT1 is not None and backend == "pallas":  # gradients of norms and gain come from the kernels
+    if in_kernels:
         rms = ops.inverse_rms(q_BSHK, q_eps), ops.inverse_rms(k_BTGK, k_eps)
         q_BSHK, k_BTGK = (ops.times(x, jax.lax.stop_gradient(r)) for x, r in zip((q_BSHK, k_BTGK), rms, strict=True))
-        inside["factors"] = (w["q_gain"], *(jnp.log(r)[..., 0] for r in rms))
+        log_v = jnp.broadcast_to(jnp.log(r_BT1) if of_r else 0.0, k_BTGK.shape[:3])
+        inside["factors"] = (w["q_gain"], *(jnp.log(r)[..., 0] for r in rms), log_v)
     else:
         q_BSHK, k_BTGK = ops.rms_norm(q_BSHK, q_eps), ops.rms_norm(k_BTGK, k_eps)
     q_BSHK, k_BTGK = ops.rope(q_BSHK, cos[t - s :], sin[t - s :]), ops.rope(k_BTGK, cos, sin)

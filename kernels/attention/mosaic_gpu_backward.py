@@ -165,7 +165,7 @@ def backward_dq(q, k, v, gate, gain, documents, y, dy, lse, xsa, interpret):
 
 
 def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
-    """dk, dv and with gain dk.k [B,G,T]; with a and c (None without xsa) dv holds the epilogue's part."""
+    """dk, dv and with gain dk.k and dv.v [2,B,G,T]; with a and c (None without xsa) dv holds the epilogue's part."""
     B, T, H, K = q.shape
     G = k.shape[2]
     group, tiles, scale, xsa = H // G, T // TILE, K**-0.5, a is not None
@@ -239,14 +239,16 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
             if gain is None:
                 dk = dk * scale
             else:
-                dot_smem[warpgroup] = jnp.sum(dk * load_rows(own_k), axis=1)
+                dot_smem[0, warpgroup] = jnp.sum(dk * load_rows(own_k), axis=1)
+                dot_smem[1, warpgroup] = jnp.sum(dv * load_rows(own_v), axis=1)
             own_k[...] = dk.astype(q.dtype)
             own_v[...] = dv.astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_k, dk_ref.at[batch, rows, kv_head])
             plgpu.copy_smem_to_gmem(own_v, dv_ref.at[batch, rows, kv_head])
             if gain is not None:
-                plgpu.copy_smem_to_gmem(dot_smem.at[warpgroup], dot_ref.at[batch, kv_head, rows])
+                for i in range(2):
+                    plgpu.copy_smem_to_gmem(dot_smem.at[i, warpgroup], dot_ref.at[i, batch, kv_head, rows])
             plgpu.wait_smem_to_gmem(0)
 
         def copy():
@@ -279,12 +281,12 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
         specialize(compute, copy)
 
     own, streamed = tile_buffer((WARPGROUPS, ROWS, K), q.dtype), tile_buffer((stages, width, K), q.dtype)
-    row_dots = None if gain is None else jax.ShapeDtypeStruct((B, G, T), jnp.float32)
+    row_dots = None if gain is None else jax.ShapeDtypeStruct((2, B, G, T), jnp.float32)
     return launch(
         xsa_attention_dkv, q, k, v, gain, documents, y, do, lse, delta, a, c,
         out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype), row_dots],
         scratch=[
-            None if gain is None else statistics_buffer(WARPGROUPS, ROWS),
+            None if gain is None else statistics_buffer(2, WARPGROUPS, ROWS),
             *[own] * 2,
             *[streamed] * 2,
             None if documents is None else statistics_buffer(stages, width, dtype=jnp.int32),

@@ -27,7 +27,7 @@ def lowered_text(backend, device, *, head_dim=64, T=256, xsa=True, documents=Fal
     kv = jax.ShapeDtypeStruct((2, T, 2, head_dim), jnp.bfloat16)
     first = jax.ShapeDtypeStruct((2, T), jnp.int32) if documents else None
 
-    given = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (q.shape[2:3], q.shape[:3], kv.shape[:3])) if factors else None
+    given = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (q.shape[2:3], *(x.shape[:3] for x in (q, kv, kv)))) if factors else None
 
     def total(q, k, v, factors, first):
         return jnp.sum(xsa_attention(q, k, v, xsa=xsa, first_BS=first, factors=factors, backend=backend).astype(jnp.float32))
