@@ -78,7 +78,7 @@ def model_config(recipe: str, config: Mapping[str, Any]) -> ModelConfig:
     """
     if recipe not in RECIPES:
         raise GolfError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
-    model = replace(load_recipe(recipe).model, rope_bf16_frequencies=False, dtype="float32", attention="xla", mlp="xla")
+    model = replace(load_recipe(recipe).model, rope_bf16_frequencies=False, dtype="float32", attention="xla")
     given, fields, parts = _given(config), _FIELDS[recipe], _PARTS[recipe]
     _refuse(recipe, given, model, {*fields, *parts, *_KEPT})
     changes = {field: _typed(recipe, name, given[name], _at(model, field)) for name, field in fields.items() if name in given}

@@ -58,8 +58,8 @@ def hidden(
     cache: go on with a row: tokens are `cache.window` of it, the result is that of its new positions, whose keys and values it takes in.
     Raises GolfError for tokens that are not integers [B, T] within the vocabulary, and for leaves that are not those of the model.
     """
-    if "auto" in (config.dtype, config.attention, config.mlp):
-        raise GolfError("model.dtype, model.attention or model.mlp is auto: resolve(config, platform), as Model.open does")
+    if "auto" in (config.dtype, config.attention):
+        raise GolfError("model.dtype and model.attention are auto: resolve(config, platform), as Model.open does")
     tokens_BT, params = check_tokens(config, tokens_BT), check_params(config, params)
     if fake_quant is None and config.fake_quant.in_eval:
         fake_quant = 1.0

@@ -48,5 +48,5 @@ def resolve(config: ModelConfig, platform: str, *, documents: bool = False) -> M
 
 def for_default_platform(config: ModelConfig, documents: bool) -> ModelConfig:
     """What `auto` gets where jax computes by default."""
-    unresolved = "auto" in (config.dtype, config.attention, config.mlp)
+    unresolved = "auto" in (config.dtype, config.attention)
     return resolve(config, jax.default_backend(), documents=documents) if unresolved else config

@@ -148,7 +148,8 @@ def test_late_norms_and_factors_change_nothing(name, last, monkeypatch):
 @needs_interpreter
 @pytest.mark.parametrize("name", [pytest.param("pr638", marks=pytest.mark.slow), "pr2005"])
 def test_a_recipe_with_the_kernels_of_its_mlp(name, monkeypatch):
-    """Attention stood in for by the reference. In bfloat16 loss and gradients are as near to those of float32 as without the kernels."""
+    """Attention stood in for by the reference. In bfloat16 loss and gradients are others than without the kernels, and as near to
+    those of float32."""
     config = replace(tiny(name).model, width=128, mlp_ratio=2.0, num_layers=2, parallel_from=-1, loop_start=-1, loop_end=-1, loop_repeats=0)
     params = {n: x + 0.1 * jax.random.normal(jax.random.key(i), x.shape) for i, (n, x) in enumerate(init_params(config, KEY).items())}
 
@@ -167,12 +168,13 @@ def test_a_recipe_with_the_kernels_of_its_mlp(name, monkeypatch):
     monkeypatch.setattr(gpt, "squared_leaky_linear", partial(mosaic_gpu.squared_leaky_linear, interpret=True))
     exact = loss_and_gradients("float32", "xla")
 
-    def errors(got):
-        return jax.tree.map(lambda a, b: float(np.linalg.norm(np.asarray(a - b)) / np.linalg.norm(np.asarray(b))), got, exact)
+    def error(got):
+        """Relative, of loss and gradients, taken together: rounding is a few percent of the smallest."""
+        each = jax.tree.map(lambda a, b: np.linalg.norm(np.asarray(a - b)) / np.linalg.norm(np.asarray(b)), got, exact)
+        return float(np.linalg.norm(jax.tree.leaves(each)))
 
-    plain, got = errors(loss_and_gradients("bfloat16", "xla")), errors(loss_and_gradients("bfloat16", "pallas"))
-    assert got != plain  # the flag changes the program
-    jax.tree.map(lambda a, b: pytest.fail(f"{got} {plain}") if not a < 1.3 * b + 2e-3 else None, got, plain)
+    plain, got = (error(loss_and_gradients("bfloat16", mlp)) for mlp in ("xla", "pallas"))
+    assert got != plain and got < 1.3 * plain
 
 
 def test_the_parts_have_names_in_a_profile():
