@@ -2,7 +2,7 @@
 bytes moved, collectives.
 
     python benchmarks/aot_compile.py [--what kernels] [--head-dim 64] [--devices 1 8] [--target FILE] [--json FILE]
-    python benchmarks/aot_compile.py --what step [--recipes pr638 pr2005] [--backends pallas cudnn xla] [--devices 1 8]
+    python benchmarks/aot_compile.py --what step [--recipes pr638 pr2005] [--backends pallas cudnn xla] [--mlp pallas] [--devices 1 8]
 
 Needs the CUDA wheels (`pip install "jax[cuda13]"`), no driver. Exits with status 1 if a kernel spills registers or a
 program does not contain the attention backend it was asked for. Sizes are those of the records per GPU: 48 sequences of
@@ -46,6 +46,7 @@ from golf_jax.config import load_recipe  # noqa: E402
 from golf_jax.data.loader import Batch  # noqa: E402
 from golf_jax.kernels.attention import assert_backend, xsa_attention  # noqa: E402
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy  # noqa: E402
+from golf_jax.kernels.mlp import squared_leaky_linear  # noqa: E402
 from golf_jax.mesh import replicated, rows  # noqa: E402
 from golf_jax.model import resolve  # noqa: E402
 from golf_jax.optim.schedules import Clock  # noqa: E402
@@ -67,7 +68,8 @@ class Program(NamedTuple):
 
 
 def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
-    """Attention forward and backward by backend, inside documents too, and the head with its cross entropy, batch-sharded."""
+    """Attention forward and backward by backend, inside documents too, the MLP's second map with its activation, and the head with its
+    cross entropy, batch-sharded."""
     batch = BATCH * mesh.size
 
     sharded = P("data")
@@ -113,6 +115,15 @@ def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
 
         name = f"pallas attention, xsa, documents in rows of {length}: forward and backward"
         yield Program(name, local(inside_documents, *[sharded] * 5, out=sharded), (q, kv, kv, first, q), "pallas")
+    for hidden in (3 * WIDTH, 4 * WIDTH):
+
+        def mlp(u, r, w, dm):
+            m, pullback = jax.vjp(lambda u, r, w: squared_leaky_linear(u, r, w, 0.5), u, r, w)
+            return m, *pullback(dm)
+
+        u, dm, r = array(batch * T, hidden), array(batch * T, WIDTH), array(batch * T, dtype=jnp.float32)
+        arguments, specs = (u, r, array(hidden, WIDTH, spec=P()), dm), (sharded, sharded, P(), sharded)
+        yield Program(f"pallas MLP, {hidden} hidden units: forward and backward", local(mlp, *specs, out=sharded), arguments, "pallas")
     for vocab in (1024, 8192):
 
         def loss(x, table, targets):

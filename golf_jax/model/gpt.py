@@ -279,8 +279,7 @@ def attention(
     k_BTGK = maps["k"].reshape(b, t, c.num_kv_heads, c.head_dim)
     v_BTGK = maps["v"].reshape(k_BTGK.shape)
     backend = c.attention if last is None or c.attention in SUFFIX else "xla"
-    in_kernels = r_BT1 is not None and backend == "pallas"  # gradients of norms and gain come from there
-    of_r = in_kernels and not c.value_residual and value_embed is None  # v is r times a map, and its part of r's gradient too
+    of_r = backend == "pallas" and not c.value_residual and value_embed is None  # v is r times a map: dv.v is its part of r's gradient
     if r_BT1 is not None:
         v_BTGK = ops.times(v_BTGK, (jax.lax.stop_gradient(r_BT1) if of_r else r_BT1)[:, :, None])
     if value_embed is not None:
@@ -296,7 +295,7 @@ def attention(
             v_BTGK = (lam[0] + lam[1]) * raw_BTGK
     cos, sin = rope
     inside = {}
-    if in_kernels:
+    if r_BT1 is not None and backend == "pallas":  # gradients of norms and gain come from the kernels
         rms = ops.inverse_rms(q_BSHK, q_eps), ops.inverse_rms(k_BTGK, k_eps)
         q_BSHK, k_BTGK = (ops.times(x, jax.lax.stop_gradient(r)) for x, r in zip((q_BSHK, k_BTGK), rms, strict=True))
         log_v = jnp.broadcast_to(jnp.log(r_BT1) if of_r else 0.0, k_BTGK.shape[:3])
