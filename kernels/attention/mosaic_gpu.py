@@ -95,7 +95,10 @@ def _backward_rule(xsa, interpret, residuals, dy):
     opened = _open(gate)
     dq, delta, do, a, q_dot = backward_dq(q, k, v, opened, gain, documents, y, dy, lse, xsa, interpret)
     dk, dv, dots = backward_dkv(q, k, v, gain, documents, y, dy if do is None else do, lse, delta, a, c, interpret)
-    dfactors = None if gain is None else (jnp.sum(q_dot, (0, 2)), gain[:, None] * q_dot, *dots)
+    dfactors = None
+    if gain is not None:
+        v_dot = dots[1] if len(dots) == 2 else jnp.sum(dv.astype(jnp.float32) * v.astype(jnp.float32), -1).swapaxes(1, 2)
+        dfactors = jnp.sum(q_dot, (0, 2)), gain[:, None] * q_dot, dots[0], v_dot
     return dq, dk, dv, None if opened is None else delta * (1 - opened), dfactors, None
 
 
