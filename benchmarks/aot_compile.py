@@ -2,7 +2,7 @@
 bytes moved, collectives.
 
     python benchmarks/aot_compile.py [--what kernels] [--head-dim 64] [--devices 1 8] [--target FILE] [--json FILE]
-    python benchmarks/aot_compile.py --what step [--recipes pr638 pr2005] [--backends pallas cudnn xla] [--devices 1 8]
+    python benchmarks/aot_compile.py --what step [--recipes pr638 pr2005] [--backends pallas cudnn xla] [--mlp pallas] [--devices 1 8]
 
 Needs the CUDA wheels (`pip install "jax[cuda13]"`), no driver. Exits with status 1 if a kernel spills registers or a
 program does not contain the attention backend it was asked for. Sizes are those of the records per GPU: 48 sequences of
@@ -46,6 +46,7 @@ from golf_jax.config import load_recipe  # noqa: E402
 from golf_jax.data.loader import Batch  # noqa: E402
 from golf_jax.kernels.attention import assert_backend, xsa_attention  # noqa: E402
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy  # noqa: E402
+from golf_jax.kernels.mlp import squared_leaky_linear  # noqa: E402
 from golf_jax.mesh import replicated, rows  # noqa: E402
 from golf_jax.model import resolve  # noqa: E402
 from golf_jax.optim.schedules import Clock  # noqa: E402
@@ -67,7 +68,8 @@ class Program(NamedTuple):
 
 
 def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
-    """Attention forward and backward by backend, inside documents too, and the head with its cross entropy, batch-sharded."""
+    """Attention forward and backward by backend, inside documents too, the MLP's second map with its activation, and the head with its
+    cross entropy, batch-sharded."""
     batch = BATCH * mesh.size
 
     sharded = P("data")
@@ -97,11 +99,11 @@ def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
         def attention(q, k, v, gate, gain, *logs):
             return xsa_attention(q, k, v, xsa=True, gate_BSH=gate, factors=(gain, *logs), backend="pallas")
 
-        y, pullback = jax.vjp(attention, q, k, v, gate, gain, *(jnp.zeros(x.shape[:3]) for x in (q, k)))
+        y, pullback = jax.vjp(attention, q, k, v, gate, gain, *(jnp.zeros(x.shape[:3]) for x in (q, k, v)))
         return y, *pullback(dy)
 
     arguments = (q, kv, kv, array(batch, T, H), array(H, dtype=jnp.float32, spec=P()), q)
-    specs, out = (*[sharded] * 4, P(), sharded), (*[sharded] * 5, P(), sharded, sharded)
+    specs, out = (*[sharded] * 4, P(), sharded), (*[sharded] * 5, P(), *[sharded] * 3)
     yield Program("pallas attention, xsa, head gate, factors: forward and backward", local(gated, *specs, out=out), arguments, "pallas")
     for sequences, length in ((BATCH, T), (1, BATCH * T)):  # documents inside 48 rows, and packed into one
         q, kv = (array(sequences * mesh.size, length, heads, head_dim) for heads in (H, G))
@@ -113,6 +115,15 @@ def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
 
         name = f"pallas attention, xsa, documents in rows of {length}: forward and backward"
         yield Program(name, local(inside_documents, *[sharded] * 5, out=sharded), (q, kv, kv, first, q), "pallas")
+    for hidden in (3 * WIDTH, 4 * WIDTH):
+
+        def mlp(u, r, w, dm):
+            m, pullback = jax.vjp(lambda u, r, w: squared_leaky_linear(u, r, w, 0.5), u, r, w)
+            return m, *pullback(dm)
+
+        u, dm, r = array(batch * T, hidden), array(batch * T, WIDTH), array(batch * T, dtype=jnp.float32)
+        arguments, specs = (u, r, array(hidden, WIDTH, spec=P()), dm), (sharded, sharded, P(), sharded)
+        yield Program(f"pallas MLP, {hidden} hidden units: forward and backward", local(mlp, *specs, out=sharded), arguments, "pallas")
     for vocab in (1024, 8192):
 
         def loss(x, table, targets):
@@ -124,11 +135,13 @@ def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
         yield Program(f"softcap cross entropy, vocabulary {vocab}: value and gradients", function, arguments, "xla")
 
 
-def step_programs(mesh: Mesh, recipes: list[str], backends: list[str]) -> Iterator[Program]:
+def step_programs(mesh: Mesh, recipes: list[str], backends: list[str], mlp: str, layers: int) -> Iterator[Program]:
     """The training step as golf_jax.train compiles it, with and without depth recurrence where the recipe has it."""
     for name, backend in [(name, backend) for name in recipes for backend in backends]:
         recipe = load_recipe(name)
-        recipe = replace(recipe, model=resolve(replace(recipe.model, attention=backend), "gpu", documents=recipe.data.packed))
+        cut = {"num_layers": layers} if layers else {}
+        model = replace(recipe.model, attention=backend, mlp=mlp if backend == "pallas" else "auto", **cut)
+        recipe = replace(recipe, model=resolve(model, "gpu", documents=recipe.data.packed))
         state = state_shapes(recipe, mesh)
         d = recipe.data
         tokens = jax.ShapeDtypeStruct(d.batch_shape, jnp.int32, sharding=rows(mesh))
@@ -136,7 +149,12 @@ def step_programs(mesh: Mesh, recipes: list[str], backends: list[str]) -> Iterat
         inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated(mesh)), kinds)
         for phase in phases(recipe):
             arguments = (state, Batch(tokens, tokens, tokens if d.packed else None), inputs)
-            yield Program(f"{name} {phase.name}, {backend}", make_step(recipe, mesh, phase), arguments, backend)
+            yield Program(
+                f"{name} {phase.name}, {backend}{', MLP too' * (recipe.model.mlp == 'pallas')}",
+                make_step(recipe, mesh, phase),
+                arguments,
+                backend,
+            )
 
 
 @contextlib.contextmanager
@@ -227,6 +245,8 @@ def main() -> int:
     parser.add_argument("--what", choices=("kernels", "step"), default="kernels")
     parser.add_argument("--recipes", nargs="+", default=["pr638", "pr2005"], help="for step")
     parser.add_argument("--backends", nargs="+", default=["pallas", "cudnn", "xla"], help="for step")
+    parser.add_argument("--mlp", choices=("auto", "xla", "pallas"), default="auto", help="for step with attention pallas")
+    parser.add_argument("--layers", type=int, default=0, help="for step: not as many as the recipe has, where that is allowed")
     parser.add_argument("--head-dim", type=int, default=64, help="for kernels")
     parser.add_argument("--devices", type=int, nargs="+", default=[1], help="sizes of the data axis")
     parser.add_argument("--target", type=Path, default=Path(__file__).with_name("h100_target.txtpb"))
@@ -241,7 +261,7 @@ def main() -> int:
             made = (
                 kernel_programs(mesh, options.head_dim)
                 if options.what == "kernels"
-                else step_programs(mesh, options.recipes, options.backends)
+                else step_programs(mesh, options.recipes, options.backends, options.mlp, options.layers)
             )
             yield from ((program, mesh) for program in made)
 

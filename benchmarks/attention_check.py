@@ -115,12 +115,13 @@ def check(case: Case, backend: str) -> dict[str, Any]:
         B, T, H, _, K = case.shape
         pairs = FLOPS * B * H * K * T * (T + 1) / 2
         for name, flops, run, args in (("forward", 1, forward, arrays[:3]), ("forward and backward", 3.5, both, arrays)):
-            milliseconds = 1e3 * _median(run, args)
+            milliseconds = 1e3 * median(run, args)
             result[name] = {"ms": milliseconds, "tflops": None if case.documents else flops * pairs / milliseconds / 1e9}
     return result
 
 
-def _median(run: Any, args: list[jax.Array], repeats: int = 20) -> float:
+def median(run: Any, args: list[jax.Array], repeats: int = 20) -> float:
+    """Seconds of one run."""
     samples = []
     for _ in range(repeats + 2):
         begin = time.perf_counter()

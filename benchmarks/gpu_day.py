@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-BACKENDS = ("cudnn", "pallas", "xla")
+BACKENDS = ("cudnn", "pallas", "xla")  # of attention
+MLP = "pallas with its MLP"  # attention and the MLP's activation inside kernels of ours
 RECIPES = {
     "pr638": ["pr638"],
     "pr2005 looping": ["pr2005", "--looping"],
@@ -60,10 +61,15 @@ def items(dry: bool, out: Path) -> list[Item]:
             size += "--data.ranks 1 --steps 2 --peak-tflops 1 --peak-gbs 1".split()
         flags = tuple("eager" if dry and f == "compile" else f for f in flags)
         where, without = ["--model.attention", "xla" if dry else backend], ["--no-parts"] * ("--parts" not in flags)
+        if backend == MLP:
+            where = ["--model.attention", "xla" if dry else "pallas", "--model.mlp", "xla" if dry else "pallas"]
         kind = " beside PyTorch" if "--peer" in flags else ", traced" if "--trace" in flags else ""
         return Item(
             f"step {name}, {backend}{kind}", seconds, ["step_time.py", recipe, *rest, *size, "--devices", "1", *where, *without, *flags]
         )
+
+    def mlp(backend: str) -> Item:
+        return Item(f"MLP {backend}", 60, ["mlp_check.py", "xla" if dry else backend, *["--dry"] * dry])
 
     torch = importlib.util.find_spec("torch") is not None or not dry  # on the day it has to be there
     tiny = "--layers 2 --width 32 --seq-len 64 --stride 16 --rows 1 --no-straightforward".split() + ["--peer", "eager"] * torch
@@ -76,6 +82,7 @@ def items(dry: bool, out: Path) -> list[Item]:
     peer, parts = ("--peer", "compile") * torch, ("--parts",)
     first = [attention(b) for b in BACKENDS[:2]] + [step(name, b, *parts) for name in ("pr638", "pr2005 looping") for b in BACKENDS[:2]]
     second = [step("pr638", "cudnn", *peer, seconds=150), sliding("pr638"), step("pr638", "pallas", "--trace", str(out / "trace"))]
+    second += [mlp("pallas"), step("pr638", MLP), step("pr2005 looping", MLP), mlp("xla")]
     third = [step("pr2005 looping", "cudnn", *peer, seconds=150), step("quickstart", "cudnn", *parts, *peer)]
     fourth = [step("pr2005 plain", b, *parts) for b in BACKENDS[:2]] + [step("pr2005 plain", "cudnn", *peer, seconds=150)]
     rest = [
@@ -88,6 +95,8 @@ def items(dry: bool, out: Path) -> list[Item]:
     if dry:  # each script in each of its ways, once
         return [
             attention("xla"),
+            mlp("xla"),
+            step("pr638", MLP),
             step("pr638", "cudnn", *parts, "--trace", str(out / "trace")),
             step("pr2005 looping", "pallas", *peer),
             sliding("pr638"),
@@ -137,26 +146,18 @@ def gpu() -> str:
 def page(done: list[dict[str, Any]], left: list[str], device: str) -> str:
     """The day as Markdown."""
     lines = [f"# GPU day\n\n`python benchmarks/gpu_day.py` on {device}.\n"]
-    lines += [
-        "## Attention\n",
-        "| backend | shape B T H G K | dtype | XSA | documents | worst error | | forward, with backward ms (TFLOP/s) |",
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for r in (r for d in done if d["item"].startswith("attention") for r in d["result"] or []):
-        said = f"{max(r['errors'].values()):.1e}" if "errors" in r else r["failed"].replace("|", "/").replace("\n", " ")[:120]
-        timed = [r[k] for k in ("forward", "forward and backward") if k in r]
-        speed = ", ".join(f"{t['ms']:.2f}" + (f" ({t['tflops']:.0f})" if t["tflops"] else "") for t in timed)
-        row = (
-            r["backend"],
-            " ".join(map(str, r["shape"])),
-            r["dtype"],
-            r["xsa"],
-            r["documents"],
-            said,
-            "ok" if r["ok"] else "WRONG",
-            speed,
-        )
-        lines += [f"| {' | '.join(map(str, row))} |"]
+    for kind, title, shape, fields in (
+        ("attention", "Attention", "B T H G K", {"dtype": "dtype", "xsa": "XSA", "documents": "documents"}),
+        ("MLP", "The MLP's second map with its activation", "N F D", {"slope": "slope"}),
+    ):
+        names = ["backend", f"shape {shape}", *fields.values(), "worst error", "", "forward, with backward ms (TFLOP/s)"]
+        lines += [f"\n## {title}\n", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for r in (r for d in done if d["item"].startswith(kind) for r in d["result"] or []):
+            said = f"{max(r['errors'].values()):.1e}" if "errors" in r else r["failed"].replace("|", "/").replace("\n", " ")[:120]
+            timed = [r[k] for k in ("forward", "forward and backward") if k in r]
+            speed = ", ".join(f"{t['ms']:.2f}" + (f" ({t['tflops']:.0f})" if t["tflops"] else "") for t in timed)
+            about = [r["backend"], " ".join(map(str, r["shape"])), *(r[field] for field in fields)]
+            lines += [f"| {' | '.join(map(str, [*about, said, 'ok' if r['ok'] else 'WRONG', speed]))} |"]
     steps = {d["item"].removeprefix("step "): d["result"] for d in done if d["item"].startswith("step") and d["result"]}
     lines += ["\n## Steps\n", "| step | ms | MFU | peak GB | compile s | PyTorch ms, GB | JAX / PyTorch |", "|---|---|---|---|---|---|---|"]
     for name, r in steps.items():
@@ -165,7 +166,7 @@ def page(done: list[dict[str, Any]], left: list[str], device: str) -> str:
         numbers = f"{r['step']['wall_ms']:.1f} | {r['mfu']:.1%} | {r['peak_bytes'] / 1e9:.1f} | {r['compile_s']:.0f}"
         lines += [f"| {name} | {numbers} | {'; '.join(peers)} | {'; '.join(ratios)} |"]
     for recipe in RECIPES:
-        times = {b: r["step"]["wall_ms"] for b in BACKENDS if (r := steps.get(f"{recipe}, {b}"))}
+        times = {b: r["step"]["wall_ms"] for b in (*BACKENDS, MLP) if (r := steps.get(f"{recipe}, {b}"))}
         if times:
             lines += [f"\n{recipe}: fastest backend {min(times, key=times.__getitem__)} of {', '.join(times)}."]
     for name, r in steps.items():

@@ -79,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
     say = (to_screen if options.json else print) if jax.process_index() == 0 else lambda line: None
     model = open_model(options.model, options.recipe, say)
     if options.attention:
-        model = replace(model, config=resolve(replace(model.config, attention=options.attention), jax.default_backend()))
+        chosen = replace(model.config, attention=options.attention, mlp="auto")
+        model = replace(model, config=resolve(chosen, jax.default_backend()))
     text = text_for(model, options.val, options.tokenizer)
     doubts = [fact for fact in text.facts if fact.startswith("WARNING")]
     for doubt in doubts:

@@ -108,10 +108,10 @@ def opened_here(config: ModelConfig, params: Any, **facts: Any) -> Model:
     try:
         resolve(config, platform)
     except GolfError as why:
-        here = resolve(replace(config, attention="auto"), platform)
+        here = resolve(replace(config, attention="auto", mlp="auto"), platform)
         lacking = f"{facts.get('name')}: made with attention {config.attention}; {here.attention} computes it on this {platform}"
         print(f"{lacking} ({why})", file=sys.stderr)
-        config = replace(config, attention="auto")
+        config = replace(config, attention="auto", mlp="auto")
     network = Network.open(config, params, platform)
     return Model(network.config, network.params, network.looping, **facts)
 

@@ -51,6 +51,7 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("model.bf16_params", ("tok_embb",), "tok_embb"),
     ("model.attention", "cudnn", "choose auto or xla"),
     ("model.attention", "pallas", "choose auto or xla"),
+    ("model.mlp", "pallas", "choose auto or xla"),
     ("data.train", "nowhere/*.bin", "nowhere"),
     ("data.tokenizer", "no.model", "no.model"),
     ("data.ranks", 3, "devices"),

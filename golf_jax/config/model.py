@@ -8,6 +8,7 @@ from golf_jax.config.base import check, check_finite, not_negative, positive
 MAX_LAYERS = 1024  # executed ones; of artifacts from elsewhere, too
 
 Attention = Literal["auto", "xla", "native", "pallas", "cudnn"]  # backends of kernels/attention
+Mlp = Literal["auto", "xla", "pallas"]  # of kernels/mlp
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ class ModelConfig:
     attention: Attention = "auto"
     """Attention backend; `auto` picks by platform (x86 CPU with a C++ compiler: `native`, if float32 and head_dim allow it; else
     `xla`). What is named is what runs, or an error. Forward-mode and second derivatives (`jax.jvp`, `jax.hessian`): `xla` only."""
+    mlp: Mlp = "auto"
+    """`pallas`: the activation inside matrix products of our own, on a Hopper GPU beside attention `pallas`; `auto` is `xla`, as no GPU
+    has timed them. Where the hidden state is asked for (calibration, adapters), and in generation, it is computed the plain way."""
 
     def __post_init__(self) -> None:
         c = self

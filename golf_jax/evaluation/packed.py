@@ -25,7 +25,7 @@ def inside_documents(config: ModelConfig, mesh: Mesh, log: Log | None = None) ->
     try:
         return resolve(config, platform(mesh), documents=True)
     except GolfError:
-        other = resolve(replace(config, attention="auto"), platform(mesh), documents=True)
+        other = resolve(replace(config, attention="auto", mlp="auto"), platform(mesh), documents=True)
         if log:
             log(f"attention: {config.attention} cannot stay inside documents on this machine; scored with {other.attention}")
         return other

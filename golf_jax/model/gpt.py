@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import SUFFIX, has_factors, xsa_attention
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
+from golf_jax.kernels.mlp import squared_leaky_linear
 from golf_jax.model import layers as ops
 from golf_jax.model.cache import Cache
 from golf_jax.model.fake_quant import fake_quantize
@@ -277,8 +278,10 @@ def attention(
     q_BSHK = qg[..., : c.width].reshape(b, s, c.num_heads, c.head_dim)
     k_BTGK = maps["k"].reshape(b, t, c.num_kv_heads, c.head_dim)
     v_BTGK = maps["v"].reshape(k_BTGK.shape)
+    backend = c.attention if last is None or c.attention in SUFFIX else "xla"
+    of_r = has_factors(backend) and not c.value_residual and value_embed is None  # v is r times a map: dv.v is its part of r's gradient
     if r_BT1 is not None:
-        v_BTGK = ops.times(v_BTGK, r_BT1[:, :, None])
+        v_BTGK = ops.times(v_BTGK, (jax.lax.stop_gradient(r_BT1) if of_r else r_BT1)[:, :, None])
     if value_embed is not None:
         v_BTGK = v_BTGK + value_embed.reshape(k_BTGK.shape)
     raw_BTGK = v_BTGK
@@ -291,12 +294,12 @@ def attention(
         elif c.value_residual_first:
             v_BTGK = (lam[0] + lam[1]) * raw_BTGK
     cos, sin = rope
-    backend = c.attention if last is None or c.attention in SUFFIX else "xla"
     inside = {}
     if r_BT1 is not None and has_factors(backend):  # gradients of norms and gain come from the kernels
         rms = ops.inverse_rms(q_BSHK, q_eps), ops.inverse_rms(k_BTGK, k_eps)
         q_BSHK, k_BTGK = (ops.times(x, jax.lax.stop_gradient(r)) for x, r in zip((q_BSHK, k_BTGK), rms, strict=True))
-        inside["factors"] = (w["q_gain"], *(jnp.log(r)[..., 0] for r in rms))
+        log_v = jnp.broadcast_to(jnp.log(r_BT1) if of_r else 0.0, k_BTGK.shape[:3])
+        inside["factors"] = (w["q_gain"], *(jnp.log(r)[..., 0] for r in rms), log_v)
     else:
         q_BSHK, k_BTGK = ops.rms_norm(q_BSHK, q_eps), ops.rms_norm(k_BTGK, k_eps)
     q_BSHK, k_BTGK = ops.rope(q_BSHK, cos[t - s :], sin[t - s :]), ops.rope(k_BTGK, cos, sin)
@@ -351,6 +354,8 @@ def mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name
     """(leaky_relu(r z W_up))^2 W_down; r float32 [B, T, 1], None is 1."""
     u_BTF = ops.linear(z_BTD, w["up"])
     slope = config.mlp_slope
+    if r_BT1 is not None and config.mlp == "pallas":
+        return squared_leaky_linear(u_BTF.reshape(-1, u_BTF.shape[-1]), r_BT1.reshape(-1), w["down"], slope).reshape(z_BTD.shape)
     h_BTF: Any = ops.squared_leaky(u_BTF, slope) if r_BT1 is None else ops.scaled_squared_leaky(u_BTF, r_BT1, slope)
     tap("down_in", h_BTF)
     return ops.linear(h_BTF, w["down"])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from golf_jax.config import GolfError, ModelConfig
+from golf_jax.kernels import mlp
 from golf_jax.kernels.attention import begin, prepare, supported_backends
 from golf_jax.processes import say_once
 
@@ -19,12 +20,17 @@ def choose(config: ModelConfig, platform: str, *, documents: bool = False) -> Mo
         here = f"{platform} with head_dim {config.head_dim} in {dtype}{', inside documents' * documents}"
         needs = "; native needs float32, head_dim % 16 == 0 and a C++ compiler (CXX, c++, g++ or clang++)" * (attention == "native")
         raise GolfError(f"model.attention {attention!r} does not run on {here}: choose auto or {', '.join(backends)}{needs}")
+    maps = mlp.supported_backends(platform, config.width, config.mlp_dim, jnp.dtype(dtype), attention=attention)
+    if config.mlp not in ("auto", *maps):
+        here = f"{platform} with width {config.width}, {config.mlp_dim} hidden units, {dtype} and attention {attention}"
+        needs = "pallas needs a GPU, bfloat16, multiples of 128 and model.attention pallas"
+        raise GolfError(f"model.mlp {config.mlp!r} does not run on {here}: choose auto or {', '.join(maps)}; {needs}")
     begin(attention)
-    return replace(config, dtype=dtype, attention=attention)
+    return replace(config, dtype=dtype, attention=attention, mlp=maps[0] if config.mlp == "auto" else config.mlp)
 
 
 def resolve(config: ModelConfig, platform: str, *, documents: bool = False) -> ModelConfig:
-    """Replace `auto` choices (dtype, attention backend) by what the platform (`cpu`, `gpu`, `tpu`) gets.
+    """Replace `auto` choices (dtype, backends of attention and MLP) by what the platform (`cpu`, `gpu`, `tpu`) gets.
 
     documents: attention is to stay inside the documents of a row (`segments_BT` of `hidden`).
     Raises GolfError for a backend that the platform does not have. Where `auto` would be one whose compiler fails, it is `xla`, aloud.

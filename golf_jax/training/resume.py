@@ -12,7 +12,7 @@ from golf_jax.training.rundir import newest_meta, read_json, read_stages
 
 # What cannot change what has been trained; the text is compared by content (`golf_jax.data.identity`), wherever it lies.
 PLACES = ("data.train", "data.val", "data.tokenizer")
-FREE = ("log_every", "checkpoint_every", "micro_rows", "model.attention", "quant", "eval", *PLACES)
+FREE = ("log_every", "checkpoint_every", "micro_rows", "model.attention", "model.mlp", "quant", "eval", *PLACES)
 REPACKED = ("quant", "eval")  # the artifact holds both
 
 

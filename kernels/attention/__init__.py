@@ -32,7 +32,7 @@ def xsa_attention(
     first_BS: jax.Array | None = None,
     longest: int | None = None,
     gate_BSH: jax.Array | None = None,
-    factors: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    factors: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
     backend: str = "xla",
 ) -> jax.Array:
     """Causal attention with scale 1/sqrt(K), softmax in fp32; with `xsa` the part along the own value is removed.
@@ -42,8 +42,9 @@ def xsa_attention(
     first (int32 [B,S]): the first key that each query sees, which is the start of the segment that it lies in. longest: no segment
     is longer (not checked); lets `xla` be linear in T, where the kernels find out for themselves.
     gate [B,S,H], with `pallas` only: each head's output is multiplied by its sigmoid before it is written.
-    factors (gain [H], log_q [B,S,H], log_k [B,T,G]), where `has_factors`: each head's q is multiplied by its gain. The two logarithms are
-    not used but for their gradients, dq.q and dk.k of each row: those of the logarithm of a factor that the caller has put in already.
+    factors (gain [H], log_q [B,S,H], log_k, log_v [B,T,G]), where `has_factors`: each head's q is multiplied by its gain. The logarithms
+    are not used but for their gradients, dq.q, dk.k and dv.v of each row: those of the logarithm of a factor that the caller has put in
+    already.
     Raises ValueError for shapes, dtypes or platforms that the backend does not have.
     """
     _check(q_BTHK, k_BTGK, v_BTGK, first_BS, gate_BSH, backend)

@@ -9,8 +9,8 @@ Three kernels, each of two compute warpgroups (64 rows each) and one warpgroup t
   delta (1 - g): nothing is divided by a gate that may be zero.
 - dkv: a key block against all queries that see it, all heads of the group in one program: no atomics, deterministic.
   The XSA part of dv, -(a y + c do) summed over the heads, is added there.
-With factors the scores of a head are multiplied by its gain, and dq and dkv also give dq.q and dk.k of each row, which is all that the
-gradients of gain, norms and of anything else that scales q and k need: no further pass over them.
+With factors the scores of a head are multiplied by its gain, and dq and dkv also give dq.q, dk.k and dv.v of each row, which is all that
+the gradients of gain, norms and of anything else that scales q, k and v need: no further pass over them.
 With a document mask (`first`) each kernel visits only the blocks that share a document, and masks only those on a border.
 
 Layouts: q [B,T,H,K], k and v [B,T,G,K], gate and row statistics [B,H,T] fp32 (log-sum-exp in base 2). The pipeline and the
@@ -27,25 +27,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from golf_jax.kernels.attention.mosaic_gpu_backward import backward_dkv, backward_dq
-from golf_jax.kernels.attention.mosaic_gpu_common import (
-    LOG2E,
-    LOWEST,
+from golf_jax.kernels.attention.mosaic_gpu_common import LOG2E, LOWEST, Documents, along, first_keys, iota, num_stages
+from golf_jax.kernels.mosaic_gpu import (
     OLD_API,
     ROWS,
     TILE,
     WARPGROUPS,
-    Documents,
     add_dot,
-    along,
     columns,
     dot,
-    first_keys,
     full_rows,
-    iota,
     launch,
     load,
     load_rows,
-    num_stages,
     specialize,
     stage_loop,
     statistics_buffer,
@@ -100,8 +94,11 @@ def _backward_rule(xsa, interpret, residuals, dy):
     q, k, v, gate, gain, documents, y, lse, c = residuals
     opened = _open(gate)
     dq, delta, do, a, q_dot = backward_dq(q, k, v, opened, gain, documents, y, dy, lse, xsa, interpret)
-    dk, dv, k_dot = backward_dkv(q, k, v, gain, documents, y, dy if do is None else do, lse, delta, a, c, interpret)
-    dfactors = None if gain is None else (jnp.sum(q_dot, (0, 2)), gain[:, None] * q_dot, k_dot)
+    dk, dv, dots = backward_dkv(q, k, v, gain, documents, y, dy if do is None else do, lse, delta, a, c, interpret)
+    dfactors = None
+    if gain is not None:
+        v_dot = dots[1] if len(dots) == 2 else jnp.sum(dv.astype(jnp.float32) * v.astype(jnp.float32), -1).swapaxes(1, 2)
+        dfactors = jnp.sum(q_dot, (0, 2)), gain[:, None] * q_dot, dots[0], v_dot
     return dq, dk, dv, None if opened is None else delta * (1 - opened), dfactors, None
 
 
@@ -211,6 +208,6 @@ def forward(q, k, v, gate, gain, documents, xsa, interpret):
             *[plgpu.Barrier(num_barriers=stages)] * 2,
             *[plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)] * 2,
         ],
-        grid=(B, H, tiles),
+        grid={"batch": B, "head": H, "tile": tiles},
         interpret=interpret,
     )  # fmt: skip

@@ -6,21 +6,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from golf_jax.kernels.attention.mosaic_gpu_common import (
-    LOG2E,
+from golf_jax.kernels.attention.mosaic_gpu_common import LOG2E, along, first_keys, iota, num_stages
+from golf_jax.kernels.mosaic_gpu import (
     ROWS,
     TILE,
     WARPGROUPS,
     add_dot,
-    along,
     columns,
     dot,
-    first_keys,
-    iota,
     launch,
     load,
     load_rows,
-    num_stages,
     specialize,
     stage_loop,
     statistics_buffer,
@@ -163,13 +159,14 @@ def backward_dq(q, k, v, gate, gain, documents, y, dy, lse, xsa, interpret):
             *[plgpu.Barrier(num_barriers=stages)] * 2,
             *[plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)] * 2,
         ],
-        grid=(B, H, tiles),
+        grid={"batch": B, "head": H, "tile": tiles},
         interpret=interpret,
     )  # fmt: skip
 
 
 def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
-    """dk, dv and with gain dk.k [B,G,T]; with a and c (None without xsa) dv holds the epilogue's part."""
+    """dk, dv and with gain dk.k and dv.v [2,B,G,T] (inside documents [1,B,G,T], dk.k alone: else ptxas spills); with a and c (None
+    without xsa) dv holds the epilogue's part."""
     B, T, H, K = q.shape
     G = k.shape[2]
     group, tiles, scale, xsa = H // G, T // TILE, K**-0.5, a is not None
@@ -177,6 +174,7 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
     per_tile = TILE // width
     blocks = tiles * per_tile
     stages = num_stages(K, blocks)
+    num_dots = 2 if documents is None else 1
 
     def xsa_attention_dkv(q_ref, k_ref, v_ref, gain_ref, documents, y_ref, do_ref, lse_ref, delta_ref, a_ref, c_ref, *rest):
         dk_ref, dv_ref, dot_ref, dot_smem, *scratch = rest
@@ -243,14 +241,17 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
             if gain is None:
                 dk = dk * scale
             else:
-                dot_smem[warpgroup] = jnp.sum(dk * load_rows(own_k), axis=1)
+                dot_smem[0, warpgroup] = jnp.sum(dk * load_rows(own_k), axis=1)
+                if num_dots == 2:
+                    dot_smem[1, warpgroup] = jnp.sum(dv * load_rows(own_v), axis=1)
             own_k[...] = dk.astype(q.dtype)
             own_v[...] = dv.astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_k, dk_ref.at[batch, rows, kv_head])
             plgpu.copy_smem_to_gmem(own_v, dv_ref.at[batch, rows, kv_head])
             if gain is not None:
-                plgpu.copy_smem_to_gmem(dot_smem.at[warpgroup], dot_ref.at[batch, kv_head, rows])
+                for i in range(num_dots):
+                    plgpu.copy_smem_to_gmem(dot_smem.at[i, warpgroup], dot_ref.at[i, batch, kv_head, rows])
             plgpu.wait_smem_to_gmem(0)
 
         def copy():
@@ -283,12 +284,12 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
         specialize(compute, copy)
 
     own, streamed = tile_buffer((WARPGROUPS, ROWS, K), q.dtype), tile_buffer((stages, width, K), q.dtype)
-    row_dots = None if gain is None else jax.ShapeDtypeStruct((B, G, T), jnp.float32)
+    row_dots = None if gain is None else jax.ShapeDtypeStruct((num_dots, B, G, T), jnp.float32)
     return launch(
         xsa_attention_dkv, q, k, v, gain, documents, y, do, lse, delta, a, c,
         out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype), row_dots],
         scratch=[
-            None if gain is None else statistics_buffer(WARPGROUPS, ROWS),
+            None if gain is None else statistics_buffer(num_dots, WARPGROUPS, ROWS),
             *[own] * 2,
             *[streamed] * 2,
             None if documents is None else statistics_buffer(stages, width, dtype=jnp.int32),
@@ -302,6 +303,6 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
             plgpu.Barrier(num_arrivals=4 * WARPGROUPS) if xsa else None,
             plgpu.Barrier(num_arrivals=WARPGROUPS) if xsa else None,
         ],
-        grid=(B, G, tiles),
+        grid={"batch": B, "head": G, "tile": tiles},
         interpret=interpret,
     )  # fmt: skip

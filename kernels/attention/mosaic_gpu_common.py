@@ -1,24 +1,17 @@
-"""What the Mosaic GPU kernels share: the tile geometry, matrix products, shared-memory buffers, the copy pipeline.
-
-Also the differences between jax 0.10 and 0.11 (`OLD_API`) and between the GPU and its interpreter (`add_dot`).
-"""
+"""What the Mosaic GPU attention kernels share beyond `kernels.mosaic_gpu`: masks, and the projection onto the own value."""
 
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64  # of one compute warpgroup: the M of a Hopper matrix instruction
-WARPGROUPS = 2
-TILE = ROWS * WARPGROUPS  # rows of one program; sequences are padded to a multiple
+from golf_jax.kernels.mosaic_gpu import TILE
+
 LOG2E = math.log2(math.e)
 EPS = 1e-12
 LOWEST = -1e30  # start of a running maximum: finite, so that a block without any visible key changes nothing
-OLD_API = not hasattr(plgpu, "InterpretGPUParams")  # jax 0.10: load needs an index, refs have no .T
 
 
 class Documents(NamedTuple):
@@ -45,113 +38,15 @@ def first_keys(documents: Documents | None, batch, tile):
     return documents.first[batch, tile * TILE], documents.first[batch, tile * TILE + (TILE - 1)]
 
 
-def transposed(ref):
-    return plgpu.transpose_ref(ref, (1, 0)) if OLD_API else ref.T
-
-
-def load(ref, layout):
-    return plgpu.load(ref, *([()] if OLD_API else []), layout=layout)
-
-
-def load_rows(ref):
-    """A [ROWS,K] tile as fp32 registers."""
-    return load(ref, plgpu.Layout.WGMMA).astype(jnp.float32)
-
-
-def dot(a_ref, b_ref) -> jax.Array:
-    """a @ b of two shared-memory tiles, fp32."""
-
-    def multiply(accumulator):
-        plgpu.wgmma(accumulator, a_ref, b_ref)
-        return accumulator[...]
-
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a_ref.shape[0], b_ref.shape[1]), jnp.float32))
-
-
-def add_dot(total, a, b_ref, interpret) -> jax.Array:
-    """total + a @ b with `total` and `a` in registers; the interpreter of jax 0.11 has no such matrix instruction."""
-    if interpret:
-        return total + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
-    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b_ref))(  # pyright: ignore[reportReturnType]
-        plgpu.WGMMAAccumulatorRef.init(total)
-    )
-
-
 def num_stages(head_dim: int, blocks: int) -> int:
     """Blocks in flight, within 227 KiB of shared memory."""
     return min(3 if head_dim <= 64 else 2, blocks)
-
-
-def zeros(shape):
-    return plgpu.layout_cast(jnp.full(shape, 0, jnp.float32), plgpu.Layout.WGMMA)
-
-
-def full_rows(value):
-    return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
 
 def iota(shape, axis, start):
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) + start
 
 
-def columns(x, shape):
-    """[rows] -> [rows, n]"""
-    return lax.broadcast_in_dim(x, shape, [0])
-
-
 def along(x, v):
     """(x . v) / |v|^2 of each row, what x has of v: x - this * v is orthogonal to v. Finite, and x stays as it is, at v = 0."""
     return jnp.sum(x * v, axis=1) / jnp.maximum(jnp.sum(v * v, axis=1), EPS * EPS)
-
-
-def tile_buffer(shape, dtype):
-    """Shared memory for matrix operands, swizzled for the tensor cores."""
-    width = min(shape[-1], 64)
-    transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def statistics_buffer(*shape, dtype=jnp.float32):
-    return plgpu.SMEM(shape, dtype)
-
-
-def stage_loop(steps, stages, produce, wait_until_free):
-    """The copy side of a ring of `stages` slots: fill each slot once it is free, then see every slot freed."""
-
-    @pl.loop(0, steps + stages)
-    def _(step):
-        slot = lax.rem(step, jnp.int32(stages))
-        pl.when(step >= stages)(lambda: wait_until_free(slot))
-        pl.when(step < steps)(lambda: produce(step, slot))
-
-
-def launch(body, *operands, out_type, scratch, grid, interpret):
-    options: dict[str, Any] = {}
-    if interpret:
-        options["interpret"] = plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=("batch", "head", "tile"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **options,
-    )(*operands)
-
-
-def specialize(compute, copy):
-    """Run `compute(warpgroup)` in the compute warpgroups and `copy()` in the last one, with registers to match."""
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < WARPGROUPS)
-    def _():
-        plgpu.set_max_registers(240, action="increase")
-        compute(warpgroup)
-
-    @pl.when(warpgroup == WARPGROUPS)
-    def _():
-        plgpu.set_max_registers(24, action="decrease")
-        copy()

@@ -145,7 +145,7 @@ def xsa_attention(
     *,
     xsa: bool,
     first_BS: jax.Array | None = None,
-    factors: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    factors: tuple[jax.Array, ...] | None = None,
 ) -> jax.Array:
     """As `kernels.attention.xsa_attention`; float32, head_dim a multiple of 16. Raises ValueError (`load`)."""
     if q_BSHK.dtype != jnp.float32 or q_BSHK.shape[-1] % 16:
@@ -178,7 +178,9 @@ def _backward(xsa, residuals, dy_BSHK):
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args[:3]]
     rows = [jax.ShapeDtypeStruct(x.shape[:-1], x.dtype) for x in args[:2]]
     dq, dk, dv, q_dot_BSH, k_dot_BTG = _call("backward", (*like, *rows), *args, _given(gain_H, saved[1]), *saved, dy_BSHK, xsa=xsa)
-    return dq, dk, dv, None, None if gain_H is None else (jnp.sum(q_dot_BSH, (0, 1)), gain_H * q_dot_BSH, k_dot_BTG)
+    if gain_H is None:
+        return dq, dk, dv, None, None
+    return dq, dk, dv, None, (jnp.sum(q_dot_BSH, (0, 1)), gain_H * q_dot_BSH, k_dot_BTG, jnp.sum(dv * args[2], -1))
 
 
 def _given(gain_H: jax.Array | None, row_BSH) -> jax.Array:

@@ -24,7 +24,8 @@ def day():
 def test_every_item_runs_in_miniature(tmp_path):
     subprocess.run([sys.executable, SCRIPT, "--dry", "--out", tmp_path], check=True, timeout=600)
     done = {d["item"]: d for d in map(json.loads, (tmp_path / "day.jsonl").read_text().splitlines())}
-    assert all(r["ok"] for r in done["attention xla"]["result"])
+    assert all(r["ok"] for name in ("attention xla", "MLP xla") for r in done[name]["result"])
+    assert done["step pr638, pallas with its MLP"]["result"]["step"]["wall_ms"] > 0
     torch = importlib.util.find_spec("torch") is not None
     name = "pr2005 looping, pallas" + " beside PyTorch" * torch
     traced, second = done["step pr638, cudnn, traced"]["result"], done[f"step {name}"]["result"]
@@ -51,3 +52,4 @@ def test_the_day_has_every_recipe_with_every_backend_and_each_beside_pytorch(day
         for backend in ("cudnn", "pallas"):
             assert any(n.startswith(f"step {recipe}, {backend}") for n in names)
     assert {f"attention {b}" for b in day.BACKENDS} < set(names)
+    assert {"MLP pallas", f"step pr638, {day.MLP}", f"step pr2005 looping, {day.MLP}"} < set(names)

@@ -148,21 +148,21 @@ def test_gate_in_the_kernel_matches_float64(xsa):
         *[pytest.param("native", last, "float32", marks=needs_compiler) for last in (130, 70)],
     ],
 )
-def test_factors_of_queries_and_keys_match_float64(backend, last, dtype):
-    """One head with a negative gain and one with none at all, and the gradients of factors that q and k hold already."""
+def test_factors_of_queries_keys_and_values_match_float64(backend, last, dtype):
+    """One head with a negative gain and one with none at all, and the gradients of factors that q, k and v hold already."""
     q, k, v, dy = inputs(1, 130, 3, 1, 64, dtype)
     q, dy = q[:, -last:], dy[:, -last:]
-    gain, logs = jnp.asarray([1.5, -0.5, 0.0]), [jnp.zeros(x.shape[:3]) for x in (q, k)]
+    gain, logs = jnp.asarray([1.5, -0.5, 0.0]), [jnp.zeros(x.shape[:3]) for x in (q, k, v)]
 
     def run(attention, q, k, v, gain, *logs_dy):
-        y, pullback = jax.vjp(attention, q, k, v, gain, *logs_dy[:2])
-        return y, *pullback(logs_dy[2])
+        y, pullback = jax.vjp(attention, q, k, v, gain, *logs_dy[:3])
+        return y, *pullback(logs_dy[3])
 
     attention = functools.partial(mosaic_gpu.xsa_attention, interpret=True) if backend == "pallas" else native.xsa_attention
     got = run(lambda q, k, v, *factors: attention(q, k, v, xsa=True, factors=factors), q, k, v, gain, *logs, dy)
 
     def plain(q, k, v, gain, *logs):
-        q, k = (x * jnp.exp(log)[..., None] for x, log in zip((q, k), logs, strict=True))
+        q, k, v = (x * jnp.exp(log)[..., None] for x, log in zip((q, k, v), logs, strict=True))
         return attention_float64(q * gain[:, None], k, v, True)
 
     with jax.enable_x64(True):

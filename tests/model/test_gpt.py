@@ -1,22 +1,29 @@
 """The Linen module is the network, and what it is called with is checked."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from tiny_recipes import tiny
 
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import native, xsa_attention
+from golf_jax.kernels.mlp import mosaic_gpu
 from golf_jax.model import GPT, gpt, init_params, logits, nll, platforms
+from golf_jax.model import layers as ops
 
 CONFIG = ModelConfig(vocab_size=40, num_layers=2, width=32, num_heads=2, num_kv_heads=1)
 TOKENS = np.arange(20).reshape(2, 10)
 KEY = jax.random.key(0)
 PARAMS = init_params(CONFIG, KEY)
+needs_interpreter = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="the GPU interpreter of Pallas works from jax 0.11 (Python 3.12) on"
+)
 
 
 def test_init_and_apply_are_the_functions():
@@ -106,25 +113,31 @@ def test_a_gate_acts_once_inside_the_kernels_or_behind_them(kind, inside, monkey
 @pytest.mark.parametrize("name", ["pr372", "pr562", "pr638", "pr2005", "pr2135"])
 def test_late_norms_and_factors_change_nothing(name, last, monkeypatch):
     """What kernels with factors are called with, here the reference: norms behind the maps, output scales in them, gain and the gradients
-    of the norms of q and k inside attention. last: of the last block only some queries, which the reference backend computes."""
+    of the norms' factors inside attention, the activation inside the MLP's second map. last: of the last block only some queries,
+    which the reference backend computes."""
     config = tiny(name).model
     params = {n: x + 0.2 * jax.random.normal(jax.random.key(i), x.shape) for i, (n, x) in enumerate(init_params(config, KEY).items())}
-    given = []
+    given, activated = [], []
+
+    def mlp_kernels(u, r, w, slope):
+        activated.append(u.shape)
+        return ops.linear(ops.squared_leaky(u * r[:, None], slope), w)
 
     def kernels(q, k, v, *, xsa, first_BS, longest, backend, gate_BSH=None, factors=None):
         given.append(factors is not None)
         if factors is not None:
             gain, *logs = factors
-            one_q, one_k = (jnp.exp(log - jax.lax.stop_gradient(log))[..., None] for log in logs)
-            q, k = q * gain[:, None] * one_q, k * one_k
+            one_q, one_k, one_v = (jnp.exp(log - jax.lax.stop_gradient(log))[..., None] for log in logs)
+            q, k, v = q * gain[:, None] * one_q, k * one_k, v * one_v
         y = xsa_attention(q, k, v, xsa=xsa, first_BS=first_BS, longest=longest)
         return y if gate_BSH is None else y * jax.nn.sigmoid(gate_BSH)[..., None]
 
     expected = loss_and_gradients(replace(config, attention="xla"), params, last)
     monkeypatch.setattr(gpt, "xsa_attention", kernels)
     monkeypatch.setattr(gpt, "has_factors", lambda backend: backend == "pallas")
-    assert_same(loss_and_gradients(replace(config, attention="pallas"), params, last), expected)
-    assert all(given[:-1]) and given[-1] == (last is None)
+    monkeypatch.setattr(gpt, "squared_leaky_linear", mlp_kernels)
+    assert_same(loss_and_gradients(replace(config, attention="pallas", mlp="pallas"), params, last), expected)
+    assert all(given[:-1]) and given[-1] == (last is None) and len(activated) == len(given)
 
 
 @pytest.mark.skipif(not native.compiler(), reason="no C++ compiler on this machine")
@@ -145,6 +158,38 @@ def loss_and_gradients(config, params, last):
 
 def assert_same(got, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()), rtol=1e-4), got, expected)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", [pytest.param("pr638", marks=pytest.mark.slow), "pr2005"])
+def test_a_recipe_with_the_kernels_of_its_mlp(name, monkeypatch):
+    """Attention stood in for by the reference. In bfloat16 loss and gradients are others than without the kernels, and as near to
+    those of float32."""
+    config = replace(tiny(name).model, width=128, mlp_ratio=2.0, num_layers=2, parallel_from=-1, loop_start=-1, loop_end=-1, loop_repeats=0)
+    params = {n: x + 0.1 * jax.random.normal(jax.random.key(i), x.shape) for i, (n, x) in enumerate(init_params(config, KEY).items())}
+
+    def kernels(q, k, v, *, xsa, first_BS, longest, backend, gate_BSH=None, factors=None):
+        gain, *logs = factors
+        q, k, v = (x * jnp.exp(log - jax.lax.stop_gradient(log))[..., None].astype(x.dtype) for x, log in zip((q, k, v), logs, strict=True))
+        y = xsa_attention(q * gain[:, None].astype(q.dtype), k, v, xsa=xsa)
+        return y if gate_BSH is None else y * jax.nn.sigmoid(gate_BSH)[..., None]
+
+    def loss_and_gradients(dtype, mlp):
+        run = replace(config, dtype=dtype, attention="pallas", mlp=mlp)
+        return jax.jit(jax.value_and_grad(lambda p: jnp.mean(nll(run, p, TOKENS, TOKENS[:, ::-1], training=True))))(params)
+
+    monkeypatch.setattr(gpt, "xsa_attention", kernels)
+    monkeypatch.setattr(gpt, "has_factors", lambda backend: backend == "pallas")
+    monkeypatch.setattr(gpt, "squared_leaky_linear", partial(mosaic_gpu.squared_leaky_linear, interpret=True))
+    exact = loss_and_gradients("float32", "xla")
+
+    def error(got):
+        """Relative, of loss and gradients, taken together: rounding is a few percent of the smallest."""
+        each = jax.tree.map(lambda a, b: np.linalg.norm(np.asarray(a - b)) / np.linalg.norm(np.asarray(b)), got, exact)
+        return float(np.linalg.norm(jax.tree.leaves(each)))
+
+    plain, got = (error(loss_and_gradients("bfloat16", mlp)) for mlp in ("xla", "pallas"))
+    assert got != plain and got < 1.3 * plain
 
 
 def test_the_parts_have_names_in_a_profile():

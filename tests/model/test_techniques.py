@@ -272,6 +272,16 @@ def test_auto_is_resolved_by_platform(monkeypatch):
         assert (config.dtype, config.attention) == found
 
 
+def test_the_kernels_of_the_mlp_are_asked_for_by_name_and_go_with_those_of_attention():
+    assert resolve(ModelConfig(attention="pallas"), "gpu").mlp == "xla"
+    assert resolve(ModelConfig(attention="pallas", mlp="pallas"), "gpu").mlp == "pallas"
+    for config, here in ((ModelConfig(), "attention cudnn"), (ModelConfig(attention="pallas", mlp_ratio=2.2), "1126 hidden units")):
+        with pytest.raises(
+            GolfError, match=f"model.mlp 'pallas' does not run on gpu with .*{here}.*: choose auto or xla; pallas needs a GPU"
+        ):
+            resolve(replace(config, mlp="pallas"), "gpu")
+
+
 def test_documents_need_a_backend_that_has_their_mask():
     assert resolve(ModelConfig(), "gpu", documents=True).attention == "pallas"
     with pytest.raises(GolfError, match="'cudnn' does not run on gpu .* inside documents: choose auto or pallas, xla"):
