@@ -142,21 +142,25 @@ def test_gate_in_the_kernel_matches_float64(xsa):
 
 
 @needs_interpreter
-def test_factors_of_queries_keys_and_values_match_float64():
+@pytest.mark.parametrize("borders", [None, (5, 6, 40, 128)])
+def test_factors_of_queries_keys_and_values_match_float64(borders):
     """One head with a negative gain and one with none at all, and the gradients of factors that q, k and v hold already."""
     q, k, v, dy = inputs(1, 130, 3, 1, 64, "bfloat16")
+    first = None if borders is None else first_keys(1, 130, borders)
     gain, logs = jnp.asarray([1.5, -0.5, 0.0]), [jnp.zeros(x.shape[:3]) for x in (q, k, v)]
 
     def run(attention, q, k, v, gain, *logs_dy):
         y, pullback = jax.vjp(attention, q, k, v, gain, *logs_dy[:3])
         return y, *pullback(logs_dy[3])
 
-    kernels = lambda q, k, v, *factors: mosaic_gpu.xsa_attention(q, k, v, xsa=True, factors=factors, interpret=True)  # noqa: E731
+    kernels = lambda q, k, v, *factors: mosaic_gpu.xsa_attention(  # noqa: E731
+        q, k, v, xsa=True, first_BS=first, factors=factors, interpret=True
+    )
     got = run(kernels, q, k, v, gain, *logs, dy)
 
     def plain(q, k, v, gain, *logs):
         q, k, v = (x * jnp.exp(log)[..., None] for x, log in zip((q, k, v), logs, strict=True))
-        return attention_float64(q * gain[:, None], k, v, True)
+        return attention_float64(q * gain[:, None], k, v, True, first)
 
     with jax.enable_x64(True):
         expected = [np.asarray(a) for a in run(plain, *(np.asarray(a, np.float64) for a in (q, k, v, gain, *logs, dy)))]
