@@ -165,8 +165,10 @@ def backward_dq(q, k, v, gate, gain, documents, y, dy, lse, xsa, interpret):
 
 
 def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
-    """dk, dv and with gain dk.k and dv.v [2,B,G,T] (inside documents [1,B,G,T], dk.k alone: else ptxas spills); with a and c (None
-    without xsa) dv holds the epilogue's part."""
+    """dk, dv and with gain dk.k and dv.v [2,B,G,T]; with a and c (None without xsa) dv holds the epilogue's part.
+
+    Inside documents dk.k alone [1,B,G,T]: else ptxas spills.
+    """
     B, T, H, K = q.shape
     G = k.shape[2]
     group, tiles, scale, xsa = H // G, T // TILE, K**-0.5, a is not None

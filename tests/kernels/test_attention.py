@@ -141,6 +141,7 @@ def test_gate_in_the_kernel_matches_float64(xsa):
     np.testing.assert_allclose(got[4], expected[4], atol=2e-2 * np.abs(expected[4]).max())
 
 
+@pytest.mark.parametrize("borders", [None, (5, 6, 40, 128)])
 @pytest.mark.parametrize(
     ("backend", "last", "dtype"),
     [
@@ -148,10 +149,11 @@ def test_gate_in_the_kernel_matches_float64(xsa):
         *[pytest.param("native", last, "float32", marks=needs_compiler) for last in (130, 70)],
     ],
 )
-def test_factors_of_queries_keys_and_values_match_float64(backend, last, dtype):
+def test_factors_of_queries_keys_and_values_match_float64(backend, last, dtype, borders):
     """One head with a negative gain and one with none at all, and the gradients of factors that q, k and v hold already."""
     q, k, v, dy = inputs(1, 130, 3, 1, 64, dtype)
     q, dy = q[:, -last:], dy[:, -last:]
+    first = None if borders is None else first_keys(1, 130, borders)[:, -last:]
     gain, logs = jnp.asarray([1.5, -0.5, 0.0]), [jnp.zeros(x.shape[:3]) for x in (q, k, v)]
 
     def run(attention, q, k, v, gain, *logs_dy):
@@ -159,11 +161,11 @@ def test_factors_of_queries_keys_and_values_match_float64(backend, last, dtype):
         return y, *pullback(logs_dy[3])
 
     attention = functools.partial(mosaic_gpu.xsa_attention, interpret=True) if backend == "pallas" else native.xsa_attention
-    got = run(lambda q, k, v, *factors: attention(q, k, v, xsa=True, factors=factors), q, k, v, gain, *logs, dy)
+    got = run(lambda q, k, v, *factors: attention(q, k, v, xsa=True, first_BS=first, factors=factors), q, k, v, gain, *logs, dy)
 
     def plain(q, k, v, gain, *logs):
         q, k, v = (x * jnp.exp(log)[..., None] for x, log in zip((q, k, v), logs, strict=True))
-        return attention_float64(q * gain[:, None], k, v, True)
+        return attention_float64(q * gain[:, None], k, v, True, first)
 
     with jax.enable_x64(True):
         expected = [np.asarray(a) for a in run(plain, *(np.asarray(a, np.float64) for a in (q, k, v, gain, *logs, dy)))]
