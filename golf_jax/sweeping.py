@@ -166,7 +166,8 @@ def _run_point(
     file = directory.with_name(f"{directory.name}.json")
     write_atomic(file, (json.dumps(to_dict(point.recipe), indent=1) + "\n").encode())
     command = [sys.executable, "-m", "golf_jax.sweeping", str(file), str(directory), str(devices)]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    pipe, surroundings = subprocess.PIPE, os.environ | environment
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=pipe, text=True, errors="replace", env=surroundings)
     running.add(child)
     while True:
         try:

@@ -138,6 +138,14 @@ def test_a_run_is_told_about_while_it_runs(tmp_path, monkeypatch):
     assert said[1] == "  seed=1: starting" and said[-2:] == ["  seed=1: step:1/2", "  seed=1: done"]
 
 
+def test_a_run_that_complains_in_another_encoding_fails_alone(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nprintf 'error: caf\\351\\n' >&2\nexit 2\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("golf_jax.sweeping.sys.executable", str(program))
+    assert run_grid(grid(load_recipe("baseline"), [1], {}), tmp_path, 1, lambda line: None) == {"seed=1": "error: caf\ufffd"}
+
+
 @pytest.mark.slow
 def test_processes_side_by_side(tmp_path, programs, monkeypatch):
     """Real runs, one of them interrupted before: it goes on, and a run that cannot start says why."""
