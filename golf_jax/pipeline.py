@@ -60,9 +60,11 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
 
     Raises GolfError for whatever cannot be, Interrupted when a signal ends it: what was finished by then is kept.
     """
-    plan = check(recipe, options)
-    changes = changed(stored_recipe(options.resume), plan.asked, options.accept, options.resume) if options.resume else []
-    path = from_main(options.resume or options.run_dir or (str(new_path("runs", recipe.name)) if jax.process_index() == 0 else ""))
+    path = options.resume or options.run_dir
+    with others_alive(lambda: all_again(path)):
+        plan = check(recipe, options)
+        changes = changed(stored_recipe(options.resume), plan.asked, options.accept, options.resume) if options.resume else []
+        path = from_main(path or (str(new_path("runs", recipe.name)) if jax.process_index() == 0 else ""))
     with catching() as signals, contextlib.closing(RunDir(path, resume=bool(options.resume))) as directory:
         try:
             with others_alive(lambda: all_again(path)), compiling_ahead(min(4, cores() - 2)):  # two are busy with the run itself

@@ -22,6 +22,7 @@ from golf_jax.supervise import LOST, LOST_STATUS, several_processes
 SHUTDOWN_SECONDS = 20  # how long a process that ends waits for the others
 HEARTBEAT_SECONDS = 45  # without a sign of life a process counts as dead
 MESSAGE_MILLISECONDS = 600_000
+LOSSES = re.compile("Gloo|peer|coordination|UNAVAILABLE|GetKeyValue.. timed out")  # in what jax raises when another process is gone
 _messages = itertools.count()
 
 
@@ -53,11 +54,12 @@ def initialize_distributed() -> None:
 
 @contextlib.contextmanager
 def others_alive(advice: Callable[[], str]) -> Iterator[None]:
-    """A collective that fails because another process is gone becomes one line and status 3, without waiting for it at the exit."""
+    """A collective or message that fails because another process is gone, or does not answer for ten minutes, becomes one line and status
+    3, without waiting for it at the exit."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, GolfError) or jax.process_count() == 1 or not re.search("Gloo|peer|coordination|UNAVAILABLE", str(error)):
+        if isinstance(error, GolfError) or jax.process_count() == 1 or not LOSSES.search(str(error)):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         print(f"error: {LOST} ({reason}); {advice()}", file=sys.stderr, flush=True)

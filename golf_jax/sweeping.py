@@ -74,6 +74,8 @@ def miniature(recipe: Recipe, full_steps: int) -> Recipe:
     1 / (1 - decay) of the EMA. A run cut short, without its own warmdown, ranks settings by chance. Raises GolfError where that cannot be.
     """
     steps, s = recipe.budget.steps, recipe.schedule
+    if full_steps < 2:
+        raise GolfError(f"--miniature-of {full_steps}: give the steps of the full run, more than --budget.steps")
     if not 0 < steps < full_steps:
         raise GolfError(f"--miniature-of {full_steps}: needs --budget.steps between 1 and {full_steps - 1}, found {steps}")
     scale = steps / full_steps

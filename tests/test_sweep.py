@@ -39,6 +39,8 @@ def test_a_miniature_keeps_every_share():
     for steps, word in ((0, "needs --budget.steps"), (5_000, "needs --budget.steps"), (3, "would average over 0.6")):
         with pytest.raises(GolfError, match=word):
             miniature(replace(full, budget=replace(full.budget, steps=steps)), 5_000)
+    with pytest.raises(GolfError, match="--miniature-of -5: give the steps of the full run"):
+        miniature(full, -5)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def go_on(run: str | Path) -> str:
 
 def all_again(run: str | Path) -> str:
     """What to do when one of several processes is lost that work on this run."""
-    return f"start all processes again with{f': {go_on(run)}' if kept(run) else ' the same command; this run has kept nothing yet'}"
+    return f"start all processes again with{f': {go_on(run)}' if run and kept(run) else ' the same command; this run has kept nothing yet'}"
 
 
 class RunDir:
