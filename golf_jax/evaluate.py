@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from golf_jax import cli
-from golf_jax.config.base import check
+from golf_jax.config.base import GolfError, check
 from golf_jax.config.model import Attention
 from golf_jax.files import check_target, json_text, write_atomic
 from golf_jax.progress import to_screen
@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     from golf_jax.evaluation.methods import method_of
     from golf_jax.evaluation.stream import first_documents
     from golf_jax.interop import open_model
+    from golf_jax.kernels.attention import prepare
     from golf_jax.mesh import make_mesh
     from golf_jax.model import resolve
     from golf_jax.opening import text_for
@@ -77,6 +78,11 @@ def main(argv: Sequence[str]) -> int:
     initialize_distributed()
     split_cpu(options.devices, sequences=8)
     say = (to_screen if options.json else print) if jax.process_index() == 0 else lambda line: None
+    if options.attention:
+        try:  # before the model is opened with what this machine has instead, aloud
+            prepare(options.attention)
+        except ValueError as error:
+            raise GolfError(f"--attention {options.attention}: {error}; auto and xla need none") from None
     model = open_model(options.model, options.recipe, say)
     if options.attention:
         chosen = replace(model.config, attention=options.attention, mlp="auto")

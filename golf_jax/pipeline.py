@@ -50,7 +50,7 @@ from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
 from golf_jax.training.phases import phases
 from golf_jax.training.resume import attention_of, changed, check_same_recipe, stages_to_repeat, stored_recipe
-from golf_jax.training.rundir import RunDir, environment, go_on, kept, new_path, read_json, start_again
+from golf_jax.training.rundir import RunDir, all_again, environment, go_on, kept, new_path, read_json, start_again
 from golf_jax.training.state import graph, state_shapes
 from golf_jax.training.step import compile_step
 
@@ -60,12 +60,14 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
 
     Raises GolfError for whatever cannot be, Interrupted when a signal ends it: what was finished by then is kept.
     """
-    plan = check(recipe, options)
-    changes = changed(stored_recipe(options.resume), plan.asked, options.accept, options.resume) if options.resume else []
-    path = from_main(options.resume or options.run_dir or (str(new_path("runs", recipe.name)) if jax.process_index() == 0 else ""))
+    path = options.resume or options.run_dir
+    with others_alive(lambda: all_again(path)):
+        plan = check(recipe, options)
+        changes = changed(stored_recipe(options.resume), plan.asked, options.accept, options.resume) if options.resume else []
+        path = from_main(path or (str(new_path("runs", recipe.name)) if jax.process_index() == 0 else ""))
     with catching() as signals, contextlib.closing(RunDir(path, resume=bool(options.resume))) as directory:
         try:
-            with others_alive(), compiling_ahead(min(4, cores() - 2)):  # two are busy with the run itself
+            with others_alive(lambda: all_again(path)), compiling_ahead(min(4, cores() - 2)):  # two are busy with the run itself
                 return _stages(plan, options, changes, directory, signals)
         except (Interrupted, NotWritten, OSError) as stop:
             begin = f"nothing was trained yet; start again with: {start_again(path, plan.mesh.size)}"

@@ -10,18 +10,19 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from golf_jax.config import GolfError
-from golf_jax.supervise import ADVICE, LOST, LOST_STATUS, several_processes
+from golf_jax.supervise import LOST, LOST_STATUS, several_processes
 
 SHUTDOWN_SECONDS = 20  # how long a process that ends waits for the others
 HEARTBEAT_SECONDS = 45  # without a sign of life a process counts as dead
 MESSAGE_MILLISECONDS = 600_000
+LOSSES = re.compile("Gloo|peer|coordination|UNAVAILABLE|GetKeyValue.. timed out")  # in what jax raises when another process is gone
 _messages = itertools.count()
 
 
@@ -52,15 +53,16 @@ def initialize_distributed() -> None:
 
 
 @contextlib.contextmanager
-def others_alive() -> Iterator[None]:
-    """A collective that fails because another process is gone becomes one line and status 3, without waiting for it at the exit."""
+def others_alive(advice: Callable[[], str]) -> Iterator[None]:
+    """A collective or message that fails because another process is gone, or does not answer for ten minutes, becomes one line and status
+    3, without waiting for it at the exit."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, GolfError) or jax.process_count() == 1 or not re.search("Gloo|peer|coordination|UNAVAILABLE", str(error)):
+        if isinstance(error, GolfError) or jax.process_count() == 1 or not LOSSES.search(str(error)):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        print(f"error: {LOST} ({reason}); {ADVICE}", file=sys.stderr, flush=True)
+        print(f"error: {LOST} ({reason}); {advice()}", file=sys.stderr, flush=True)
         os._exit(LOST_STATUS)
 
 

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 from golf_jax.interrupt import heard
@@ -22,7 +23,6 @@ NOISE = re.compile(rb"[EWIF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (coordination|preempt
 OURS = re.compile(rb"[a-z]|Traceback|\[")  # how a line begins that cannot belong to the error of the runtime before it
 FATAL = re.compile(rb"F\d{4} |terminate called after")
 LOST = "another process of this job has ended, or the coordinator cannot be reached"
-ADVICE = "start all processes again with: python -m golf_jax.train --resume RUN"
 
 
 def several_processes() -> bool:
@@ -31,8 +31,8 @@ def several_processes() -> bool:
     return bool(os.environ.get("JAX_COORDINATOR_ADDRESS")) or tasks != "1" or "," in hosts
 
 
-def supervise() -> int | None:
-    """Run this command line again as a child and return its status; None where this is the child."""
+def supervise(advice: Callable[[], str]) -> int | None:
+    """Run this command line again as a child and return its status; None where this is the child. advice: what to do when one is lost."""
     if os.environ.get(CHILD):
         with contextlib.suppress(OSError, AttributeError):  # Linux: end when the parent is killed
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -64,7 +64,7 @@ def supervise() -> int | None:
     gone = re.findall(rb"/task:(\d+)", b"".join(fatal))
     which = f"process {int(gone[0])} has ended" if gone else LOST
     if asked:  # it ended first: the others were not there when it took its leave
-        print(f"interrupted by {signal.Signals(asked[0]).name}; {ADVICE}", file=sys.stderr)
+        print(f"interrupted by {signal.Signals(asked[0]).name}; {advice()}", file=sys.stderr)
         return 128 + asked[0]
-    print(f"error: {which}; {ADVICE}", file=sys.stderr)
+    print(f"error: {which}; {advice()}", file=sys.stderr)
     return LOST_STATUS

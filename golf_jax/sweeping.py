@@ -74,6 +74,8 @@ def miniature(recipe: Recipe, full_steps: int) -> Recipe:
     1 / (1 - decay) of the EMA. A run cut short, without its own warmdown, ranks settings by chance. Raises GolfError where that cannot be.
     """
     steps, s = recipe.budget.steps, recipe.schedule
+    if full_steps < 2:
+        raise GolfError(f"--miniature-of {full_steps}: give the steps of the full run, more than --budget.steps")
     if not 0 < steps < full_steps:
         raise GolfError(f"--miniature-of {full_steps}: needs --budget.steps between 1 and {full_steps - 1}, found {steps}")
     scale = steps / full_steps
@@ -166,7 +168,8 @@ def _run_point(
     file = directory.with_name(f"{directory.name}.json")
     write_atomic(file, (json.dumps(to_dict(point.recipe), indent=1) + "\n").encode())
     command = [sys.executable, "-m", "golf_jax.sweeping", str(file), str(directory), str(devices)]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    pipe, surroundings = subprocess.PIPE, os.environ | environment
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=pipe, text=True, errors="replace", env=surroundings)
     running.add(child)
     while True:
         try:

@@ -19,7 +19,7 @@ The run directory holds config, log, metrics, checkpoints, tokenizer, code, arti
 
 def main(argv: list[str]) -> int:
     recipe, options = cli.parse(argv, Options(), DESCRIPTION, _default(cli.value_of(argv, "--resume")))
-    if several_processes() and (status := supervise()) is not None:
+    if several_processes() and (status := supervise(lambda: _when_lost(options))) is not None:
         return status
     from golf_jax.pipeline import run, score_artifact  # with jax: not before a mistake in the flags, or --help, has been answered
 
@@ -28,6 +28,17 @@ def main(argv: list[str]) -> int:
     else:
         run(recipe, options)
     return 0
+
+
+def _when_lost(options: Options) -> str:
+    """What to do when one of several processes is lost."""
+    if options.score:
+        return "start all processes again"
+    if run := options.resume or options.run_dir:
+        from golf_jax.training.rundir import all_again
+
+        return all_again(run)
+    return "start all processes again with: python -m golf_jax.train --resume RUN, the directory that process 0 has named"
 
 
 def _default(resume: str) -> Any:

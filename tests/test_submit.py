@@ -111,6 +111,25 @@ def test_a_full_disk_leaves_no_half_submission(tmp_path, text, monkeypatch):
     assert not list((tmp_path / "out").iterdir()) and submit(run, out=tmp_path / "out") == 0
 
 
+def test_an_evaluation_counts_only_where_it_is_legal_in_every_run(tmp_path, text):
+    one, other = (finished_run(tmp_path / name, text, seed) for name, seed in (("one", 1), ("other", 2)))
+    result = json.loads((other / "result.json").read_text())
+    result["evaluations"]["sliding"] = result["evaluations"]["standard"]
+    result["evaluations"]["standard"] = result["evaluations"]["standard"] | {"legal": False}
+    (other / "result.json").write_text(json.dumps(result))
+    with pytest.raises(GolfError, match=f"no evaluation is legal in all of {one}, {other}"):
+        submit(one, other, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("facts", [{}, {"devices": [], "devices_used": 1, "packages": {"jax": "1"}}])
+def test_an_environment_that_is_none_is_told_in_one_line(tmp_path, text, facts):
+    run = finished_run(tmp_path / "run", text)
+    (run / "environment.json").write_text(json.dumps(facts))
+    with pytest.raises(GolfError, match="environment.json"):
+        submit(run, out=tmp_path / "out")
+
+
 def test_a_run_that_contradicts_itself_is_no_submission_at_all(tmp_path, text):
     bad = finished_run(tmp_path / "bad", text, total_bytes=1)
     with pytest.raises(GolfError, match="no submission: .*the files have "):

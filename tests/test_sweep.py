@@ -39,6 +39,8 @@ def test_a_miniature_keeps_every_share():
     for steps, word in ((0, "needs --budget.steps"), (5_000, "needs --budget.steps"), (3, "would average over 0.6")):
         with pytest.raises(GolfError, match=word):
             miniature(replace(full, budget=replace(full.budget, steps=steps)), 5_000)
+    with pytest.raises(GolfError, match="--miniature-of -5: give the steps of the full run"):
+        miniature(full, -5)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,14 @@ def test_a_run_is_told_about_while_it_runs(tmp_path, monkeypatch):
 
     assert run_grid(grid(load_recipe("baseline"), [1], {}), tmp_path, 1, say) == {}
     assert said[1] == "  seed=1: starting" and said[-2:] == ["  seed=1: step:1/2", "  seed=1: done"]
+
+
+def test_a_run_that_complains_in_another_encoding_fails_alone(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nprintf 'error: caf\\351\\n' >&2\nexit 2\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("golf_jax.sweeping.sys.executable", str(program))
+    assert run_grid(grid(load_recipe("baseline"), [1], {}), tmp_path, 1, lambda line: None) == {"seed=1": "error: caf\ufffd"}
 
 
 @pytest.mark.slow

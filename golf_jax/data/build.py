@@ -15,7 +15,7 @@ from golf_jax.data import caseops
 from golf_jax.data.documents import find_files, read_documents
 from golf_jax.data.manifest import COUNTS, NAME, file_entry, read_manifest, write_manifest
 from golf_jax.data.proof import marker_use, refuse_markers, refuse_private_text
-from golf_jax.data.shards import load_val_tokens, open_shard, write_shard
+from golf_jax.data.shards import find_hole, load_val_tokens, open_shard, write_shard
 from golf_jax.data.sidecar import Sidecar, beside, encode_counted, prove_sidecar
 from golf_jax.data.tokenizer import SPACE, ByteTables, Tokenizer, byte_tables, check_tables, count_bytes, train_bpe
 from golf_jax.files import folder_beside, write_atomic
@@ -53,6 +53,10 @@ class _SplitWriter:
     def _write(self, count: int) -> None:
         rows = np.concatenate(self.buffer, axis=1)
         path = self.directory / f"{self.split}_{len(self.files):06d}.bin"
+        if found := find_hole(rows[0, :count]):  # whoever reads it would take it for a file that was not written whole
+            raise GolfError(
+                f"data build: {path.name}: {found}, which is no text; leave out the document that repeats one character so often"
+            )
         self.files.append(file_entry(write_shard(path, rows[0, :count]), count))
         if self.sidecar:
             self.sidecars.append(file_entry(write_shard(beside(path), rows[1, :count]), count))

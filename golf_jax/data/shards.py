@@ -135,14 +135,20 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, where: object) -> Non
         raise GolfError(f"{where}: token {top} is outside a vocabulary of {vocab_size}; the tokenizer is not that of the shards")
 
 
-def check_holes(tokens: np.ndarray, where: object, first: int = 0) -> None:
-    """GolfError where a whole block of `tokens`, which begin at `first`, is one token, or a page is zeros: room never written to."""
+def find_hole(tokens: np.ndarray, first: int = 0) -> str:
+    """Which block of `tokens`, which begin at `first`, is one token, or which page is zeros; empty where there is none."""
     for size in (PAGE, BLOCK):
         blocks = tokens[: len(tokens) // size * size].reshape(-1, size)
         if len(holes := np.flatnonzero((blocks == (0 if size == PAGE else blocks[:, :1])).all(axis=1))):
             start = int(holes[0]) * size
-            found = f"the {size:,} tokens from {first + start:,} on are all {tokens[start]}"
-            raise GolfError(f"{where}: {found}: part of the file was never written; fetch it again")
+            return f"the {size:,} tokens from {first + start:,} on are all {tokens[start]}"
+    return ""
+
+
+def check_holes(tokens: np.ndarray, where: object, first: int = 0) -> None:
+    """GolfError where `tokens`, which begin at `first`, have a hole: room never written to."""
+    if found := find_hole(tokens, first):
+        raise GolfError(f"{where}: {found}: part of the file was never written; fetch it again")
 
 
 def load_val_tokens(pattern: str | Path, vocab_size: int | None = None) -> np.ndarray:

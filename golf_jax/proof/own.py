@@ -236,7 +236,7 @@ def _round_trip(path: Path, result: dict[str, Any], config: dict[str, Any]) -> F
         return Finding("not checkable", "round trip", f"takes about {took[name]:.0f} s: {' '.join(command[1:])} --mode {name}")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "score.json"
-        done = subprocess.run([*command, "--mode", name, "--json", str(out)], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, "--mode", name, "--json", str(out)], capture_output=True, text=True, errors="replace", check=False)
         if done.returncode or not out.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             return Finding("fail", "round trip", f"the artifact cannot be scored again: {last}", "artifact.golf")

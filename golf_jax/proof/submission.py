@@ -42,12 +42,12 @@ class Finished:
             raise GolfError(f"{path}: the run has not finished; go on with it: python -m golf_jax.train --resume {path}") from None
 
     @property
-    def method(self) -> str:
-        """The evaluation that counts: the best of the legal ones."""
+    def legal(self) -> dict[str, float]:
+        """Bits per byte by evaluation, of those that are legal and whole."""
         legal = {name: e["val_bpb"] for name, e in self.result["evaluations"].items() if e["legal"] and not e["partial"]}
         if not legal:
             raise GolfError(f"{self.path}: no evaluation of it is legal; score it with another method: --resume {self.path} --eval...")
-        return min(legal, key=lambda name: legal[name])
+        return legal
 
     def row(self, method: str) -> dict[str, Any]:
         """The entry of `seed_results`."""
@@ -64,6 +64,14 @@ class Finished:
         }
 
 
+def method_of(runs: Sequence[Finished]) -> str:
+    """The evaluation that counts: the best, on the mean, of those that are legal in every run."""
+    shared = [name for name in runs[0].legal if all(name in run.legal for run in runs)]
+    if not shared:
+        raise GolfError(f"no evaluation is legal in all of {', '.join(str(run.path) for run in runs)}; score them by the same methods")
+    return min(shared, key=lambda name: statistics.fmean(run.legal[name] for run in runs))
+
+
 def obstacles(findings: Sequence[Finding], record: bool) -> list[Finding]:
     """What forbids a submission: to the record track whatever fails; to the other, that a run's files contradict each other."""
     return [
@@ -75,7 +83,7 @@ def obstacles(findings: Sequence[Finding], record: bool) -> list[Finding]:
 
 def claims(runs: Sequence[Finished], findings: Sequence[Finding], about: Author, record: bool, date: str) -> dict[str, Any]:
     """submission.json, with the fields of accepted records. Numbers are means over the runs, bytes their maximum."""
-    method, first = runs[0].method, runs[0].result
+    method, first = method_of(runs), runs[0].result
     rows = {str(run.recipe.seed): run.row(method) for run in runs}
 
     def mean(field: str) -> float:
@@ -175,7 +183,13 @@ def write_submission(
     codes = {(run.path / "code.pyz").read_bytes() for run in runs}
     if len(codes) > 1:
         raise GolfError("the runs did not run the same code (code.pyz differs); submit runs of one program")
-    facts = claims(runs, [f for findings in report.values() for f in findings], about, record, date)
+    environment, findings = runs[0].environment, [f for found in report.values() for f in found]
+    try:
+        facts = claims(runs, findings, about, record, date)
+        needed = requirements(environment["packages"], environment["devices"])
+    except (KeyError, TypeError, AttributeError, IndexError) as error:  # the checks look at neither of these
+        why = f"{type(error).__name__}: {error}"
+        raise GolfError(f"{runs[0].path}: result.json or environment.json is not that of a finished run ({why})") from None
     data = runs[0].recipe.data
     if data.train != "embedded":  # where the shards lay is nobody's concern, and their reader's to say
         data = replace(data, train=Path(data.train).name, val=Path(data.val).name, tokenizer="tokenizer.model")
@@ -183,7 +197,7 @@ def write_submission(
         "train_gpt.py": codes.pop(),
         "recipe.json": (json.dumps(to_dict(replace(runs[0].recipe, data=data)), indent=1) + "\n").encode(),
         "tokenizer.model": (runs[0].path / "tokenizer.model").read_bytes(),
-        "requirements.txt": requirements(runs[0].environment["packages"], runs[0].environment["devices"]).encode(),
+        "requirements.txt": needed.encode(),
         "submission.json": (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode(),
         "README.md": readme(
             facts, "\n".join(table(Path(path).name, findings) for path, findings in report.items()), data.train == "embedded"

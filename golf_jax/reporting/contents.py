@@ -127,8 +127,8 @@ def training(records: Sequence[Record], pictures: Sequence[Picture]) -> Section:
 
 
 def _cells(row: Mapping[str, Any], **formats: str) -> list[str]:
-    """What a row holds under these names, each in its format."""
-    return [format(row[name], how) for name, how in formats.items()]
+    """What a row holds under these names, each in its format; nothing for a number that there is not."""
+    return ["" if row[name] is None else format(row[name], how) for name, how in formats.items()]
 
 
 def byte_budget(records: Sequence[Record], pictures: Sequence[Picture]) -> Section:

@@ -9,6 +9,9 @@ from golf_jax.config import GolfError, Recipe, from_dict
 from golf_jax.files import json_rows, read_bytes
 from golf_jax.training.rundir import read_json, read_stages
 
+STEP, VALIDATION = ("step", "seconds", "lr_factor", "loss", "momentum", "grad_norm"), ("step", "seconds", "val_loss", "val_bpb")
+NULL = ("loss", "momentum", "grad_norm", "val_loss", "val_bpb")  # where there is none, or none that is finite
+
 
 @dataclass(frozen=True)
 class Record:
@@ -67,11 +70,21 @@ def read_record(path: Path, name: str = "") -> Record:
         name or path.name,
         from_dict(Recipe, config, f"{path / 'config.json'}"),
         config,
-        [row for row in rows if row["event"] == "train" and row.get("loss") is not None],
-        [row for row in rows if row["event"] == "validation"],
+        [row for row in rows if row["event"] == "train" and row.get("loss") is not None and _checked(path, row, STEP)],
+        [row for row in rows if row["event"] == "validation" and _checked(path, row, VALIDATION)["val_bpb"] is not None],
         stages,
         bytes_of,
     )
+
+
+def _checked(path: Path, row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The row, in which all `names` are numbers. Raises GolfError where one is not."""
+    for name in names:
+        value = row.get(name, ...)
+        if not (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 or (value is None and name in NULL)):
+            said = "missing" if value is ... else f"{str(value)[:40]!a}, no number"
+            raise GolfError(f"{path / 'metrics.jsonl'}: {name} of step {str(row.get('step'))[:20]!a} is {said}; remove that line")
+    return row
 
 
 def read_records(paths: list[Path]) -> list[Record]:

@@ -28,6 +28,7 @@ class Keeper:
     def __init__(self, recipe: Recipe, checkpoints: Checkpoints, run: RunDir, signals: Signals, facts: dict[str, Any]) -> None:
         self.recipe, self.checkpoints, self.run, self.signals, self.facts = recipe, checkpoints, run, signals, facts
         self._saved_step, self._saved_at = 0, 0.0
+        self._told = 0  # step whose failing save was told; the last one is tried twice
         self._losses: dict[int, float] = {}  # of the states that were saved
 
     def starts_at(self, step: int, seconds: float) -> None:
@@ -65,20 +66,22 @@ class Keeper:
 
     def save(self, step: int, state: TrainState, seconds: float, position: dict[str, int], loss: float, *, wait: bool = False) -> bool:
         """Whether it is saved: a full disk must not end a run that goes well without checkpoints."""
-        sound = self._tried(self.checkpoints.wait)  # the save before is told under its own step
+        sound = self._tried(self.checkpoints.wait, self._saved_step)  # the save before is told under its own step
         if step == self._saved_step and sound:
             return True
         facts = {"position": position, "seconds": seconds, "loss": loss, **self.facts}
-        if not self._tried(lambda: self.checkpoints.save(step, state, wait=wait, **facts)):
+        if not self._tried(lambda: self.checkpoints.save(step, state, wait=wait, **facts), step):
             return False
         self.starts_at(step, seconds)
         return True
 
-    def _tried(self, save: Callable[[], None]) -> bool:
+    def _tried(self, save: Callable[[], None], step: int) -> bool:
         try:
             save()
         except GolfError as error:
-            self.run.log(f"warning: {error}; the run goes on")
+            if step != self._told:
+                self.run.log(f"warning: {error}; the run goes on")
+            self._told = step
             return False
         return True
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -96,6 +97,11 @@ def go_on(run: str | Path) -> str:
     return f"python -m golf_jax.train --resume {shlex.quote(str(run))}"
 
 
+def all_again(run: str | Path) -> str:
+    """What to do when one of several processes is lost that work on this run."""
+    return f"start all processes again with{f': {go_on(run)}' if run and kept(run) else ' the same command; this run has kept nothing yet'}"
+
+
 class RunDir:
     """log.txt, metrics.jsonl and JSON files under `path`; only process 0 writes and prints.
 
@@ -158,7 +164,7 @@ class RunDir:
         """Long lines broken between words where a terminal would break them anywhere; log.txt has them whole."""
         if not self._erase():
             return line
-        width = os.get_terminal_size().columns
+        width = shutil.get_terminal_size().columns  # never 0, as of a terminal that nobody gave a size
         return "\n".join(textwrap.fill(part, width, subsequent_indent="    ") if len(part) > width else part for part in line.split("\n"))
 
     def _erase(self) -> str:
@@ -189,7 +195,7 @@ class RunDir:
         """A line that overwrites itself, on a terminal only, a few times per second at most."""
         if self.main and self._erase() and time.monotonic() - self._live_at > 0.2:
             self._live_at = time.monotonic()
-            self._print(self._erase() + line[: os.get_terminal_size().columns - 1])
+            self._print(self._erase() + line[: shutil.get_terminal_size().columns - 1])
 
     def metrics(self, event: str, **values: Any) -> None:
         """One row: event `train` (a step), `validation` or `score`. Numbers that are not finite are null."""
@@ -285,7 +291,9 @@ def environment() -> dict[str, Any]:
     def git(*args: str) -> str | None:
         try:
             here = Path(__file__).parent
-            return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            return subprocess.run(
+                ["git", *args], cwd=here, capture_output=True, text=True, errors="replace", timeout=10, check=True
+            ).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
 

@@ -52,7 +52,12 @@ def begin() -> Callable[[], str]:
         folder = tempfile.TemporaryDirectory(prefix="golf_jax-", ignore_cleanup_errors=True)
         made, surroundings = Path(folder.name) / f"{name}.so", {**os.environ, "TMPDIR": folder.name}
         process = subprocess.Popen(
-            [*command, str(_SOURCE), "-o", str(made)], stderr=subprocess.PIPE, text=True, env=surroundings, process_group=0
+            [*command, str(_SOURCE), "-o", str(made)],
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=surroundings,
+            process_group=0,
         )
     except OSError as e:
         told = f"attention backend 'native': {command[0]} cannot be run ({e})"

@@ -376,3 +376,10 @@ def test_a_manifest_names_nothing_outside_its_directory(built):
         (built / "manifest.json").write_text(json.dumps({**manifest, **change}))
         with pytest.raises(GolfError, match=r"manifest\.json: "):
             verify_directory(built)
+
+
+def test_one_character_without_end_is_refused_before_a_reader_takes_it_for_a_hole(tmp_path):
+    documents = ["some words of text " * 40 + str(n) for n in range(40)] + ["x" * 10_000_000]
+    with pytest.raises(GolfError, match=r"(train|val)_000000.bin: the 65,536 tokens from .* are all \d+, which is no text"):
+        build_module.build_documents(lambda: documents, tmp_path / "out", source="made", vocab_size=280, val_every=2, log=lambda line: None)
+    assert not (tmp_path / "out").exists()

@@ -16,7 +16,8 @@ pytest.importorskip("matplotlib", reason="reports need the extra golf-jax[report
 from golf_jax import pipeline, report  # noqa: E402
 from golf_jax.config import GolfError, QuantConfig, QuantRule, ScoreFirstConfig  # noqa: E402
 from golf_jax.opening import load  # noqa: E402
-from golf_jax.reporting import figures, measure  # noqa: E402
+from golf_jax.reporting import contents, figures, measure  # noqa: E402
+from golf_jax.reporting.page import page as page_of  # noqa: E402
 from golf_jax.reporting.record import read_record  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -57,6 +58,29 @@ def test_page_is_complete_and_loads_nothing(folder, page):
         assert f"{value['val_bpb']:.5f}" in html  # readable without pictures
     sample = re.search(r"<blockquote>(.*?)</blockquote>", html, re.S)
     assert sample and unescape(sample[1]) == load(folder / "a").generate("", 8)
+
+
+def rows_of(folder, tmp_path, **altered):
+    """The record of a run whose third step says something else."""
+    shutil.copytree(folder / "c", tmp_path / "d")
+    rows = [json.loads(line) for line in (folder / "a/metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["event"] == "train"]
+    steps[2] = {name: value for name, value in {**steps[2], **altered}.items() if value is not ...}
+    (tmp_path / "d/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *steps]))
+    return read_record(tmp_path / "d")
+
+
+def test_a_run_without_muon_or_with_a_gradient_that_was_not_finite_is_shown(folder, tmp_path):
+    record = rows_of(folder, tmp_path, momentum=None, grad_norm=None)
+    nothing = measure.Again({}, {}, {}, {})
+    drawn = contents.draw([record], nothing)
+    assert page_of("title", contents.sections([record], drawn, nothing))
+
+
+@pytest.mark.parametrize(("name", "value"), [("step", "x"), ("lr_factor", [1]), ("loss", True), ("momentum", ...), ("seconds", 10**400)])
+def test_a_row_without_its_numbers_is_refused_by_name(folder, tmp_path, name, value):
+    with pytest.raises(GolfError, match=f"d/metrics.jsonl: {name} of step .* is .*; remove that line"):
+        rows_of(folder, tmp_path, **{name: value})
 
 
 def test_measured_again(folder):

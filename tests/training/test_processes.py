@@ -1,19 +1,24 @@
 """Runs in processes of their own: two that train together, one that is killed."""
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 from tiny_recipes import SHIPPED, build_text, command, environment, on_text, recipe_file, tiny
 
 from golf_jax import pipeline
 from golf_jax.config import Recipe, ScoreFirstConfig
+from golf_jax.processes import others_alive
+from golf_jax.supervise import LOST
 from golf_jax.training.keep import ASK_EVERY
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -79,6 +84,15 @@ def test_two_processes_train_every_record(name, tmp_path, text, programs):
     two_processes_agree_with_one(on_text(tiny(name, vocab_size=300, seq_len=32), text), tmp_path, programs)
 
 
+@pytest.mark.parametrize("error", ["DEADLINE_EXCEEDED: GetKeyValue() timed out with key: golf_jax/7/1 and duration: 10m", "Gloo: closed"])
+def test_a_process_that_is_gone_or_does_not_answer_is_one_line(error, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status))
+    with pytest.raises(SystemExit, match="3"), others_alive(lambda: "begin anew"):
+        raise RuntimeError(error)
+    assert capsys.readouterr().err == f"error: {LOST} ({error}); begin anew\n"
+
+
 @pytest.mark.slow
 def test_two_processes_stop_by_one_clock(tmp_path, text, programs):
     """Process 0's clock decides: both take the same number of steps, or they would wait for each other forever."""
@@ -123,7 +137,7 @@ def test_when_one_of_two_dies_the_other_says_so_and_both_go_on(victim, tmp_path,
     _, said = pair[1 - victim].communicate(timeout=100)
     assert pair[1 - victim].returncode == 3 and time.monotonic() - begin < 60
     (line,) = [line for line in said.splitlines() if line.startswith("error:")]
-    assert "has ended" in line and "python -m golf_jax.train --resume" in line and "Fatal" not in said and "***" not in said
+    assert "has ended" in line and line.endswith("python -m golf_jax.train --resume dies") and "Fatal" not in said and "***" not in said
     again = start_pair(["golf_jax.train", "--resume", "dies"], programs, tmp_path)
     outputs = finish(again)
     assert [process.returncode for process in again] == [0, 0], outputs

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pty
 import resource
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from golf_jax.config import GolfError
-from golf_jax.training.rundir import RunDir, environment, new_path
+from golf_jax.training.rundir import RunDir, all_again, environment, new_path
 
 
 @contextmanager
@@ -85,6 +86,27 @@ def test_a_terminal_that_is_gone_ends_no_run(tmp_path, monkeypatch, where):
     run.log("two")
     run.close()
     assert (tmp_path / "run/log.txt").read_text() == "one\ntwo\n"
+
+
+def test_a_terminal_that_nobody_gave_a_size_has_eighty_columns(tmp_path, monkeypatch):
+    """As of `docker run -t`, `ssh -tt` or `expect`: its width is 0."""
+    ours, theirs = pty.openpty()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(theirs, "w"))
+    monkeypatch.setattr(sys, "__stdout__", sys.stdout)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    run = RunDir(tmp_path / "run")
+    run.log("word " * 30)
+    run.live("x" * 100)
+    run.close()
+    assert max(map(len, os.read(ours, 10_000).decode().replace("\r\x1b[K", "\n").splitlines())) <= 80
+
+
+def test_only_what_was_kept_is_gone_on_with_when_a_process_is_lost(tmp_path):
+    run = RunDir(tmp_path / "a run")
+    assert all_again(run.path).startswith("start all processes again with the same command")
+    run.write("checkpoints/5/state", "x")
+    run.close()
+    assert all_again(run.path).endswith(f"python -m golf_jax.train --resume '{tmp_path}/a run'")
 
 
 def test_a_terminal_without_unicode_shows_escapes(tmp_path, monkeypatch):
