@@ -97,9 +97,9 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
         sys.stderr = io.TextIOWrapper(
             io.BufferedWriter(_Notices(2, "w", closefd=False)), getattr(sys.stderr, "encoding", None), line_buffering=True
         )
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # what is read there and is no text is refused where it is used
+            stream.reconfigure(errors=errors)
     ended, ends = [1], computes or _is_ours()
     if ends:
         atexit.register(_at_once, ended)  # before all others, so that it is called after them

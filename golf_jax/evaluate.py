@@ -11,6 +11,7 @@ from golf_jax.config.base import GolfError, check
 from golf_jax.config.model import Attention
 from golf_jax.files import check_target, json_text, write_atomic
 from golf_jax.progress import to_screen
+from golf_jax.supervise import several_processes, supervise
 
 WINDOWED = ("sliding", "score_first", "adapt_first")
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
@@ -62,6 +63,9 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.evaluate", description=DESCRIPTION, args=argv)
     if options.json:
         check_target(options.json)
+    again = lambda: "start all processes again"  # noqa: E731
+    if several_processes() and (status := supervise(again)) is not None:
+        return status
     import jax  # here, and what brings it in: --help must not wait for it
 
     from golf_jax.evaluation import score
@@ -72,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     from golf_jax.mesh import make_mesh
     from golf_jax.model import resolve
     from golf_jax.opening import text_for
-    from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
+    from golf_jax.processes import initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 
     keep_compiled_programs()
     initialize_distributed()
@@ -96,7 +100,8 @@ def main(argv: Sequence[str]) -> int:
         eval = replace(eval, **{name: replace(getattr(eval, name), stride=options.stride) for name in WINDOWED})
     documents = first_documents(text.val_tokens, text.tokenizer.bos_id, options.max_docs) if options.max_docs else 0
     most = min(filter(None, (options.max_tokens, documents)), default=0)
-    result = next(score(model, text, mesh, eval, say, seq_len=model.seq_len, methods=[method_of(eval, options.mode)], max_targets=most))
+    with others_alive(again):
+        result = next(score(model, text, mesh, eval, say, seq_len=model.seq_len, methods=[method_of(eval, options.mode)], max_targets=most))
     if options.json and jax.process_index() == 0:  # before the screen, which may be gone by now
         about = {"model": model.name, "sha256": model.sha256, "text_facts": list(text.facts)}
         write_atomic(options.json, json_text(about | result.to_dict()).encode())

@@ -23,6 +23,7 @@ SHUTDOWN_SECONDS = 20  # how long a process that ends waits for the others
 HEARTBEAT_SECONDS = 45  # without a sign of life a process counts as dead
 MESSAGE_MILLISECONDS = 600_000
 LOSSES = re.compile("Gloo|peer|coordination|UNAVAILABLE|GetKeyValue.. timed out")  # in what jax raises when another process is gone
+MOST_MADE = 256  # devices of a CPU; each costs memory and milliseconds, so that a slip of the keyboard would end the machine
 _messages = itertools.count()
 
 
@@ -173,8 +174,8 @@ def split_cpu(asked: int, sequences: int) -> None:
     given = jax.config.values["jax_num_cpu_devices"] >= 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if given or jax.distributed.is_initialized():
         return
-    with contextlib.suppress(RuntimeError):  # make_mesh says what is missing
-        jax.config.update("jax_num_cpu_devices", max(asked, 0) or math.gcd(sequences, 8, 1 << cores().bit_length() - 1))
+    with contextlib.suppress(RuntimeError):  # make_mesh says what is missing, also of more than are made
+        jax.config.update("jax_num_cpu_devices", min(max(asked, 0), MOST_MADE) or math.gcd(sequences, 8, 1 << cores().bit_length() - 1))
 
 
 class CompileTimes:

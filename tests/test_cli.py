@@ -212,6 +212,13 @@ def test_a_glob_that_the_shell_has_replaced_is_told(capsys, monkeypatch):
     assert stopped.value.code == 0
 
 
+def test_what_is_no_text_on_standard_input_reaches_whoever_can_refuse_it():
+    code = "import sys; from golf_jax import cli; cli.run(lambda argv: print(ascii(sys.stdin.readline())) or 0)"
+    made = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", code], input=b"caf\xe9\n", env=made, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"'caf\\udce9\\n'\n"), done.stderr
+
+
 def test_a_closed_standard_input_is_an_empty_one():
     code = f"{sys.executable} -c 'import sys; from golf_jax import cli; cli.run(lambda argv: len(sys.stdin.readline()))' <&-"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)

@@ -163,6 +163,14 @@ def test_an_attention_backend_that_cannot_be_built_is_refused_and_nothing_else_i
     assert "computes" not in said.out + said.err
 
 
+def test_one_of_several_processes_is_watched_for_a_loss(folder, monkeypatch):
+    """Else it would end with a stack dump of jax's runtime: see `golf_jax.supervise`."""
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    told = []
+    monkeypatch.setattr(evaluate, "supervise", lambda advice: told.append(advice()) or 3)
+    assert evaluate.main(arguments(folder)) == 3 and told == ["start all processes again"]
+
+
 def test_negative_limits_are_refused():
     for name in ("max_docs", "max_tokens", "stride", "batch_rows"):
         with pytest.raises(GolfError, match=f"--{name.replace('_', '-')} must not be negative, got -1"):

@@ -25,7 +25,7 @@ def test_mesh_takes_what_is_asked_for():
 
 @pytest.mark.parametrize(
     ("asked", "sequences", "cores", "made"),
-    [(0, 16, 1, 1), (0, 16, 2, 2), (0, 16, 7, 4), (0, 384, 64, 8), (0, 6, 8, 2), (0, 3, 8, 1), (3, 16, 2, 3)],
+    [(0, 16, 1, 1), (0, 16, 2, 2), (0, 16, 7, 4), (0, 384, 64, 8), (0, 6, 8, 2), (0, 3, 8, 1), (3, 16, 2, 3), (99_999, 16, 2, 256)],
 )
 def test_a_cpu_becomes_about_one_device_per_core(asked, sequences, cores, made, monkeypatch):
     updates = []
