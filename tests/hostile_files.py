@@ -112,7 +112,8 @@ def kinds(root: Path) -> dict[str, Kind]:
     stages = sealed(
         {"train": {"steps": 2, "seconds": 1.0}, "pack": {"code_bytes": 3, "sha256": "0" * 64}, "evaluations": RESULT["evaluations"]}
     )
-    rows = [{"event": "train", "step": step, "loss": 2.0, "seconds": 1.0} for step in range(3)]
+    more = {"seconds": 1.0, "lr_factor": 1.0, "momentum": 0.9, "grad_norm": 1.0}
+    rows = [{"event": "train", "step": step, "loss": 2.0, **more} for step in range(3)]
     run = {
         "config.json": json.dumps(to_dict(recipe)).encode(),
         "environment.json": json.dumps({"devices_used": 2, "packages": {"jax": "0.10"}, "text": RESULT["text"]}).encode(),
