@@ -44,6 +44,7 @@ class Build:
 
     def run(self) -> int:
         from golf_jax.data.build import build
+        from golf_jax.progress import to_screen
 
         if not self.inputs:
             raise GolfError("build: name at least one text file, JSONL file or directory")
@@ -57,6 +58,7 @@ class Build:
             field=self.field,
             transform=self.transform,
             pattern=self.glob,
+            log=to_screen,
         )
         files = {"train": "train_*.bin", "val": "val_*.bin", "tokenizer": "tokenizer.model"}
         flags = " ".join(f"--data.{flag} {shlex.quote(f'{self.out}/{name}')}" for flag, name in files.items())
@@ -86,8 +88,9 @@ class Download:
 
     def run(self) -> int:
         from golf_jax.data.download import download, hub_of
+        from golf_jax.progress import to_screen
 
-        directory = download(self.variant, self.out, self.train_shards, hub_of(self.variant, self.repo, self.revision))
+        directory = download(self.variant, self.out, self.train_shards, hub_of(self.variant, self.repo, self.revision), to_screen)
         print(f"complete: {directory}; check it in depth with `python -m golf_jax.data verify {directory}`")
         return 0
 

@@ -1,5 +1,7 @@
 """`python -m golf_jax.data`: the commands run, teach, and never show a traceback for a user's mistake."""
 
+import sys
+
 import pytest
 
 from golf_jax import cli
@@ -16,6 +18,15 @@ def test_build_then_verify(tmp_path, capsys):
     (tmp_path / "data/val_000000.bin").write_bytes(b"")
     assert main(["verify", str(tmp_path / "data")]) == 1
     assert "PROBLEM: " in capsys.readouterr().out
+
+
+def test_a_screen_that_is_full_ends_no_build_and_is_no_fault_of_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "lines.jsonl").write_text("".join(f'{{"text": "Line {n} holds {n**5} and {n**7:x}."}}\n' for n in range(60)))
+    monkeypatch.setattr("sys.stdout", open("/dev/full", "w"))
+    with pytest.raises(OSError, match="No space left"):  # of the last line, which says how to train: `cli.run` tells it
+        main(["build", str(tmp_path / "lines.jsonl"), "--out", str(tmp_path / "data"), "--vocab-size", "300", "--val-every", "5"])
+        sys.stdout.flush()
+    assert (tmp_path / "data/manifest.json").is_file()
 
 
 @pytest.mark.parametrize(
