@@ -141,7 +141,7 @@ def test_late_norms_and_factors_change_nothing(name, last, monkeypatch):
 
 
 @pytest.mark.skipif(not native.compiler(), reason="no C++ compiler on this machine")
-@pytest.mark.parametrize("last", [None, 4])
+@pytest.mark.parametrize("last", [None, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["pr372", "pr562", "pr638", "pr1182", "pr2005", "pr2135"])
 def test_native_attention_changes_nothing(name, last):
     """With the same late norms and factors, which it has for suffixes, too."""
