@@ -12,7 +12,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,23 +130,33 @@ def median(run: Any, args: list[jax.Array], repeats: int = 20) -> float:
     return float(np.median(samples[2:]))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backend", choices=("xla", "cudnn", "pallas"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--dry", action="store_true", help="tiny shapes")
-    options = parser.parse_args()
+def run_cases(backend: str, cases: Iterable[Any], check: Callable[[Any, str], dict[str, Any]], json_file: Path | None) -> int:
+    """Check every case (a named tuple) with a backend, print and write each result as it comes; 1 if one is wrong or failed."""
     device, results = jax.devices()[0].device_kind, []
-    for case in cases(options.backend, options.dry):
+    for case in cases:
         try:
-            result = check(case, options.backend)
+            result = check(case, backend)
         except Exception as error:  # one shape that a kernel refuses or dies of must not hide the others
-            result = {"backend": options.backend, **case._asdict(), "ok": False, "failed": f"{type(error).__name__}: {error}"[:500]}
+            result = {"backend": backend, **case._asdict(), "ok": False, "failed": f"{type(error).__name__}: {error}"[:500]}
         results.append(result | {"device": device})
         print(json.dumps(results[-1]), flush=True)
-        if options.json:
-            options.json.write_text("".join(json.dumps(r) + "\n" for r in results))
+        if json_file:
+            json_file.write_text("".join(json.dumps(r) + "\n" for r in results))
     return 0 if all(r["ok"] for r in results) else 1
+
+
+def arguments(doc: str | None, backends: Sequence[str]) -> argparse.Namespace:
+    """Of a check's command line: backend, json, dry."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backend", choices=backends)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dry", action="store_true", help="tiny shapes")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments(__doc__, ("xla", "cudnn", "pallas"))
+    return run_cases(options.backend, cases(options.backend, options.dry), check, options.json)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,14 @@ float32 on the same rounded inputs, and timed. FILE is written after every case,
 misses its tolerance (relative L2, those of tests/kernels) or fails.
 """
 
-import argparse
-import json
 import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention_check import median
+from attention_check import arguments, median, run_cases
 
 from golf_jax.kernels.mlp import squared_leaky_linear
 from golf_jax.model.layers import linear, scaled_squared_leaky
@@ -88,22 +85,8 @@ def check(case: Case, backend: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backend", choices=("xla", "pallas"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--dry", action="store_true", help="tiny shapes")
-    options = parser.parse_args()
-    device, results = jax.devices()[0].device_kind, []
-    for case in cases(options.dry):
-        try:
-            result = check(case, options.backend)
-        except Exception as error:  # one shape that a kernel refuses or dies of must not hide the others
-            result = {"backend": options.backend, **case._asdict(), "ok": False, "failed": f"{type(error).__name__}: {error}"[:500]}
-        results.append(result | {"device": device})
-        print(json.dumps(results[-1]), flush=True)
-        if options.json:
-            options.json.write_text("".join(json.dumps(r) + "\n" for r in results))
-    return 0 if all(r["ok"] for r in results) else 1
+    options = arguments(__doc__, ("xla", "pallas"))
+    return run_cases(options.backend, cases(options.dry), check, options.json)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
 AGAIN = "golf_jax_keeps_pages"
 # Huge pages where Linux gives them to those that ask, and freed blocks of up to 64 MB, the most that a thread's heap holds, kept.
-SIZES = {"hugetlb": 1, "mmap_threshold": 64 << 20, "trim_threshold": 256 << 20, "top_pad": 64 << 20}
-TUNABLES = ":".join(f"glibc.malloc.{name}={value}" for name, value in SIZES.items())
+TUNABLES = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {"hugetlb": 1, "mmap_threshold": 64 << 20, "trim_threshold": 256 << 20, "top_pad": 64 << 20}.items()
+)
 LEAST_ADDRESSES, LEAST_FILES = 2 << 30, 64
 GLOBS = ("--data.train", "--data.val", "--val")
 TEXTS = ("--prompt", "--blurb")  # flags whose value may be any text
@@ -160,9 +162,9 @@ def _at_once(ended: list[int]) -> None:
 def _keep_pages() -> None:
     """Start this process over with a glibc that keeps freed memory and asks for huge pages.
 
-    XLA:CPU allocates its temporaries anew in every step, which the kernel maps page by page (a fifth of pr638's time,
-    benchmarks/README.md). glibc reads the variable only when a process starts. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it alone. The
-    second start is marked on its command line: an environment may be emptied around every Python, which would start over for ever.
+    XLA:CPU allocates its temporaries anew in every step, which the kernel maps page by page (what that costs: benchmarks/README.md). glibc
+    reads the variable only when a process starts. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it alone. The second start is marked on its
+    command line: an environment may be emptied around every Python, which would start over for ever.
     """
     given, words = os.environ.get("GLIBC_TUNABLES", ""), sys.orig_argv
     if AGAIN in sys._xoptions or "glibc.malloc.hugetlb" in given or not _is_ours():

@@ -11,7 +11,7 @@ from golf_jax.config.base import GolfError, check
 from golf_jax.config.model import Attention
 from golf_jax.files import check_target, json_text, write_atomic
 from golf_jax.progress import to_screen
-from golf_jax.supervise import several_processes, supervise
+from golf_jax.supervise import ANEW, several_processes, supervise
 
 WINDOWED = ("sliding", "score_first", "adapt_first")
 DESCRIPTION = """Score a packed model in a fresh process, from the artifact and the text alone.
@@ -63,8 +63,7 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.evaluate", description=DESCRIPTION, args=argv)
     if options.json:
         check_target(options.json)
-    again = lambda: "start all processes again"  # noqa: E731
-    if several_processes() and (status := supervise(again)) is not None:
+    if several_processes() and (status := supervise(lambda: ANEW)) is not None:
         return status
     import jax  # here, and what brings it in: --help must not wait for it
 
@@ -100,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         eval = replace(eval, **{name: replace(getattr(eval, name), stride=options.stride) for name in WINDOWED})
     documents = first_documents(text.val_tokens, text.tokenizer.bos_id, options.max_docs) if options.max_docs else 0
     most = min(filter(None, (options.max_tokens, documents)), default=0)
-    with others_alive(again):
+    with others_alive(lambda: ANEW):
         result = next(score(model, text, mesh, eval, say, seq_len=model.seq_len, methods=[method_of(eval, options.mode)], max_targets=most))
     if options.json and jax.process_index() == 0:  # before the screen, which may be gone by now
         about = {"model": model.name, "sha256": model.sha256, "text_facts": list(text.facts)}

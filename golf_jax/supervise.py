@@ -22,6 +22,7 @@ CHILD = "GOLF_JAX_SUPERVISED"
 NOISE = re.compile(rb"[EWIF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (coordination|preemption_sync|client\.cc|distributed|service)")
 OURS = re.compile(rb"[a-z]|Traceback|\[")  # how a line begins that cannot belong to the error of the runtime before it
 FATAL = re.compile(rb"F\d{4} |terminate called after")
+ANEW = "start all processes again"
 LOST = "another process of this job has ended, or the coordinator cannot be reached"
 
 

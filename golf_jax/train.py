@@ -4,7 +4,7 @@ from typing import Any
 
 from golf_jax import cli
 from golf_jax.options import Options
-from golf_jax.supervise import several_processes, supervise
+from golf_jax.supervise import ANEW, several_processes, supervise
 
 DESCRIPTION = """Train, pack and score one model: data -> train -> average -> quantize -> pack -> reload from the bytes -> score.
 
@@ -33,12 +33,12 @@ def main(argv: list[str]) -> int:
 def _when_lost(options: Options) -> str:
     """What to do when one of several processes is lost."""
     if options.score:
-        return "start all processes again"
+        return ANEW
     if run := options.resume or options.run_dir:
         from golf_jax.training.rundir import all_again
 
         return all_again(run)
-    return "start all processes again with: python -m golf_jax.train --resume RUN, the directory that process 0 has named"
+    return f"{ANEW} with: python -m golf_jax.train --resume RUN, the directory that process 0 has named"
 
 
 def _default(resume: str) -> Any:

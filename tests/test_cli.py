@@ -304,3 +304,23 @@ def test_a_broken_recipe_file_is_told_with_its_line(text, message, tmp_path):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(GolfError, match=message):
         parse(str(tmp_path / "mine.py"))
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}), reason="needs glibc")
+@pytest.mark.parametrize(("tunables", "kept"), [(cli.TUNABLES, True), ("glibc.malloc.hugetlb=1", False)])
+def test_a_freed_block_of_a_thread_stays_with_the_process(tunables, kept):
+    """A block of 48 MB, as a step's temporaries, taken and given back by one thread: its second life maps no page."""
+    code = """if True:
+        import ctypes, resource, threading
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+        def work():
+            for _ in range(2):
+                before, block = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, libc.malloc(48 << 20)
+                ctypes.memset(block, 1, 48 << 20)
+                libc.free(block)
+                print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        thread = threading.Thread(target=work); thread.start(); thread.join()"""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True)
+    first, second = map(int, done.stdout.split())
+    assert first >= 20 and (second < 5) == kept

@@ -22,6 +22,7 @@ import jax
 from golf_jax.config import GolfError, parse_json
 from golf_jax.files import finite, json_rows, read_bytes, sealed, write_atomic
 from golf_jax.processes import from_main
+from golf_jax.supervise import ANEW
 from golf_jax.training.trackers import Tracker, open_tracker, scalars
 
 STAGES: dict[str, type] = {"recipe": dict, "text": dict, "train": dict, "pack": dict, "evaluations": dict, "changes": list}
@@ -99,7 +100,7 @@ def go_on(run: str | Path) -> str:
 
 def all_again(run: str | Path) -> str:
     """What to do when one of several processes is lost that work on this run."""
-    return f"start all processes again with{f': {go_on(run)}' if run and kept(run) else ' the same command; this run has kept nothing yet'}"
+    return f"{ANEW} with{f': {go_on(run)}' if run and kept(run) else ' the same command; this run has kept nothing yet'}"
 
 
 class RunDir:
