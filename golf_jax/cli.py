@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import dataclasses
+import gc
 import io
 import os
 import signal
@@ -94,6 +95,7 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
             os.open(os.devnull, os.O_RDWR)
     if computes:
         _keep_pages()
+        gc.set_threshold(100_000)  # by default it looks at all of jax a hundred times while that is loaded and traces a step
     sys.stdin = sys.stdin or open(0)
     if sys.stderr is sys.__stderr__:
         sys.stderr = io.TextIOWrapper(

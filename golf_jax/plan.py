@@ -13,7 +13,6 @@ from golf_jax.data import find_shards, open_shard
 from golf_jax.data.text import Text, open_text
 from golf_jax.evaluation.methods import methods_of
 from golf_jax.evaluation.packed import streams
-from golf_jax.kernels.attention import prepare
 from golf_jax.mesh import make_mesh, platform
 from golf_jax.model import choose, resolve
 from golf_jax.model.params import ROLES, leaves
@@ -70,7 +69,6 @@ def check(recipe: Recipe, options: Options) -> Plan:
 
 
 def _first_program(chosen: Recipe, mesh: Mesh) -> None:
-    prepare(chosen.model.attention)
     if chosen.micro_rows != "auto":
         compile_step(graph(chosen), mesh, phases(chosen)[0])
 

@@ -26,7 +26,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from golf_jax.ahead import ahead
 from golf_jax.config import GolfError
 from golf_jax.files import sealed
-from golf_jax.mesh import ROWS
+from golf_jax.mesh import ROWS, run_rarely
 from golf_jax.processes import from_main
 from golf_jax.training.state import TrainState
 
@@ -47,7 +47,6 @@ class Found:
         return self.meta["step"]
 
 
-@jax.jit
 def digests(tree: Any) -> tuple[Any, Any]:
     """(two uint32 of the bits of every array, [2] each; whether every float is finite, []).
 
@@ -66,15 +65,20 @@ def digests(tree: Any) -> tuple[Any, Any]:
     return jax.tree.map(one, tree), jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
+@functools.cache
+def _digests() -> Any:
+    return jax.jit(digests, compiler_options=run_rarely(jax.default_backend()))
+
+
 def _named_digests(state: TrainState) -> tuple[dict[str, list[int]], bool]:
-    tree, finite = jax.device_get(digests(state._asdict()))
+    tree, finite = jax.device_get(_digests()(state._asdict()))
     named = {keystr(path): [int(v) for v in value] for path, value in tree_leaves_with_path(tree)}
     return named, bool(finite)
 
 
 def digest_ahead(shapes: TrainState) -> None:
     """Begin to compile what the first save needs."""
-    ahead(lambda: digests.lower(shapes._asdict()).compile())
+    ahead(lambda: _digests().lower(shapes._asdict()).compile())
 
 
 @functools.cache

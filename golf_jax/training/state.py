@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from golf_jax.config import DataConfig, EvalConfig, GroupConfig, Recipe, ScheduleConfig, SlidingConfig
-from golf_jax.mesh import AXIS, REPLICATED, ROWS
+from golf_jax.mesh import AXIS, REPLICATED, ROWS, platform, run_rarely
 from golf_jax.model.module import GPT
 from golf_jax.model.params import dead_layers, leaves
 from golf_jax.optim.averaging import ema_init, swa_init
@@ -110,7 +110,7 @@ def _maker(graph: Recipe, mesh: Mesh) -> Any:
         params = GPT(graph.model, graph.numerics).init(key)["params"] if given is None else given
         return make_state(graph, params, mesh.shape[AXIS])
 
-    return jax.jit(make, out_shardings=state_shardings(graph, mesh))
+    return jax.jit(make, out_shardings=state_shardings(graph, mesh), compiler_options=run_rarely(platform(mesh)))
 
 
 def state_shapes(recipe: Recipe, mesh: Mesh) -> TrainState:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from golf_jax.ahead import kept
 from golf_jax.config import GolfError, Recipe
 from golf_jax.data.loader import Batch
+from golf_jax.kernels.attention import prepare
 from golf_jax.mesh import AXIS, REPLICATED, ROWS, replicated, rows
 from golf_jax.model.gpt import nll
 from golf_jax.optim import schedules
@@ -110,8 +111,9 @@ def compile_step(recipe: Recipe, mesh: Mesh, phase: Phase) -> CompiledStep:
     batch = Batch(tokens, tokens, tokens if d.packed else None)
     kinds = step_inputs(recipe, Clock(0, 0.0))
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated(mesh)), kinds)
-    program = _make_step(recipe, mesh, phase).lower(state_shapes(recipe, mesh), batch, inputs).compile()
-    return CompiledStep(program, time.perf_counter() - begin)
+    lowered = _make_step(recipe, mesh, phase).lower(state_shapes(recipe, mesh), batch, inputs)
+    prepare(recipe.model.attention)
+    return CompiledStep(lowered.compile(), time.perf_counter() - begin)
 
 
 @lru_cache(maxsize=8)

@@ -116,13 +116,13 @@ def supported_backends(platform: str, head_dim: int, dtype, *, documents: bool =
 
 
 def begin(backend: str) -> None:
-    """Let a compiler begin with what `prepare` waits for."""
+    """Let a compiler begin with what `prepare` waits for, which must be called before anything that uses the backend is compiled."""
     if backend == "native":
         native.begin()
 
 
 def prepare(backend: str) -> None:
-    """Have ready what the backend needs, before anything is traced. Raises ValueError."""
+    """Have ready what the backend needs, before anything that uses it is compiled. Raises ValueError."""
     if backend == "native":
         native.load()
 

@@ -14,9 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "xla/ffi/api/c_api.h"  // the C++ interface beside it would take longer to compile than all of this
 
 namespace {
 
@@ -62,11 +60,17 @@ inline void tiles(int64_t width, int64_t depth, const float* a, int64_t am, int6
   for (; n < width; n += W) tile<M, 1>(depth, a, am, ak, b + n, ldb, c + n, ldc, add);
 }
 
+// Fewer rows than ROWS, which is rare: compiled once, not wherever there is a product.
+__attribute__((noinline)) void rest(int64_t count, int64_t width, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b,
+                                    int64_t ldb, float* c, int64_t ldc, bool add) {
+  for (int64_t m = 0; m < count; ++m) tiles<1>(width, depth, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
+}
+
 // The same for any width that W divides and any count of rows up to ROWS.
 inline void product(int64_t count, int64_t width, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
                     float* c, int64_t ldc, bool add = false) {
-  if (count == ROWS) return tiles<ROWS>(width, depth, a, am, ak, b, ldb, c, ldc, add);
-  for (int64_t m = 0; m < count; ++m) tiles<1>(width, depth, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
+  if (count == ROWS) tiles<ROWS>(width, depth, a, am, ak, b, ldb, c, ldc, add);
+  else rest(count, width, depth, a, am, ak, b, ldb, c, ldc, add);
 }
 
 template <int N, class F>
@@ -111,7 +115,7 @@ struct Rows {
 
 struct Shape {
   int64_t B, S, T, H, G, K, padded;
-  Shape(ffi::Span<const int64_t> q, ffi::Span<const int64_t> k)
+  Shape(const int64_t* q, const int64_t* k)
       : B(q[0]), S(q[1]), T(k[1]), H(q[2]), G(k[2]), K(q[3]), padded((T + PANEL - 1) / PANEL * PANEL) {}
   Rows query(const float* x, int64_t b, int64_t s, int64_t h) const { return {const_cast<float*>(x) + ((b * S + s) * H + h) * K, H * K}; }
   Rows key(const float* x, int64_t b, int64_t g) const { return {const_cast<float*>(x) + (b * T * G + g) * K, G * K}; }
@@ -186,10 +190,39 @@ inline float unit(const float* v, int64_t K, float* u) {
   return inverse;
 }
 
+// A call by XLA. Types and shapes are those that native.py gives.
+struct Call {
+  XLA_FFI_CallFrame* frame;
+
+  const XLA_FFI_Buffer& argument(int64_t i) const { return *static_cast<XLA_FFI_Buffer*>(frame->args.args[i]); }
+  const float* in(int64_t i) const { return static_cast<const float*>(argument(i).data); }
+  float* out(int64_t i) const { return static_cast<float*>(static_cast<XLA_FFI_Buffer*>(frame->rets.rets[i])->data); }
+  Shape shape() const { return {argument(0).dims, argument(1).dims}; }
+  const int32_t* first() const { return static_cast<const int32_t*>(argument(3).data); }
+  bool xsa() const { return *static_cast<const bool*>(static_cast<XLA_FFI_Scalar*>(frame->attrs.attrs[0])->value); }
+
+  bool fails(XLA_FFI_Error* error) const {
+    XLA_FFI_Error_Destroy_Args args{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
+    if (error) frame->api->XLA_FFI_Error_Destroy(&args);
+    return error;
+  }
+  int64_t threads() const {
+    int64_t count = 0;
+    XLA_FFI_ThreadPool_NumThreads_Args args{XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, nullptr, frame->ctx, &count};
+    return fails(frame->api->XLA_FFI_ThreadPool_NumThreads(&args)) ? 1 : count;
+  }
+  template <class F>
+  void schedule(F f) const {
+    XLA_FFI_Task* task = [](void* data) { (*std::unique_ptr<F>(static_cast<F*>(data)))(); };
+    XLA_FFI_ThreadPool_Schedule_Args args{XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, nullptr, frame->ctx, task, new F(f)};
+    if (fails(frame->api->XLA_FFI_ThreadPool_Schedule(&args))) task(args.data);
+  }
+};
+
 // f(i) for all i < count, in this thread and in those of the pool that have time. Nothing waits for a thread that has not begun: those of
 // the pool may all be waiting here.
 template <class F>
-void parallel(ffi::ThreadPool pool, int64_t count, F f) {
+void parallel(const Call& call, int64_t count, F f) {
   struct Shared {
     F f;
     const int64_t count;
@@ -200,29 +233,31 @@ void parallel(ffi::ThreadPool pool, int64_t count, F f) {
     }
   };
   auto shared = std::make_shared<Shared>(f, count);
-  for (int64_t helpers = std::min(count, pool.num_threads()) - 1; helpers > 0; --helpers) pool.Schedule([shared] { shared->work(); });
+  for (int64_t helpers = std::min(count, call.threads()) - 1; helpers > 0; --helpers) call.schedule([shared] { shared->work(); });
   shared->work();
   while (shared->done < count) std::this_thread::yield();
 }
 
-using In = ffi::Buffer<ffi::F32>;
-using Out = ffi::ResultBuffer<ffi::F32>;
-
-ffi::Error Forward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32> first, In gain, bool xsa, Out y, Out along, Out lse) {
-  const Shape s(q.dimensions(), k.dimensions());
+// (q, k, v, first, gain) -> y, o.u, lse
+void forward(const Call& call) {
+  const Shape s = call.shape();
+  const float *q = call.in(0), *k = call.in(1), *v = call.in(2), *gain = call.in(4);
+  float *y = call.out(0), *along = call.out(1), *lse = call.out(2);
+  const int32_t* first = call.first();
+  const bool xsa = call.xsa();
   const float scale = 1.0f / (std::sqrt((float)s.K) * LN2);
-  parallel(pool, s.B * s.G, [=](int64_t task) mutable {
+  parallel(call, s.B * s.G, [=](int64_t task) mutable {
     const int64_t b = task / s.G, g = task % s.G;
     std::vector<float> keys, own, weights(BLOCK * s.padded), scaled(BLOCK * s.K), u(s.K);
-    const Rows values = together(s, s.key(v.typed_data(), b, g), own);
-    transpose(s, s.key(k.typed_data(), b, g), keys);
+    const Rows values = together(s, s.key(v, b, g), own);
+    transpose(s, s.key(k, b, g), keys);
     for (int64_t start = 0; start < s.S; start += BLOCK) {
-      const int32_t* f = first.typed_data() + b * s.S + start;
+      const int32_t* f = first + b * s.S + start;
       const Block block(s, start, f);
       const int64_t count = block.count;
       for (int64_t h = g * s.H / s.G; h < (g + 1) * s.H / s.G; ++h) {
-        const Rows from = s.query(q.typed_data(), b, start, h), out = s.query(y->typed_data(), b, start, h);
-        const float factor = scale * gain.typed_data()[h];
+        const Rows from = s.query(q, b, start, h), out = s.query(y, b, start, h);
+        const float factor = scale * gain[h];
         for (int64_t m = 0; m < count; ++m)
           for (int64_t i = 0; i < s.K; i += W) store(&scaled[m * s.K + i], load(from[m] + i) * factor);
         block.scores(scaled.data(), keys, weights.data());
@@ -242,7 +277,7 @@ ffi::Error Forward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32>
           }, [&](int64_t j) { store(w + j, Vec{}); });
           const float all = sum(total);
           inverse[m] = 1 / all;
-          lse->typed_data()[(b * s.S + start + m) * s.H + h] = shift + std::log2(all);
+          lse[(b * s.S + start + m) * s.H + h] = shift + std::log2(all);
         }
         block.gather(weights.data(), values, out);
         for (int64_t m = 0; m < count; ++m) {
@@ -251,43 +286,47 @@ ffi::Error Forward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32>
             unit(values[block.last + m], s.K, u.data());
             part = dot(out[m], u.data(), s.K) * inverse[m];
           }
-          along->typed_data()[(b * s.S + start + m) * s.H + h] = part;
+          along[(b * s.S + start + m) * s.H + h] = part;
           for (int64_t i = 0; i < s.K; i += W) store(out[m] + i, load(out[m] + i) * inverse[m] - load(&u[i]) * part);
         }
       }
     }
   });
-  return ffi::Error::Success();
 }
 
 // Of y = o - (o.u) u: do = dy - (dy.u) u, and do . o = do . y because do is orthogonal to u (kernels/attention/xsa.py).
-ffi::Error Backward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32> first, In gain, In y, In along, In lse, In dy, bool xsa,
-                    Out dq, Out dk, Out dv, Out q_dot, Out k_dot) {
-  const Shape s(q.dimensions(), k.dimensions());
+// (q, k, v, first, gain, y, o.u, lse, dy) -> dq, dk, dv, dq.q / gain, dk.k
+void backward(const Call& call) {
+  const Shape s = call.shape();
+  const float *q = call.in(0), *k = call.in(1), *v = call.in(2), *gain = call.in(4);
+  const float *y = call.in(5), *along = call.in(6), *lse = call.in(7), *dy = call.in(8);
+  float *dq = call.out(0), *dk = call.out(1), *dv = call.out(2), *q_dot = call.out(3), *k_dot = call.out(4);
+  const int32_t* first = call.first();
+  const bool xsa = call.xsa();
   const float scale = 1.0f / (std::sqrt((float)s.K) * LN2);
-  parallel(pool, s.B * s.G, [=](int64_t task) mutable {
+  parallel(call, s.B * s.G, [=](int64_t task) mutable {
     const int64_t b = task / s.G, g = task % s.G;
     std::vector<float> keys, values, own, p(BLOCK * s.padded), ds(BLOCK * s.padded), scaled(BLOCK * s.K), grad(BLOCK * s.K), u(s.K);
     std::vector<float> sums(2 * s.T * s.K);
-    const Rows key = together(s, s.key(k.typed_data(), b, g), own), value = s.key(v.typed_data(), b, g);
+    const Rows key = together(s, s.key(k, b, g), own), value = s.key(v, b, g);
     const Rows to_key{sums.data(), s.K}, to_value{&sums[s.T * s.K], s.K};
     transpose(s, key, keys);
     transpose(s, value, values);
     for (int64_t start = 0; start < s.S; start += BLOCK) {
-      const int32_t* f = first.typed_data() + b * s.S + start;
+      const int32_t* f = first + b * s.S + start;
       const Block block(s, start, f);
       const int64_t count = block.count;
       for (int64_t h = g * s.H / s.G; h < (g + 1) * s.H / s.G; ++h) {
-        const Rows from = s.query(q.typed_data(), b, start, h), out = s.query(y.typed_data(), b, start, h);
-        const Rows given = s.query(dy.typed_data(), b, start, h), to = s.query(dq->typed_data(), b, start, h);
-        const float factor = scale * gain.typed_data()[h];
+        const Rows from = s.query(q, b, start, h), out = s.query(y, b, start, h);
+        const Rows given = s.query(dy, b, start, h), to = s.query(dq, b, start, h);
+        const float factor = scale * gain[h];
         float inner[BLOCK];
         for (int64_t m = 0; m < count; ++m) {
           float a = 0, c = 0, inverse = 0, *sum = to_value[block.last + m];
           if (xsa) {
             inverse = unit(value[block.last + m], s.K, u.data());
             a = dot(given[m], u.data(), s.K);
-            c = along.typed_data()[(b * s.S + start + m) * s.H + h];
+            c = along[(b * s.S + start + m) * s.H + h];
           }
           for (int64_t i = 0; i < s.K; i += W) {
             const Vec d = load(given[m] + i) - load(&u[i]) * a;
@@ -300,7 +339,7 @@ ffi::Error Backward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32
         block.scores(scaled.data(), keys, p.data());
         block.scores(grad.data(), values, ds.data());
         for (int64_t m = 0; m < count; ++m) {
-          const float shift = lse.typed_data()[(b * s.S + start + m) * s.H + h];
+          const float shift = lse[(b * s.S + start + m) * s.H + h];
           float *w = &p[m * s.padded], *d = &ds[m * s.padded];
           block.each(m, f[m], [&](int64_t j, auto seen) {
             const Vec e = pick(seen, exp2(load(w + j) - shift), Vec{});
@@ -312,25 +351,33 @@ ffi::Error Backward(ffi::ThreadPool pool, In q, In k, In v, ffi::Buffer<ffi::S32
         block.scatter(ds.data(), scaled.data(), to_key);
         block.scatter(p.data(), grad.data(), to_value);
         for (int64_t m = 0; m < count; ++m) {
-          q_dot->typed_data()[(b * s.S + start + m) * s.H + h] = dot(to[m], from[m], s.K) * scale;
+          q_dot[(b * s.S + start + m) * s.H + h] = dot(to[m], from[m], s.K) * scale;
           for (int64_t i = 0; i < s.K; i += W) store(to[m] + i, load(to[m] + i) * factor);
         }
       }
     }
     for (int64_t t = 0; t < s.T; ++t) {
-      k_dot->typed_data()[(b * s.T + t) * s.G + g] = dot(to_key[t], key[t], s.K);
-      std::copy_n(to_key[t], s.K, s.key(dk->typed_data(), b, g)[t]);
-      std::copy_n(to_value[t], s.K, s.key(dv->typed_data(), b, g)[t]);
+      k_dot[(b * s.T + t) * s.G + g] = dot(to_key[t], key[t], s.K);
+      std::copy_n(to_key[t], s.K, s.key(dk, b, g)[t]);
+      std::copy_n(to_value[t], s.K, s.key(dv, b, g)[t]);
     }
   });
-  return ffi::Error::Success();
+}
+
+// Asked about itself a handler says which interface it was compiled for, else it works.
+template <class F>
+XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame, F work) {
+  if (frame->extension_start && frame->extension_start->type == XLA_FFI_Extension_Metadata) {
+    XLA_FFI_Metadata& about = *reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)->metadata;
+    about.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+    about.traits = 0;
+  } else {
+    work(Call{frame});
+  }
+  return nullptr;
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(golf_xsa_forward, Forward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Arg<In>().Arg<ffi::Buffer<ffi::S32>>().Arg<In>().Attr<bool>("xsa")
-                                  .Ret<In>().Ret<In>().Ret<In>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(golf_xsa_backward, Backward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<In>().Arg<In>().Arg<In>().Arg<ffi::Buffer<ffi::S32>>().Arg<In>().Arg<In>().Arg<In>()
-                                  .Arg<In>().Arg<In>().Attr<bool>("xsa").Ret<In>().Ret<In>().Ret<In>().Ret<In>().Ret<In>());
+extern "C" XLA_FFI_Error* golf_xsa_forward(XLA_FFI_CallFrame* frame) { return handle(frame, forward); }
+extern "C" XLA_FFI_Error* golf_xsa_backward(XLA_FFI_CallFrame* frame) { return handle(frame, backward); }

@@ -20,7 +20,7 @@ from golf_jax.optim.optimizer import group_scalars
 from golf_jax.optim.schedules import Clock
 from golf_jax.training.leak import warm_up
 from golf_jax.training.phases import phase_at, phases
-from golf_jax.training.state import TrainState, init_state, optimizer, state_specs
+from golf_jax.training.state import TrainState, init_state, optimizer, state_shapes, state_specs
 from golf_jax.training.step import make_step, micro_rows, step_inputs
 
 RECORDS = ("pr372", "pr562", "pr638", "pr1182", "pr2005")
@@ -69,7 +69,7 @@ def collectives(text: str) -> dict[str, list[str]]:
 
 def matrix_batches(recipe: Recipe, devices: int) -> dict[str, tuple[int, ...]]:
     """Muon's padded batches: name -> [matrices, small, large]."""
-    state = jax.eval_shape(lambda: init_state(recipe, make_mesh(devices), 0))
+    state = state_shapes(recipe, make_mesh(devices))
     return {name: x.shape for name, x in state.opt["matrix"].items()}
 
 
@@ -127,7 +127,7 @@ def test_newton_schulz_is_divided_among_the_devices():
 
     def flops(devices: int) -> float:
         mesh = make_mesh(devices)
-        state = jax.eval_shape(lambda: init_state(recipe, mesh, 0))
+        state = state_shapes(recipe, mesh)
         rule = optimizer(recipe, state.params, devices, AXIS if devices > 1 else None)
         specs = state_specs(recipe)
 
@@ -201,7 +201,7 @@ def test_records_numerics_stay_close(leaky, tokens):
 def test_whole_step_lowers_for_tpu(name, looping):
     recipe, mesh = tiny(name, numerics="as_run"), make_mesh(8)
     recipe = replace(recipe, model=replace(recipe.model, dtype="bfloat16", attention="xla"))
-    state = jax.eval_shape(lambda: init_state(recipe, mesh, 0))
+    state = state_shapes(recipe, mesh)
     batch = jax.ShapeDtypeStruct((8, 16), np.int32)
     step = make_step(recipe, mesh, phases(recipe)[-1 if looping else 0])
     text = step.trace(state, Batch(batch, batch), step_inputs(recipe, Clock(0, 0.0))).lower(lowering_platforms=("tpu",)).as_text()
