@@ -1,4 +1,4 @@
-"""XSA attention on a CPU in C++ (`native.cc`), called through XLA's typed FFI: 0.39 to 0.79 of the time of `xla` with
+"""XSA attention on a CPU in C++ (`native.cc`), called through XLA's typed FFI: 0.35 to 0.80 of the time of `xla` with
 all gradients (benchmarks/README.md).
 
 Compiled by this machine's C++ compiler when first asked for, and kept where jax keeps compiled programs, or beside Python's own.
