@@ -30,7 +30,8 @@ from golf_jax.model.inputs import check_tokens
 from golf_jax.options import Sampling
 from golf_jax.progress import Log
 from golf_jax.training.resume import stored_recipe
-from golf_jax.training.rundir import go_on, read_stages
+from golf_jax.training.rundir import go_on
+from golf_jax.training.runfiles import read_stages
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
 from golf_jax.training.phases import phases
 from golf_jax.training.resume import attention_of, changed, check_same_recipe, stages_to_repeat, stored_recipe
-from golf_jax.training.rundir import RunDir, all_again, environment, go_on, kept, new_path, read_json, start_again
+from golf_jax.training.rundir import RunDir, all_again, environment, go_on, kept, new_path, start_again
+from golf_jax.training.runfiles import read_result
 from golf_jax.training.state import graph, state_shapes
 from golf_jax.training.step import compile_step
 
@@ -148,15 +149,14 @@ def _finished_before(run: RunDir, artifact: bytes) -> dict[str, Any] | None:
     """What result.json says, if it is about this artifact and says what `stages.json` does."""
     file = run.path / "result.json"
     try:
-        found = read_json(file)
+        found, why = dict(read_result(run.path)), f"{file}"
     except FileNotFoundError:
         return None
     except GolfError as error:
-        found = str(error)
-    if isinstance(found, dict) and artifact and found.get("evaluations") == run.record.get("evaluations"):
-        if found.items() >= run.record["pack"].items():
-            return found
-    run.log(f"{found if isinstance(found, str) else file}: is not the result of what lies here, and is made anew")
+        found, why = {}, str(error)
+    if found and artifact and found["evaluations"] == run.record.get("evaluations") and found.items() >= run.record["pack"].items():
+        return found
+    run.log(f"{why}: is not the result of what lies here, and is made anew")
     return None
 
 
@@ -232,7 +232,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
         done = run.record.get("train")
         if done and done["steps"] == found.step:
             run.log(f"checkpoint {found.step}: training complete, packing")
-            return Trained(exported(recipe, found.state), **done)
+            return Trained(exported(recipe, found.state), *(done[f.name] for f in fields(Trained) if f.name != "params"))
         run.log(f"checkpoint {found.step:,} of {f'{recipe.budget.steps:,}' if recipe.budget.steps else f'{recipe.budget.seconds:.0f} s'}")
     recipe = fitted(recipe, mesh, run.log)
     _compile_ahead(plan, recipe)

@@ -22,7 +22,8 @@ from golf_jax.files import write_atomic
 from golf_jax.interrupt import Interrupted
 from golf_jax.progress import SECONDS, Log
 from golf_jax.training.resume import stored_recipe
-from golf_jax.training.rundir import kept, read_json, read_stages
+from golf_jax.training.rundir import kept
+from golf_jax.training.runfiles import read_json, read_stages
 
 
 @dataclass(frozen=True)

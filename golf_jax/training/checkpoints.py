@@ -28,6 +28,7 @@ from golf_jax.config import GolfError
 from golf_jax.files import sealed
 from golf_jax.mesh import ROWS
 from golf_jax.processes import from_main
+from golf_jax.training.runfiles import checked_meta
 from golf_jax.training.state import TrainState
 
 FULL = os.strerror(errno.ENOSPC)
@@ -157,8 +158,7 @@ class Checkpoints:
             if odd := [p for p in (self.directory / str(step)).rglob("*") if not (p.is_file() or p.is_dir())]:
                 raise GolfError(f"checkpoint {step}: {odd[0]} is no regular file")  # opening a pipe would block for ever
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            if not isinstance(meta, dict) or meta != sealed(meta) or meta["step"] != step:
-                raise GolfError(f"checkpoint {step}: its meta data were altered")
+            meta = checked_meta(meta, step)
             folder: Any = self.directory / str(step) / "state"
             check_same_shapes(abstract, ocp.StandardCheckpointHandler().metadata(folder).tree)
             # Not strict: what the check lets through is padding, which orbax cuts or fills with zeros.
