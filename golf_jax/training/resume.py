@@ -1,6 +1,10 @@
 """What a run directory says about its run, and what may be changed when it goes on."""
 
+import glob
 import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,28 @@ FREE = ("log_every", "checkpoint_every", "micro_rows", "model.attention", "model
 REPACKED = ("quant", "eval")  # the artifact holds both
 
 
+def located(recipe: Recipe) -> Recipe:
+    """`recipe` with the places of its text as absolute ones, as a run keeps it: it means the same text from every folder."""
+    data = recipe.data
+    if data.train == "embedded":
+        return recipe
+
+    def absolute(place: str, folder: Callable[[], str]) -> str:
+        return place if os.path.isabs(place) else os.path.join(folder(), place)
+
+    train, val = (absolute(pattern, lambda: glob.escape(os.getcwd())) for pattern in (data.train, data.val))
+    return replace(recipe, data=replace(data, train=train, val=val, tokenizer=absolute(data.tokenizer, os.getcwd)))
+
+
 def stored_recipe(path: str | Path) -> Recipe:
     """The recipe of the run in `path`. Raises GolfError, also if config.json is not what the run wrote: `stages.json` has it, sealed, and
     where that was removed the newest checkpoint, up to what cannot change what has been trained."""
     stored, written, free = read_config(Path(path)), read_stages(Path(path)).get("recipe"), ()
     if not written:
         written, free = newest_meta(Path(path)).get("recipe"), FREE
+    places = to_dict(located(stored).data)  # of a run that began with relative ones, killed between stages.json and config.json
     for field, before, now in differences(written, to_dict(stored)) if written else ():
-        if not _within(field, free):
+        if not _within(field, free) and not (field in PLACES and places[field.removeprefix("data.")] == before):
             was = f"{field} is {now!r} and was {before!r} when the run wrote it"
             raise GolfError(f"{Path(path) / 'config.json'}: {was}; put that back, and give what is to change as a flag")
     return stored
