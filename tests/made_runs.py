@@ -8,6 +8,8 @@ FACTS = {"targets": 1_000, "covered": 1_000, "duplicates": 0, "order_violations"
 TRAIN = {"steps": 10, "seconds": 500.0, "final_loss": 3.0, "compile_seconds": {"train": 1.0}}
 TEXT = {"tokenizer": "0" * 64, "train": [], "val": [{"name": "val_0.bin", "bytes": 9, "content": "0"}], "digest": "0"}
 
+KEPT: dict[str, Any] = {"recipe": {}, "text": TEXT, "dtype": "float32"}  # what a run adds to its checkpoints
+
 
 def evaluation(nats: float = 3_000.0, tokens: int = 1_000, count: int = 2_400) -> dict[str, Any]:
     score = {"nll_nats": nats, "tokens": tokens, "bytes": count, "val_loss": nats / tokens, "val_bpb": nats / count / math.log(2)}

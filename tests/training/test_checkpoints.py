@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from made_runs import KEPT
 from tiny_recipes import SHIPPED, tiny
 
 from golf_jax.config import GolfError
@@ -23,7 +24,7 @@ from golf_jax.training.state import TrainState, init_state, state_shapes
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RECIPE = tiny("baseline")
 RECIPE = replace(RECIPE, model=resolve(RECIPE.model, "cpu"))
-FACTS = {"position": {}, "seconds": 1.0, "recipe": {}, "text": {"tokenizer": "", "train": [], "val": []}, "dtype": "float32"}
+FACTS = KEPT | {"position": {}, "seconds": 1.0}
 
 
 @pytest.fixture(scope="module")
