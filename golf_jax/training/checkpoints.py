@@ -198,6 +198,8 @@ class Checkpoints:
             with self._reported(what):
                 yield
         except GolfError as error:
+            with suppress(Exception):  # told above; what fails beside the arrays fails while orbax still writes them where it is removed
+                self._manager._wait_for_checkpointers()  # no public way to it
             for half in self.directory.glob("*.orbax-checkpoint-tmp") if jax.process_index() == 0 else ():
                 shutil.rmtree(half, ignore_errors=True)
             there = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())  # orbax has given up some already
