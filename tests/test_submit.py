@@ -130,7 +130,7 @@ def test_an_evaluation_counts_only_where_it_is_legal_in_every_run(tmp_path, text
 def test_an_environment_that_is_none_is_told_in_one_line(tmp_path, text, facts, word):
     run = finished_run(tmp_path / "run", text)
     (run / "environment.json").write_text(json.dumps(facts))
-    with pytest.raises(GolfError, match=f"environment.json: {word}.*; put back what the run wrote$"):
+    with pytest.raises(GolfError, match=f"environment.json: {word}.*; put back what the run wrote"):
         submit(run, out=tmp_path / "out")
     (run / "environment.json").unlink()
     with pytest.raises(GolfError, match="environment.json: it is missing, and a submission says where it ran"):

@@ -211,7 +211,7 @@ def read_result(run: Path) -> Result:
 
 def read_environment(run: Path) -> Environment | None:
     """Where the run ran; None where it does not say. Raises GolfError naming file and field."""
-    file, fix = run / "environment.json", "put back what the run wrote"
+    file, fix = run / "environment.json", "put back what the run wrote, or remove it: where the run ran is then unknown"
     try:
         return cast(Environment, _checked(read_json(file), Environment, file, fix))
     except FileNotFoundError:
