@@ -73,8 +73,7 @@ def main(argv: Sequence[str]) -> int:
     from golf_jax.interop import open_model
     from golf_jax.kernels.attention import prepare
     from golf_jax.mesh import make_mesh
-    from golf_jax.model import resolve
-    from golf_jax.opening import text_for
+    from golf_jax.opening import text_for, with_attention
     from golf_jax.processes import initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 
     keep_compiled_programs()
@@ -88,8 +87,7 @@ def main(argv: Sequence[str]) -> int:
             raise GolfError(f"--attention {options.attention}: {error}; auto and xla need none") from None
     model = open_model(options.model, options.recipe, say)
     if options.attention:
-        chosen = replace(model.config, attention=options.attention, mlp="auto")
-        model = replace(model, config=resolve(chosen, jax.default_backend()))
+        model = with_attention(model, options.attention)
     text = text_for(model, options.val, options.tokenizer)
     doubts = [fact for fact in text.facts if fact.startswith("WARNING")]
     for doubt in doubts:

@@ -1,5 +1,6 @@
 """A model opened for use: from an artifact or a run directory, and scored."""
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,8 @@ from golf_jax.model.inputs import check_tokens
 from golf_jax.options import Sampling
 from golf_jax.progress import Log
 from golf_jax.training.resume import stored_recipe
-from golf_jax.training.rundir import go_on, read_stages
+from golf_jax.training.rundir import go_on
+from golf_jax.training.runfiles import read_stages
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Model(Network):
     embedded: bool = False
     """Trained on the corpus embedded in Python."""
     tokenizer: Tokenizer | None = None
+    asked: ModelConfig | None = None
+    """The configuration with its `auto`s, as it was made."""
 
     @cached_property
     def _on_device(self) -> dict[str, jax.Array]:
@@ -101,19 +105,38 @@ class Model(Network):
 def opened_here(config: ModelConfig, params: Any, **facts: Any) -> Model:
     """A model with its `auto` resolved for this machine and its parameters looked at (see `golf_jax.model.Model.open`).
 
-    An attention backend of the machine that made the model, which is no part of the model, is exchanged where this one lacks it; that
-    is said on stderr.
+    Backends of the machine that made the model, which are no part of the model, are exchanged where this one lacks them, and no others;
+    that is said on stderr.
     """
+    here = _exchanged(config, (("mlp",), ("attention",), ("attention", "mlp")), str(facts.get("name")))
+    network = Network.open(here, params, jax.default_backend())
+    return Model(network.config, network.params, network.looping, asked=config, **facts)
+
+
+def with_attention(model: Model, attention: str) -> Model:
+    """`model` as this attention backend computes it. Raises GolfError where that does not run here; an MLP that needs another one is
+    exchanged, which is said on stderr."""
+    config = replace(model.asked or model.config, attention=attention)
+    return replace(model, config=resolve(_exchanged(config, (("mlp",),), model.name), jax.default_backend()), asked=config)
+
+
+def _exchanged(config: ModelConfig, groups: Sequence[Sequence[str]], name: str) -> ModelConfig:
+    """`config`, or where that does not run here, with `auto` for the first of `groups` of its fields with which it does."""
     platform = jax.default_backend()
     try:
         resolve(config, platform)
+        return config
     except GolfError as why:
-        here = resolve(replace(config, attention="auto", mlp="auto"), platform)
-        lacking = f"{facts.get('name')}: made with attention {config.attention}; {here.attention} computes it on this {platform}"
-        print(f"{lacking} ({why})", file=sys.stderr)
-        config = replace(config, attention="auto", mlp="auto")
-    network = Network.open(config, params, platform)
-    return Model(network.config, network.params, network.looping, **facts)
+        for fields in groups:
+            other = replace(config, **dict.fromkeys(fields, "auto"))
+            with contextlib.suppress(GolfError):
+                here = resolve(other, platform)
+                made = " and ".join(f"{field} {getattr(config, field)}" for field in fields if getattr(config, field) != "auto")
+                now = list(dict.fromkeys(getattr(here, field) for field in fields))
+                computed = f"{' and '.join(now)} compute{'s' * (len(now) == 1)} it on this {platform}"
+                print(f"{name}: made with {made}; {computed} ({why})", file=sys.stderr)
+                return other
+        raise
 
 
 def load(path: str | Path, tokenizer: str | Path = "") -> Model:

@@ -24,7 +24,7 @@ from golf_jax.ahead import ahead, compiling_ahead
 from golf_jax.artifact.calibration import collect_hessians
 from golf_jax.artifact.code import bundle, raw_code_bytes
 from golf_jax.artifact.ledger import estimate_bytes
-from golf_jax.artifact.model import Packed, pack_model
+from golf_jax.artifact.model import Packed, pack_model, scheme_packed
 from golf_jax.config import CAP_BYTES, GolfError, Recipe, recipe_names, to_dict
 from golf_jax.data import make_loader
 from golf_jax.data.identity import difference
@@ -49,8 +49,9 @@ from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
 from golf_jax.training.phases import phases
-from golf_jax.training.resume import attention_of, changed, check_same_recipe, stages_to_repeat, stored_recipe
-from golf_jax.training.rundir import RunDir, all_again, environment, go_on, kept, new_path, read_json, start_again
+from golf_jax.training.resume import attention_of, changed, check_same_recipe, located, stages_to_repeat, stored_recipe
+from golf_jax.training.rundir import RunDir, all_again, environment, go_on, kept, new_path, start_again
+from golf_jax.training.runfiles import read_result
 from golf_jax.training.state import graph, state_shapes
 from golf_jax.training.step import compile_step
 
@@ -63,7 +64,7 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
     path = options.resume or options.run_dir
     with others_alive(lambda: all_again(path)):
         plan = check(recipe, options)
-        changes = changed(stored_recipe(options.resume), plan.asked, options.accept, options.resume) if options.resume else []
+        changes = changed(located(stored_recipe(options.resume)), plan.asked, options.accept, options.resume) if options.resume else []
         path = from_main(path or (str(new_path("runs", recipe.name)) if jax.process_index() == 0 else ""))
     with catching() as signals, contextlib.closing(RunDir(path, resume=bool(options.resume))) as directory:
         try:
@@ -148,15 +149,14 @@ def _finished_before(run: RunDir, artifact: bytes) -> dict[str, Any] | None:
     """What result.json says, if it is about this artifact and says what `stages.json` does."""
     file = run.path / "result.json"
     try:
-        found = read_json(file)
+        found, why = dict(read_result(run.path)), f"{file}"
     except FileNotFoundError:
         return None
     except GolfError as error:
-        found = str(error)
-    if isinstance(found, dict) and artifact and found.get("evaluations") == run.record.get("evaluations"):
-        if found.items() >= run.record["pack"].items():
-            return found
-    run.log(f"{found if isinstance(found, str) else file}: is not the result of what lies here, and is made anew")
+        found, why = {}, str(error)
+    if found and artifact and found["evaluations"] == run.record.get("evaluations") and found.items() >= run.record["pack"].items():
+        return found
+    run.log(f"{why}: is not the result of what lies here, and is made anew")
     return None
 
 
@@ -232,7 +232,7 @@ def train_and_keep(plan: Plan, options: Options, run: RunDir, signals: Signals, 
         done = run.record.get("train")
         if done and done["steps"] == found.step:
             run.log(f"checkpoint {found.step}: training complete, packing")
-            return Trained(exported(recipe, found.state), **done)
+            return Trained(exported(recipe, found.state), *(done[f.name] for f in fields(Trained) if f.name != "params"))
         run.log(f"checkpoint {found.step:,} of {f'{recipe.budget.steps:,}' if recipe.budget.steps else f'{recipe.budget.seconds:.0f} s'}")
     recipe = fitted(recipe, mesh, run.log)
     _compile_ahead(plan, recipe)
@@ -288,7 +288,7 @@ def pack(plan: Plan, run: RunDir, signals: Signals, trained: Trained, code_bytes
     run.log(f"quantized and packed in {seconds:.1f} s; {packed.fit}")
     run.log(packed.ledger.table())
     run.log(f"code: {raw_code:,} bytes of source, shipped as one compressed file")
-    label = f"{recipe.quant.rules[-1].scheme}+{recipe.quant.compressor}"
+    label = f"{scheme_packed(recipe.model, recipe.quant)}+{recipe.quant.compressor}"
     run.log(f"Serialized model {label}: {len(packed.data)} bytes\nCode size (compressed): {code_bytes} bytes")  # as the records' logs
     run.log(f"Total submission size {label}: {packed.ledger.total_bytes} bytes")
     facts = {
@@ -313,7 +313,7 @@ def score(plan: Plan, run: RunDir, artifact: bytes, signals: Signals) -> dict[st
     """Every evaluation the recipe asks for, of the parameters read back from the artifact's bytes; each is kept when it ends."""
     recipe = plan.recipe
     done = run.record.get("evaluations", {})
-    label = f"{recipe.quant.rules[-1].scheme}_{recipe.quant.compressor}"
+    label = f"{scheme_packed(recipe.model, recipe.quant)}_{recipe.quant.compressor}"
     left = [name for name in methods_of(recipe.eval) if name not in done]
     model = open_artifact(artifact, str(run.path / "artifact.golf"), plan.text.tokenizer)
     results = evaluation.score(model, plan.text, plan.mesh, recipe.eval, run.log, seq_len=recipe.data.seq_len, methods=left)

@@ -20,7 +20,7 @@ from golf_jax.optim.optimizer import route
 from golf_jax.options import Options
 from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
 from golf_jax.training.phases import phases
-from golf_jax.training.resume import check_alike, devices_of
+from golf_jax.training.resume import check_alike, devices_of, located
 from golf_jax.training.state import compile_init, graph
 from golf_jax.training.step import compile_step, micro_rows
 from golf_jax.training.trackers import check_tracker
@@ -31,7 +31,7 @@ class Plan:
     """What `check` has found possible: the recipe with every `auto` resolved, the devices, the proved text."""
 
     asked: Recipe
-    """As it was given: what config.json and the artifact say."""
+    """As it was given, its text by absolute places: what config.json and the artifact say."""
     recipe: Recipe
     mesh: Mesh
     text: Text
@@ -65,7 +65,7 @@ def check(recipe: Recipe, options: Options) -> Plan:
     # Only now, as a compiler that it may have to wait for began above.
     resolved = replace(recipe, model=resolve(recipe.model, platform(mesh), documents=masked))
     check_alike(resolved, text.identity, bool(options.resume))
-    return Plan(recipe, resolved, mesh, text)
+    return Plan(located(recipe), located(resolved), mesh, text)
 
 
 def _first_program(chosen: Recipe, mesh: Mesh) -> None:

@@ -8,8 +8,11 @@ import json
 import math
 import os
 import re
+import socket
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,11 @@ from typing import Any
 import jax
 
 from golf_jax.config import GolfError
-from golf_jax.supervise import LOST, LOST_STATUS, several_processes
+from golf_jax.supervise import ANEW, LOST, LOST_STATUS, several_processes
 
 SHUTDOWN_SECONDS = 20  # how long a process that ends waits for the others
+WAIT_SECONDS = 300  # for all processes to connect: clusters may start them minutes apart
+TELL_EVERY = 20  # seconds of waiting
 HEARTBEAT_SECONDS = 45  # without a sign of life a process counts as dead
 MESSAGE_MILLISECONDS = 600_000
 LOSSES = re.compile("Gloo|peer|coordination|UNAVAILABLE|GetKeyValue.. timed out")  # in what jax raises when another process is gone
@@ -39,6 +44,7 @@ def initialize_distributed() -> None:
         return
     address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     limits: dict[str, Any] = {"shutdown_timeout_seconds": SHUTDOWN_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    limits["initialization_timeout"] = WAIT_SECONDS + 60  # `_waiting` ends before, in one line; the runtime aborts with a stack
     if address and address != "auto":
         values = {name: os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
         for name, value in values.items():
@@ -47,10 +53,52 @@ def initialize_distributed() -> None:
         count, index = map(int, values.values())
         if index >= count:
             raise GolfError(f"JAX_PROCESS_ID {index} must be below JAX_NUM_PROCESSES {count}")
-        jax.distributed.initialize(address, count, index, **limits)
+        with _waiting():
+            jax.distributed.initialize(address, count, index, **limits)
     else:
         os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # jax would take `auto` for a host
-        jax.distributed.initialize(**limits)
+        with _waiting():
+            jax.distributed.initialize(**limits)
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+    """Says on stderr every `TELL_EVERY` seconds that this process waits for others, and after `WAIT_SECONDS` ends it with status 3."""
+    connected, begin = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not connected.wait(TELL_EVERY):
+            waited, whom = time.monotonic() - begin, _missing()
+            if connected.is_set():
+                return
+            if waited >= WAIT_SECONDS:
+                missing = f"error: after {waited:.0f} s not all processes of this job have connected: {whom}"
+                print(f"{missing}; look at what the missing ones have said, and {ANEW}", file=sys.stderr, flush=True)
+                os._exit(LOST_STATUS)
+            print(f"waiting for the other processes, {waited:.0f} of {WAIT_SECONDS} s: {whom}", file=sys.stderr, flush=True)
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        connected.set()
+
+
+def _missing() -> str:
+    """Who has not connected, as far as this process can tell: asking the coordinator before all are there would abort it."""
+    state = _distributed()
+    address, count, index = state.coordinator_address, state.num_processes, state.process_id
+    if not address:
+        return "jax has not found the cluster yet"
+    this = f"this is process {index} of {count}"
+    if index == 0:
+        return f"{this}, and one or more of the others have not reached {address} yet"
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except (OSError, ValueError) as error:
+        return f"{this}, and process 0 does not answer at {address} yet ({getattr(error, 'strerror', None) or error})"
+    return f"{this}, process 0 answers at {address}, and another one has not reached it yet"
 
 
 @contextlib.contextmanager
@@ -107,9 +155,13 @@ def agreed(number: int, due: bool, trouble: str = "") -> tuple[int, bool, str]:
 
 def _coordinator() -> Any:
     """Its key-value store."""
+    return _distributed().client
+
+
+def _distributed() -> Any:
     from jax._src import distributed  # there is no public way to it
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 def cache_directory() -> Path:

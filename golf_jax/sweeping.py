@@ -21,8 +21,9 @@ from golf_jax.config import GolfError, Recipe, differences, from_dict, parse_jso
 from golf_jax.files import write_atomic
 from golf_jax.interrupt import Interrupted
 from golf_jax.progress import SECONDS, Log
-from golf_jax.training.resume import stored_recipe
-from golf_jax.training.rundir import kept, read_json, read_stages
+from golf_jax.training.resume import located, stored_recipe
+from golf_jax.training.rundir import kept
+from golf_jax.training.runfiles import read_json, read_stages
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _finished(directory: Path) -> bool:
 
 def _check_same(point: Point, directory: Path) -> None:
     if (directory / "config.json").is_file():
-        for field, there, here in differences(to_dict(stored_recipe(directory)), to_dict(point.recipe)):
+        for field, there, here in differences(to_dict(located(stored_recipe(directory))), to_dict(located(point.recipe))):
             raise GolfError(f"{directory}: holds another run ({field} is {there!r} there, {here!r} here); give another --sweep-dir")
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made_runs
 import numpy as np
 from forgery import HOSTILE, _alter
 from tiny_recipes import build_text, tiny
@@ -32,23 +33,19 @@ from golf_jax.interop.conformity import problems
 from golf_jax.interop.packed import read_checkpoint, read_packed
 from golf_jax.interop.reference import Set, read_npz
 from golf_jax.interop.safetensors import write_safetensors
+from golf_jax.options import Author
 from golf_jax.proof.claims import read_claims
 from golf_jax.proof.own import check_own
-from golf_jax.reporting.record import read_record
+from golf_jax.proof.submission import Finished, claims
+from golf_jax.reporting.compare import groups, runs_csv
+from golf_jax.reporting.contents import sections
+from golf_jax.reporting.measure import Again
+from golf_jax.reporting.page import page
+from golf_jax.reporting.record import read_record, read_records
 from golf_jax.training.resume import devices_of, stored_recipe
 
 Read = Callable[[Path], Any]
 REFERENCE = Path(__file__).parent / "reference/pr638.npz"
-RESULT = {
-    "steps": 2, "recipe": "tiny", "train_seconds": 1.0, "artifact_bytes": 10, "code_bytes": 3, "code_bytes_raw": 9, "total_bytes": 13,
-    "headroom_bytes": 1, "train_loss": 2.0, "train_and_calibration_seconds": 1.0, "quantization_seconds": 1.0, "tokenizer_sha256": "0" * 64,
-    "sha256": "0" * 64, "text": {"tokenizer": "0" * 64, "train": [], "val": [], "digest": "0"}, "changes": [],
-    "evaluations": {"standard": {"val_bpb": 1.5, "val_loss": 2.0, "nll_nats": 20.0, "tokens": 10, "bytes": 19, "legal": True,
-"partial": False,
-                                 "seconds": {"score": 1.0, "train": 0.0}, "facts": {
-                                     "covered": 10, "targets": 10, "duplicates": 0, "order_violations": 0, "updates": 0, "causal": True,
-                                     "normalization_error": 1e-7, "exactly_once": True}}},
-}  # fmt: skip
 
 
 def use_tokenizer(path: Path) -> None:
@@ -56,6 +53,17 @@ def use_tokenizer(path: Path) -> None:
     byte_tables(model.processor)
     model.decode(model.encode("some text 12"))
     model.changes()
+
+
+def claims_of(path: Path) -> None:
+    json.dumps(claims([Finished.read(path)], [], Author("a", "b"), False, "2026-01-01"), allow_nan=False)
+
+
+def shown(paths: list[Path]) -> str:
+    """As a report has them, without its figures, and as a sweep does."""
+    records, nothing = read_records(paths), Again()
+    runs_csv(groups(records))
+    return page("title", sections(records, {}, nothing))
 
 
 def use_set(path: Path) -> None:
@@ -109,21 +117,18 @@ def kinds(root: Path) -> dict[str, Kind]:
     text = build_text(root / "text")
     files = {path.name: path.read_bytes() for path in text.iterdir()}
     recipe = tiny("pr1182")  # on no text: what is asked of it again is not these readers'
-    stages = sealed(
-        {"train": {"steps": 2, "seconds": 1.0}, "pack": {"code_bytes": 3, "sha256": "0" * 64}, "evaluations": RESULT["evaluations"]}
-    )
     more = {"seconds": 1.0, "lr_factor": 1.0, "momentum": 0.9, "grad_norm": 1.0}
     rows = [{"event": "train", "step": step, "loss": 2.0, **more} for step in range(3)]
     run = {
         "config.json": json.dumps(to_dict(recipe)).encode(),
-        "environment.json": json.dumps({"devices_used": 2, "packages": {"jax": "0.10"}, "text": RESULT["text"]}).encode(),
-        "stages.json": json.dumps(stages).encode(),
-        "result.json": json.dumps(RESULT).encode(),
+        "environment.json": json.dumps(made_runs.ENVIRONMENT).encode(),
+        "stages.json": json.dumps(sealed(made_runs.stages())).encode(),
+        "result.json": json.dumps(made_runs.result()).encode(),
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
         "log.txt": b"step:1/2 train_loss:2.0 train_time:10ms\n",
     }
     write_safetensors({"tok_emb.weight": np.ones((4, 2), np.float32), "x": np.ones(3, np.float16)}, root / "a.safetensors")
-    claims = {
+    said = {
         "name": "x",
         "val_bpb": 1.1,
         "val_loss": 2.0,
@@ -152,14 +157,14 @@ def kinds(root: Path) -> dict[str, Kind]:
         "manifest": Kind(files, "manifest.json", verify_directory, json=True),
         "shard": Kind(files, "val_000000.bin", lambda path: load_val_tokens(path / "val_*.bin", 300)),
         "config": Kind(run, "config.json", lambda path: (stored_recipe(path), read_record(path)), json=True),
-        "environment": Kind(run, "environment.json", lambda path: (devices_of(path), own(path)), json=True),
-        "stages": Kind(run, "stages.json", read_record, json=True, seal=True),
-        "result": Kind(run, "result.json", own, json=True),
+        "environment": Kind(run, "environment.json", lambda path: (devices_of(path), own(path), claims_of(path)), json=True),
+        "stages": Kind(run, "stages.json", lambda path: shown([path, path]), json=True, seal=True),
+        "result": Kind(run, "result.json", lambda path: (own(path), claims_of(path)), json=True),
         "metrics": Kind(run, "metrics.jsonl", lambda path: (json_rows(path / "metrics.jsonl"), read_record(path))),
         "set": Kind({"set.npz": small_reference()}, "set.npz", lambda path: use_set(path / "set.npz")),
         "safetensors": Kind({"a.safetensors": (root / "a.safetensors").read_bytes()}, "a.safetensors",
                             lambda path: read_checkpoint(path / "a.safetensors")),
-        "claims": Kind({"submission.json": json.dumps(claims).encode()}, "submission.json",
+        "claims": Kind({"submission.json": json.dumps(said).encode()}, "submission.json",
                        lambda path: read_claims(path / "submission.json", "x"), json=True),
         "documents": Kind({"a.jsonl": b'{"text": "one"}\n{"text": "two"}\n'}, "a.jsonl",
                           lambda path: list(read_documents([path / "a.jsonl"]))),

@@ -79,8 +79,15 @@ def test_a_fault_is_one_line_before_anything_is_compiled(recipe, tmp_path, spoil
 
 
 @pytest.mark.parametrize("value", ["x", None, -1, [8], {"devices_used": "x"}])
-def test_a_damaged_number_of_devices_counts_as_unknown(tmp_path, value):
-    (tmp_path / "environment.json").write_text(json.dumps(value if isinstance(value, dict) else {"devices_used": value}))
+def test_a_damaged_number_of_devices_is_refused_and_a_missing_one_unknown(tmp_path, value):
+    """Taken for unknown it would let a run go on on other devices than its own, unsaid."""
+    damaged = value if isinstance(value, dict) else {"devices": ["cpu"], "devices_used": value}
+    (tmp_path / "environment.json").write_text(json.dumps(damaged))
+    with pytest.raises(GolfError, match="environment.json: devices(_used)? is .*; put back what the run wrote, or remove it"):
+        devices_of(tmp_path)
+    (tmp_path / "environment.json").write_text(json.dumps({"devices": ["cpu"]}))
+    assert devices_of(tmp_path) == 0
+    (tmp_path / "environment.json").unlink()
     assert devices_of(tmp_path) == 0
 
 

@@ -21,9 +21,12 @@ from golf_jax.config import EvalConfig, GolfError, QuantRule, Recipe, SlidingCon
 from golf_jax.data.shards import write_shard
 from golf_jax.data.tokenizer import Tokenizer
 from golf_jax.interrupt import Interrupted
+from golf_jax.opening import load, text_for
 from golf_jax.pipeline import Options
+from golf_jax.proof.own import check_own
 from golf_jax.training import loop
 from golf_jax.training.clock import TrainingClock
+from golf_jax.training.resume import stored_recipe
 from golf_jax.training.rundir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -251,6 +254,29 @@ def test_another_artifact_has_no_score_of_the_one_before(tmp_path, text):
     assert result["sha256"] != before["sha256"] and (path / "log.txt").read_text().count("standard_exact") == 2
     score = {name: e["val_bpb"] for name, e in result["evaluations"].items()}
     assert score.keys() == before["evaluations"].keys() and score != {name: e["val_bpb"] for name, e in before["evaluations"].items()}
+
+
+def test_a_run_on_relative_places_is_the_same_run_from_every_folder(tmp_path, text, monkeypatch):
+    """Finished, resumed, scored and checked elsewhere; one that an earlier version left goes on in its own folder."""
+    recipe, path = on_text(tiny("baseline", vocab_size=300, seq_len=32, steps=4), Path()), tmp_path / "run"
+    assert not os.path.isabs(recipe.data.train)
+    monkeypatch.chdir(text)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(pipeline, "pack_model", lambda *_, **__: (_ for _ in ()).throw(Interrupted(signal.SIGTERM)))
+        run(recipe, path)
+    monkeypatch.chdir(tmp_path)
+    result = pipeline.run(stored_recipe(path), Options(resume=str(path)))
+    assert result["changes"] == [] and stored_recipe(path).data.val == str(text / "val_*.bin")
+    assert text_for(load(path)).identity["val"] == result["text"]["val"]
+    found = check_own(path, rerun=False)
+    assert "pass" in {f.status for f in found if f.rule == "data"} and not any("cannot be read" in f.text for f in found)
+    stages = json.loads((path / "stages.json").read_text()) | {"recipe": to_dict(recipe)}
+    (path / "config.json").write_text(json.dumps(to_dict(recipe)))
+    (path / "stages.json").write_text(json.dumps(files.sealed(stages)))
+    (path / "result.json").unlink()
+    monkeypatch.chdir(text)
+    again = pipeline.run(stored_recipe(path), Options(resume=str(path)))
+    assert again["changes"] == [] and again["sha256"] == result["sha256"] and stored_recipe(path).data.val == str(text / "val_*.bin")
 
 
 def test_an_altered_config_is_found_by_the_checkpoint_alone(tmp_path, text):

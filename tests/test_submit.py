@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_runs import ENVIRONMENT, evaluation, pack_facts, result
 from tiny_recipes import build_text, environment, on_text, tiny
 
 from golf_jax.artifact import pack
@@ -37,20 +38,13 @@ def finished_run(path, text, seed=42, nats=3_000.0, module="golf_jax.config", **
         bundle(module),
         pack({}, {"w": QTensor("float32", "float32", values=np.full((4, 4), seed, "f4"))}, "zstd", 3),
     )
-    facts = {"targets": 1_000, "covered": 1_000, "duplicates": 0, "order_violations": 0, "updates": 0, "causal": True}
-    score = {"nll_nats": nats, "tokens": 1_000, "bytes": 2_400, "val_loss": nats / 1_000, "val_bpb": nats / 2_400 / math.log(2)}
-    e = score | {"legal": True, "partial": False, "facts": facts | {"normalization_error": 1e-7, "exactly_once": True}}
-    result = {
-        "recipe": "tiny", "steps": 10, "train_seconds": 500.0, "train_and_calibration_seconds": 505.0,
-        "evaluations": {"standard": e | {"seconds": {"compile": 1.0, "score": 2.0, "train": 0.0}}},
-        "artifact_bytes": len(artifact), "code_bytes": len(code), "code_bytes_raw": raw_code_bytes(code),
-        "total_bytes": len(artifact) + len(code), "tokenizer_sha256": sha256_file(text / "tokenizer.model"),
-    } | over  # fmt: skip
-    devices = {"devices": ["cpu"] * 4, "devices_used": 2, "packages": {"jax": "0.10.2", "numpy": "2.4.6", "golf-jax": "0.1.0"}}
-    log = f"step:10/10 train_loss:3.1\nCode size (compressed): {len(code)} bytes\nTotal submission size: {result['total_bytes']} bytes\n"
-    log += f"final_standard_exact val_loss:{score['val_loss']:.8f} val_bpb:{score['val_bpb']:.8f} nats:{nats} tokens:1000 bytes:2400\n"
+    e = evaluation(nats)
+    sizes = pack_facts(len(artifact), len(code), raw_code_bytes(code))
+    said = result(**sizes, evaluations={"standard": e}, tokenizer_sha256=sha256_file(text / "tokenizer.model")) | over
+    log = f"step:10/10 train_loss:3.1\nCode size (compressed): {len(code)} bytes\nTotal submission size: {said['total_bytes']} bytes\n"
+    log += f"final_standard_exact val_loss:{e['val_loss']:.8f} val_bpb:{e['val_bpb']:.8f} nats:{nats} tokens:1000 bytes:2400\n"
     recipe = to_dict(on_text(tiny("baseline"), text)) | {"seed": seed}
-    for name, value in (("config", recipe), ("environment", devices), ("result", result)):
+    for name, value in (("config", recipe), ("environment", ENVIRONMENT), ("result", said)):
         (path / f"{name}.json").write_text(json.dumps(value))
     for name, data in (("log.txt", log.encode()), ("code.pyz", code), ("artifact.golf", artifact)):
         (path / name).write_bytes(data)
@@ -113,21 +107,40 @@ def test_a_full_disk_leaves_no_half_submission(tmp_path, text, monkeypatch):
 
 def test_an_evaluation_counts_only_where_it_is_legal_in_every_run(tmp_path, text):
     one, other = (finished_run(tmp_path / name, text, seed) for name, seed in (("one", 1), ("other", 2)))
-    result = json.loads((other / "result.json").read_text())
-    result["evaluations"]["sliding"] = result["evaluations"]["standard"]
-    result["evaluations"]["standard"] = result["evaluations"]["standard"] | {"legal": False}
-    (other / "result.json").write_text(json.dumps(result))
+    said = json.loads((other / "result.json").read_text())
+    said["evaluations"]["sliding"] = said["evaluations"]["standard"]
+    said["evaluations"]["standard"] = said["evaluations"]["standard"] | {"legal": False}
+    (other / "result.json").write_text(json.dumps(said))
     with pytest.raises(GolfError, match=f"no evaluation is legal in all of {one}, {other}"):
         submit(one, other, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("facts", [{}, {"devices": [], "devices_used": 1, "packages": {"jax": "1"}}])
-def test_an_environment_that_is_none_is_told_in_one_line(tmp_path, text, facts):
+@pytest.mark.parametrize(
+    ("facts", "word"),
+    [
+        ({}, "devices is missing"),
+        (ENVIRONMENT | {"devices": []}, r"devices is \[\], not of length 1"),
+        (ENVIRONMENT | {"devices_used": True}, "devices_used is True, not a whole number"),
+        (ENVIRONMENT | {"packages": {"jax": "\x1b[31m"}}, "packages.jax is .* printable"),
+        (ENVIRONMENT | {"packages": {}}, "devices_used or packages.jax is missing"),
+        ({"devices": ["cpu"], "packages": {"jax": "1"}}, "devices_used or packages.jax is missing"),
+    ],
+)
+def test_an_environment_that_is_none_is_told_in_one_line(tmp_path, text, facts, word):
     run = finished_run(tmp_path / "run", text)
     (run / "environment.json").write_text(json.dumps(facts))
-    with pytest.raises(GolfError, match="environment.json"):
+    with pytest.raises(GolfError, match=f"environment.json: {word}.*; put back what the run wrote"):
         submit(run, out=tmp_path / "out")
+    (run / "environment.json").unlink()
+    with pytest.raises(GolfError, match="environment.json: it is missing, and a submission says where it ran"):
+        submit(run, out=tmp_path / "out")
+
+
+def test_a_fault_of_ours_is_not_blamed_on_the_files(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(submission, "claims", lambda *_: {}["a fault"])
+    with pytest.raises(KeyError):
+        submit(finished_run(tmp_path / "run", text), out=tmp_path / "out")
 
 
 def test_a_run_that_contradicts_itself_is_no_submission_at_all(tmp_path, text):
@@ -169,7 +182,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_train_gpt_runs_alone_and_scores_the_same(tmp_path, text, programs):
     """In an otherwise empty folder, in a process that cannot import golf_jax: the same bytes, the same score, and it trains."""
     recipe = on_text(tiny("baseline", vocab_size=300, seq_len=32), text)
-    result = run(recipe, Options(run_dir=str(tmp_path / "run")))
+    scored = run(recipe, Options(run_dir=str(tmp_path / "run")))
     assert submit(tmp_path / "run", out=tmp_path / "out") == 0
 
     def alone(*arguments: str | Path) -> str:
@@ -180,8 +193,8 @@ def test_train_gpt_runs_alone_and_scores_the_same(tmp_path, text, programs):
         return done.stdout
 
     said = alone("--score", f"artifact_seed{recipe.seed}.golf")
-    assert f"{result['artifact_bytes']:,} bytes, SHA-256 {result['sha256']}" in said
-    for name, e in result["evaluations"].items():
+    assert f"{scored['artifact_bytes']:,} bytes, SHA-256 {scored['sha256']}" in said
+    for name, e in scored["evaluations"].items():
         printed = re.search(rf"^{name} .*val_bpb:(\S+) ", said, re.M)  # compiled with other options there
         assert printed and float(printed[1]) == pytest.approx(e["val_bpb"], abs=1e-6), said
     alone("--budget.steps", "2", "--schedule.warmdown-steps", "1", "--run-dir", "again")

@@ -8,7 +8,9 @@ import threading
 import time
 from dataclasses import replace
 
+import made_runs
 import pytest
+from made_runs import TRAIN, evaluation
 from tiny_recipes import build_text, environment, on_text, tiny
 
 from golf_jax import sweep
@@ -66,8 +68,8 @@ def made_up(point, directory, *more):
         return "error: clip_norm"
     directory.mkdir(exist_ok=True)
     loss = 3.0 + 0.1 * point.recipe.seed - 0.01 * point.recipe.optim.clip_norm * (1 + 0.01 * point.recipe.seed)
-    e = {"val_loss": loss, "val_bpb": loss / 2, "legal": True, "tokens": 1000, "bytes": 3000}
-    stages = {"train": {"steps": 2, "seconds": 1.5}, "pack": {"total_bytes": 9, "code_bytes": 1}, "evaluations": {"standard": e}}
+    e = evaluation() | {"val_loss": loss, "val_bpb": loss / 2}
+    stages = {"train": TRAIN | {"steps": 2}, "pack": made_runs.stages()["pack"], "evaluations": {"standard": e}}
     for name, content in (("config", to_dict(point.recipe)), ("stages", sealed(stages)), ("result", {})):
         (directory / f"{name}.json").write_text(json.dumps(content))
     (directory / "code.pyz").write_bytes(b"code")

@@ -1,5 +1,6 @@
 """A trained model as an artifact, and back: parameters -> tensors -> integer codes -> bytes -> parameters."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from golf_jax.model.params import from_tensors, leaves, tensor_names, to_tensors
 from golf_jax.progress import Log
 from golf_jax.quant import QTensor, check_quant, dequantize_all, rules_for
 from golf_jax.quant.fit import FitReport, fit_to_cap
+from golf_jax.quant.rules import match_rule
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,13 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a model, by name."""
     table = leaves(config)
     return {tensor: table[name].tensor_shape() for tensor, (name, _) in tensor_names(config).items()}
+
+
+def scheme_packed(model: ModelConfig, quant: QuantConfig) -> str:
+    """The scheme that names the artifact in the challenge's log lines: of the last of the rules that claims a tensor of this model."""
+    rules, shapes = rules_for(model, quant), tensor_shapes(model)
+    claimed = [match_rule(rules, name, math.prod(shape), model.num_layers) for name, shape in shapes.items()]
+    return max(claimed, key=rules.rules.index).scheme
 
 
 def pack_model(

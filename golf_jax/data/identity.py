@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def identify(tokenizer_sha256: str, train: Sequence[Path], val: Sequence[Path]) 
     return identity | {"digest": hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}
 
 
-def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two identities, in a few words; empty if nothing does."""
     if before.get("tokenizer") != now["tokenizer"]:
         return f"tokenizer: SHA-256 {str(before.get('tokenizer'))[:12]} then, {now['tokenizer'][:12]} now"
@@ -39,7 +39,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ""
 
 
-def trained_on(run: dict[str, Any], here: dict[str, Any]) -> str:
+def trained_on(run: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """What is to be said where validation files of the text `here` were trained on in a `run` (identities); empty where none was."""
     then = {(entry["bytes"], entry["content"]): entry["name"] for entry in run["train"]}
     pairs = [(entry["name"], then.get((entry["bytes"], entry["content"]))) for entry in here["val"]]

@@ -10,7 +10,7 @@ from typing import Any
 
 from golf_jax.artifact.code import raw_code_bytes, unbundle
 from golf_jax.artifact.container import inspect
-from golf_jax.config import CAP_BYTES, LIMIT_SECONDS, GolfError
+from golf_jax.config import CAP_BYTES, LIMIT_SECONDS, GolfError, Recipe, to_dict
 from golf_jax.data.corpus import build_embedded
 from golf_jax.data.manifest import sha256_file
 from golf_jax.data.shards import find_shards
@@ -21,7 +21,7 @@ from golf_jax.progress import clock_seconds
 from golf_jax.proof.finding import Finding, fold
 from golf_jax.proof.folder import check_settings, customary
 from golf_jax.proof.logs import Run, parse_log, read_text
-from golf_jax.training.rundir import read_json
+from golf_jax.training.runfiles import Environment, Result, read_config, read_environment, read_json, read_result
 
 READ_AT_MOST = 1 << 29  # bytes of shards that are read again here; more is left to `golf_jax.data verify`
 SCORE_AT_MOST = 300.0  # recorded seconds of an evaluation that is done again here
@@ -38,26 +38,19 @@ def read_run(path: Path) -> Run | None:
     if not runs:
         return None
     run = runs[-1]  # a resumed run writes on in the same log
-    run.settings = {name: (value, 1) for name, value in _flat(_json(path / "config.json"))}
+    run.settings = {name: (value, 1) for name, value in _flat(to_dict(read_config(path)))}
     return run
 
 
 def check_own(path: Path, rerun: bool = True) -> list[Finding]:
     """All checks of one run directory. rerun: score the artifact again in a fresh process. Raises GolfError for unreadable files."""
-    config = _json(path / "config.json")
+    recipe = read_config(path)
     if not (path / "result.json").is_file():
         return [Finding("not checkable", "input", "no result.json: the run has not finished; go on with --resume", str(path))]
-    result = _json(path / "result.json")
-    environment = _json(path / "environment.json") if (path / "environment.json").is_file() else {}
-    try:
-        found = [*_scores(result), *_bytes(path, result), *_clocks(result, environment), *_data(path, result, config)]
-        found += [*_legality(result), *_log(path, result)]
-        found.append(_round_trip(path, result, config) if rerun else Finding("not checkable", "round trip", "left out by --no-rerun"))
-    except GolfError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise GolfError(f"{path / 'result.json'}: not the result of the run that config.json tells ({why})") from None
+    result, environment = read_result(path), read_environment(path)
+    found = [*_scores(result), *_bytes(path, result), *_clocks(result, environment), *_data(path, result, recipe)]
+    found += [*_legality(result), *_log(path, result)]
+    found.append(_round_trip(path, result, recipe) if rerun else Finding("not checkable", "round trip", "left out by --no-rerun"))
     return fold(found)
 
 
@@ -72,13 +65,6 @@ def check_together(paths: list[Path]) -> list[Finding]:
     return [first, *check_settings(runs)]
 
 
-def _json(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise GolfError(f"{path}: holds {type(value).__name__}, not an object")
-    return value
-
-
 def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -86,7 +72,7 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     return [(name, str(value))]
 
 
-def _scores(result: dict[str, Any]) -> list[Finding]:
+def _scores(result: Result) -> list[Finding]:
     found = []
     for name, e in result["evaluations"].items():
         text = f"{e['bytes']:,} bytes ({e['tokens']:,} tokens, {e['bytes'] / max(e['tokens'], 1):.4f} bytes per token, {name})"
@@ -107,7 +93,7 @@ def _scores(result: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def _bytes(path: Path, result: dict[str, Any]) -> list[Finding]:
+def _bytes(path: Path, result: Result) -> list[Finding]:
     found, artifact, code = [], path / "artifact.golf", path / "code.pyz"
     if not artifact.is_file():
         return [Finding("fail", "bytes", "artifact.golf is missing", str(path))]
@@ -140,8 +126,8 @@ def _bytes(path: Path, result: dict[str, Any]) -> list[Finding]:
         return [*found, Finding("fail", "code", f"code.pyz: {error}", "code.pyz")]
 
 
-def _clocks(result: dict[str, Any], environment: dict[str, Any]) -> list[Finding]:
-    devices = [str(d) for d in environment.get("devices", [])]
+def _clocks(result: Result, environment: Environment | None) -> list[Finding]:
+    devices = environment["devices"] if environment else []
     official = len(devices) == 8 and all("H100" in d for d in devices)
     here = f"{len(devices)} x {devices[0]}" if devices else "an unknown machine"
     step = result["train_seconds"] / max(result["steps"], 1)
@@ -157,7 +143,7 @@ def _clocks(result: dict[str, Any], environment: dict[str, Any]) -> list[Finding
     return found
 
 
-def _data(path: Path, result: dict[str, Any], config: dict[str, Any]) -> list[Finding]:
+def _data(path: Path, result: Result, recipe: Recipe) -> list[Finding]:
     found = []
     if (path / "tokenizer.model").is_file():
         same = sha256_file(path / "tokenizer.model") == result["tokenizer_sha256"]
@@ -165,7 +151,7 @@ def _data(path: Path, result: dict[str, Any], config: dict[str, Any]) -> list[Fi
         found.append(
             Finding("pass" if same else "fail", "data", f"{text} (sha256 {result['tokenizer_sha256'][:12]}...)", "tokenizer.model")
         )
-    train, val, tokenizer = _text(config)
+    train, val, tokenizer = _text(recipe)
     try:
         size = sum(p.stat().st_size for pattern in (train, val) for p in find_shards(pattern))
         if size > READ_AT_MOST:
@@ -181,16 +167,16 @@ def _data(path: Path, result: dict[str, Any], config: dict[str, Any]) -> list[Fi
     return [*found, Finding("pass", "data", sound), *(Finding("warning", "data", doubt) for doubt in doubts)]
 
 
-def _text(config: dict[str, Any]) -> tuple[str, str, str]:
+def _text(recipe: Recipe) -> tuple[str, str, str]:
     """(training shards, validation shards, tokenizer) of a run."""
-    data = config["data"]
-    if data["train"] != "embedded":
-        return data["train"], data["val"], data["tokenizer"]
-    directory = Path(build_embedded(cache_directory(), config["model"]["vocab_size"])["directory"])
+    data = recipe.data
+    if data.train != "embedded":
+        return data.train, data.val, data.tokenizer
+    directory = Path(build_embedded(cache_directory(), recipe.model.vocab_size)["directory"])
     return str(directory / "train_*.bin"), str(directory / "val_*.bin"), str(directory / "tokenizer.model")
 
 
-def _legality(result: dict[str, Any]) -> list[Finding]:
+def _legality(result: Result) -> list[Finding]:
     found = []
     for name, e in result["evaluations"].items():
         f, where = e["facts"], f"result.json: evaluations.{name}"
@@ -212,7 +198,7 @@ def _legality(result: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def _log(path: Path, result: dict[str, Any]) -> list[Finding]:
+def _log(path: Path, result: Result) -> list[Finding]:
     """Does log.txt end with the scores of result.json?"""
     run = read_run(path)
     if run is None or not run.finals:
@@ -226,11 +212,11 @@ def _log(path: Path, result: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def _round_trip(path: Path, result: dict[str, Any], config: dict[str, Any]) -> Finding:
+def _round_trip(path: Path, result: Result, recipe: Recipe) -> Finding:
     """Score artifact.golf in a process that knows nothing of the run, the cheapest of its evaluations, and compare."""
     took = {name: clock_seconds(e["seconds"]) for name, e in result["evaluations"].items()}
     name = min(took, key=lambda n: took[n])
-    _, val, tokenizer = _text(config)
+    _, val, tokenizer = _text(recipe)
     command = [sys.executable, "-m", "golf_jax.evaluate", str(path / "artifact.golf"), "--val", val, "--tokenizer", tokenizer]
     if took[name] > SCORE_AT_MOST:
         return Finding("not checkable", "round trip", f"takes about {took[name]:.0f} s: {' '.join(command[1:])} --mode {name}")
@@ -240,7 +226,7 @@ def _round_trip(path: Path, result: dict[str, Any], config: dict[str, Any]) -> F
         if done.returncode or not out.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             return Finding("fail", "round trip", f"the artifact cannot be scored again: {last}", "artifact.golf")
-        again = _json(out)
+        again = read_json(out)
     before = result["evaluations"][name]
     text = f"{name} {again['val_bpb']:.8f} in a fresh process, {before['val_bpb']:.8f} in the run"
     same = math.isclose(again["nll_nats"], before["nll_nats"], rel_tol=SAME) and again["bytes"] == before["bytes"]

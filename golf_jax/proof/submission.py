@@ -16,7 +16,8 @@ from golf_jax.options import Author
 from golf_jax.progress import clock_seconds
 from golf_jax.proof.finding import Finding, table
 from golf_jax.training.resume import stored_recipe
-from golf_jax.training.rundir import read_json
+from golf_jax.training.rundir import go_on
+from golf_jax.training.runfiles import Result, read_environment, read_result
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 CONTRADICTED = ("claims", "round trip")  # a failure of these says: the numbers are not those of this artifact
@@ -25,21 +26,27 @@ RECORD_NEEDS = ("implied bytes", "hardware")  # a warning of these says: another
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: its recipe, result.json and environment.json."""
+    """A finished run: its recipe, result.json, and of environment.json the devices it used and the versions of its packages."""
 
     path: Path
     recipe: Recipe
-    result: dict[str, Any]
-    environment: dict[str, Any]
+    result: Result
+    devices: list[str]
+    packages: dict[str, str | None]
 
     @classmethod
     def read(cls, path: Path) -> "Finished":
-        """Raises GolfError if the run in `path` has not finished."""
-        recipe = stored_recipe(path)
+        """Raises GolfError if the run in `path` has not finished, or does not say where it ran."""
+        recipe, file = stored_recipe(path), path / "environment.json"
         try:
-            return cls(path, recipe, read_json(path / "result.json"), read_json(path / "environment.json"))
+            result, environment = read_result(path), read_environment(path)
         except FileNotFoundError:
-            raise GolfError(f"{path}: the run has not finished; go on with it: python -m golf_jax.train --resume {path}") from None
+            raise GolfError(f"{path}: the run has not finished; go on with it: {go_on(path)}") from None
+        used, packages = (environment or {}).get("devices_used"), (environment or {}).get("packages", {})
+        if environment is None or not used or not packages.get("jax"):
+            what = "devices_used or packages.jax is" if environment else "it is"
+            raise GolfError(f"{file}: {what} missing, and a submission says where it ran; put back what the run wrote")
+        return cls(path, recipe, result, environment["devices"][:used], packages)
 
     @property
     def legal(self) -> dict[str, float]:
@@ -96,7 +103,7 @@ def claims(runs: Sequence[Finished], findings: Sequence[Finding], about: Author,
         found = [f.status for f in findings if f.rule in rules]
         return "pass" in found and "fail" not in found and "not checkable" not in found
 
-    devices = runs[0].environment["devices"][: runs[0].environment["devices_used"]]
+    devices = runs[0].devices
     return {
         "author": about.author,
         "github_id": about.github_id,
@@ -119,7 +126,7 @@ def claims(runs: Sequence[Finished], findings: Sequence[Finding], about: Author,
         "step_avg_ms_mean": mean("step_avg_ms"),
         "hardware": f"{len(devices)} x {devices[0]}",
         "framework": "jax",
-        "jax_version": runs[0].environment["packages"]["jax"],
+        "jax_version": runs[0].packages["jax"],
         "compliance": {
             "train_under_600s": holds("training clock", "Hessian clock"),
             "eval_under_600s": holds("evaluation clock"),
@@ -183,13 +190,9 @@ def write_submission(
     codes = {(run.path / "code.pyz").read_bytes() for run in runs}
     if len(codes) > 1:
         raise GolfError("the runs did not run the same code (code.pyz differs); submit runs of one program")
-    environment, findings = runs[0].environment, [f for found in report.values() for f in found]
-    try:
-        facts = claims(runs, findings, about, record, date)
-        needed = requirements(environment["packages"], environment["devices"])
-    except (KeyError, TypeError, AttributeError, IndexError) as error:  # the checks look at neither of these
-        why = f"{type(error).__name__}: {error}"
-        raise GolfError(f"{runs[0].path}: result.json or environment.json is not that of a finished run ({why})") from None
+    findings = [f for found in report.values() for f in found]
+    facts = claims(runs, findings, about, record, date)
+    needed = requirements(runs[0].packages, runs[0].devices)
     data = runs[0].recipe.data
     if data.train != "embedded":  # where the shards lay is nobody's concern, and their reader's to say
         data = replace(data, train=Path(data.train).name, val=Path(data.val).name, tokenizer="tokenizer.model")

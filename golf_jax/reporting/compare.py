@@ -181,6 +181,8 @@ def runs_csv(groups: Sequence[Group]) -> str:
     writer.writerow(COLUMNS)
     for group in groups:
         for r in group.runs:
+            if "train" not in r.stages or "pack" not in r.stages:  # so it has no evaluation either
+                continue
             trained, packed = r.stages["train"], r.stages["pack"]
             for method, e in r.evaluations.items():
                 first = (r.name, group.label, r.recipe.seed, trained["steps"], trained["seconds"])

@@ -80,7 +80,7 @@ def quantization_errors(record: Record) -> list[TensorError]:
 
     Raises GolfError where the checkpoint is missing, or is not the one that the artifact was made from.
     """
-    if record.ledger is None:
+    if record.ledger is None or "train" not in record.stages:
         raise GolfError(f"{record.path / 'artifact.golf'}: no such file")
     mesh = make_mesh()
     recipe = replace(record.recipe, model=resolve(record.recipe.model, platform(mesh)))

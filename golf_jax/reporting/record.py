@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from golf_jax.artifact.ledger import ByteLedger, ledger
-from golf_jax.config import GolfError, Recipe, from_dict
-from golf_jax.files import json_rows, read_bytes
-from golf_jax.training.rundir import read_json, read_stages
-
-STEP, VALIDATION = ("step", "seconds", "lr_factor", "loss", "momentum", "grad_norm"), ("step", "seconds", "val_loss", "val_bpb")
-NULL = ("loss", "momentum", "grad_norm", "val_loss", "val_bpb")  # where there is none, or none that is finite
+from golf_jax.config import GolfError, Recipe, to_dict
+from golf_jax.files import read_bytes
+from golf_jax.training.runfiles import Evaluation, Stages, Step, Validation, read_config, read_metrics, read_stages
 
 
 @dataclass(frozen=True)
@@ -22,17 +19,17 @@ class Record:
     recipe: Recipe
     config: dict[str, Any]
     """config.json: the recipe as it was asked for."""
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     """Rows of metrics.jsonl, one per training step: step, loss (nats per token), lr_factor, momentum, grad_norm, seconds."""
-    validations: list[dict[str, Any]] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
     """Validations during training: step, seconds, val_loss (nats per token), val_bpb."""
-    stages: dict[str, Any] = field(default_factory=dict)
+    stages: Stages = field(default_factory=lambda: Stages())
     """stages.json: what each finished stage says (train, pack, evaluations)."""
     ledger: ByteLedger | None = None
     """Bytes of the artifact, its code included; None before there is one."""
 
     @property
-    def evaluations(self) -> dict[str, dict[str, Any]]:
+    def evaluations(self) -> dict[str, Evaluation]:
         """Method -> score of the packed model, in the order in which they were made."""
         return self.stages.get("evaluations", {})
 
@@ -54,37 +51,14 @@ def find_runs(paths: list[Path]) -> list[Path]:
 
 def read_record(path: Path, name: str = "") -> Record:
     """The record of one run directory. Raises GolfError naming the file that is missing, damaged or not a run's."""
-    try:
-        config = read_json(path / "config.json")
-    except FileNotFoundError:
-        raise GolfError(f"{path}: no run is there (config.json is missing)") from None
-    stages, rows = read_stages(path), json_rows(path / "metrics.jsonl")
+    recipe, stages, (steps, validations) = read_config(path), read_stages(path), read_metrics(path)
     bytes_of = None
     if "pack" in stages and (path / "artifact.golf").is_file():
         try:
             bytes_of = ledger(read_bytes(path / "artifact.golf"), stages["pack"]["code_bytes"])
         except GolfError as error:
             raise GolfError(f"{path / 'artifact.golf'}: {error}; go on with the run to make it anew (--resume)") from None
-    return Record(
-        path,
-        name or path.name,
-        from_dict(Recipe, config, f"{path / 'config.json'}"),
-        config,
-        [row for row in rows if row["event"] == "train" and row.get("loss") is not None and _checked(path, row, STEP)],
-        [row for row in rows if row["event"] == "validation" and _checked(path, row, VALIDATION)["val_bpb"] is not None],
-        stages,
-        bytes_of,
-    )
-
-
-def _checked(path: Path, row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The row, in which all `names` are numbers. Raises GolfError where one is not."""
-    for name in names:
-        value = row.get(name, ...)
-        if not (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 or (value is None and name in NULL)):
-            said = "missing" if value is ... else f"{str(value)[:40]!a}, no number"
-            raise GolfError(f"{path / 'metrics.jsonl'}: {name} of step {str(row.get('step'))[:20]!a} is {said}; remove that line")
-    return row
+    return Record(path, name or path.name, recipe, to_dict(recipe), steps, validations, stages, bytes_of)
 
 
 def read_records(paths: list[Path]) -> list[Record]:

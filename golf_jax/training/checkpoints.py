@@ -28,6 +28,7 @@ from golf_jax.config import GolfError
 from golf_jax.files import sealed
 from golf_jax.mesh import ROWS, run_rarely
 from golf_jax.processes import from_main
+from golf_jax.training.runfiles import checked_meta
 from golf_jax.training.state import TrainState
 
 FULL = os.strerror(errno.ENOSPC)
@@ -161,8 +162,7 @@ class Checkpoints:
             if odd := [p for p in (self.directory / str(step)).rglob("*") if not (p.is_file() or p.is_dir())]:
                 raise GolfError(f"checkpoint {step}: {odd[0]} is no regular file")  # opening a pipe would block for ever
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            if not isinstance(meta, dict) or meta != sealed(meta) or meta["step"] != step:
-                raise GolfError(f"checkpoint {step}: its meta data were altered")
+            meta = checked_meta(meta, step)
             folder: Any = self.directory / str(step) / "state"
             check_same_shapes(abstract, ocp.StandardCheckpointHandler().metadata(folder).tree)
             # Not strict: what the check lets through is padding, which orbax cuts or fills with zeros.
@@ -202,6 +202,8 @@ class Checkpoints:
             with self._reported(what):
                 yield
         except GolfError as error:
+            with suppress(Exception):  # told above; what fails beside the arrays fails while orbax still writes them where it is removed
+                self._manager._wait_for_checkpointers()  # no public way to it
             for half in self.directory.glob("*.orbax-checkpoint-tmp") if jax.process_index() == 0 else ():
                 shutil.rmtree(half, ignore_errors=True)
             there = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())  # orbax has given up some already

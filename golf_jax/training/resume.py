@@ -1,14 +1,17 @@
 """What a run directory says about its run, and what may be changed when it goes on."""
 
-import contextlib
+import glob
 import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from golf_jax.config import GolfError, Recipe, differences, from_dict, to_dict
+from golf_jax.config import GolfError, Recipe, differences, to_dict
 from golf_jax.data.identity import difference
 from golf_jax.processes import from_all
-from golf_jax.training.rundir import newest_meta, read_json, read_stages
+from golf_jax.training.runfiles import newest_meta, read_config, read_environment, read_stages
 
 # What cannot change what has been trained; the text is compared by content (`golf_jax.data.identity`), wherever it lies.
 PLACES = ("data.train", "data.val", "data.tokenizer")
@@ -16,43 +19,41 @@ FREE = ("log_every", "checkpoint_every", "micro_rows", "model.attention", "model
 REPACKED = ("quant", "eval")  # the artifact holds both
 
 
+def located(recipe: Recipe) -> Recipe:
+    """`recipe` with the places of its text as absolute ones, as a run keeps it: it means the same text from every folder."""
+    data = recipe.data
+    if data.train == "embedded":
+        return recipe
+
+    def absolute(place: str, folder: Callable[[], str]) -> str:
+        return place if os.path.isabs(place) else os.path.join(folder(), place)
+
+    train, val = (absolute(pattern, lambda: glob.escape(os.getcwd())) for pattern in (data.train, data.val))
+    return replace(recipe, data=replace(data, train=train, val=val, tokenizer=absolute(data.tokenizer, os.getcwd)))
+
+
 def stored_recipe(path: str | Path) -> Recipe:
     """The recipe of the run in `path`. Raises GolfError, also if config.json is not what the run wrote: `stages.json` has it, sealed, and
     where that was removed the newest checkpoint, up to what cannot change what has been trained."""
-    file = Path(path) / "config.json"
-    try:
-        stored, written, free = from_dict(Recipe, read_json(file)), read_stages(Path(path)).get("recipe"), ()
-        if not written:
-            written, free = newest_meta(Path(path)).get("recipe"), FREE
-        for field, before, now in differences(written, to_dict(stored)) if written else ():
-            if not _within(field, free):
-                raise GolfError(
-                    f"{field} is {now!r} and was {before!r} when the run wrote it; put that back, and give what is to change as a flag"
-                )
-        return stored
-    except FileNotFoundError:
-        raise GolfError(f"{path}: no run is there (config.json is missing)") from None
-    except GolfError as error:
-        raise error if str(file) in str(error) else GolfError(f"{file}: {error}") from None
+    stored, written, free = read_config(Path(path)), read_stages(Path(path)).get("recipe"), ()
+    if not written:
+        written, free = newest_meta(Path(path)).get("recipe"), FREE
+    places = to_dict(located(stored).data)  # of a run that began with relative ones, killed between stages.json and config.json
+    for field, before, now in differences(written, to_dict(stored)) if written else ():
+        if not _within(field, free) and not (field in PLACES and places[field.removeprefix("data.")] == before):
+            was = f"{field} is {now!r} and was {before!r} when the run wrote it"
+            raise GolfError(f"{Path(path) / 'config.json'}: {was}; put that back, and give what is to change as a flag")
+    return stored
 
 
 def devices_of(path: str | Path) -> int:
     """How many devices the run in `path` used; 0 where it does not say."""
-    used = _used(path, "devices_used")
-    return used if isinstance(used, int) and used > 0 else 0
+    return (read_environment(Path(path)) or {}).get("devices_used", 0)
 
 
 def attention_of(path: str | Path) -> str:
     """What computed attention in the run in `path`; empty where it does not say."""
-    used = _used(path, "attention")
-    return used if isinstance(used, str) and used.isidentifier() else ""
-
-
-def _used(path: str | Path, name: str) -> Any:
-    with contextlib.suppress(FileNotFoundError):
-        found = read_json(Path(path) / "environment.json")
-        return found.get(name) if isinstance(found, dict) else None
-    return None
+    return (read_environment(Path(path)) or {}).get("attention", "")
 
 
 def _within(field: str, names: tuple[str, ...]) -> bool:

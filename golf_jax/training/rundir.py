@@ -19,13 +19,13 @@ from typing import Any, TextIO
 
 import jax
 
-from golf_jax.config import GolfError, parse_json
-from golf_jax.files import finite, json_rows, read_bytes, sealed, write_atomic
+from golf_jax.config import GolfError
+from golf_jax.files import finite, json_rows, sealed, write_atomic
 from golf_jax.processes import from_main
 from golf_jax.supervise import ANEW
+from golf_jax.training.runfiles import read_stages
 from golf_jax.training.trackers import Tracker, open_tracker, scalars
 
-STAGES: dict[str, type] = {"recipe": dict, "text": dict, "train": dict, "pack": dict, "evaluations": dict, "changes": list}
 REPLACED = ("config.json", "environment.json", "tokenizer.model", "code.pyz", "artifact.golf", "stages.json", "result.json")
 PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 
@@ -42,44 +42,6 @@ def new_path(parent: str | Path, name: str) -> Path:
     except OSError as error:
         raise GolfError(f"{error.filename}: cannot write the run directory: {error.strerror}; give another --run-dir") from None
     raise AssertionError
-
-
-def read_json(path: Path) -> Any:
-    """JSON of a file of a run. Raises GolfError naming it, FileNotFoundError where it is not there."""
-    try:
-        if not path.exists():
-            raise FileNotFoundError(path)
-        return parse_json(read_bytes(path))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        if isinstance(error, GolfError) and str(path) in str(error):
-            raise
-        raise GolfError(f"{path}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
-
-
-def read_stages(run: Path) -> dict[str, Any]:
-    """What each finished stage of the run said (`stages.json`); nothing where there is none. Raises GolfError if it was altered."""
-    try:
-        stages = read_json(run / "stages.json")
-    except FileNotFoundError:
-        return {}
-    if (
-        not isinstance(stages, dict)
-        or stages != sealed(stages)
-        or any(type(stages.get(s, kind())) is not kind for s, kind in STAGES.items())
-    ):
-        raise GolfError(f"{run / 'stages.json'}: was altered; remove it to repeat what follows training")
-    return {stage: facts for stage, facts in stages.items() if stage != "sha256"}
-
-
-def newest_meta(run: Path) -> dict[str, Any]:
-    """What the newest checkpoint whose meta data are whole says of the run; nothing where there is none."""
-    for folder in sorted((p for p in run.glob("checkpoints/*") if p.name.isdecimal()), key=lambda p: -int(p.name)):
-        with contextlib.suppress(GolfError, FileNotFoundError):
-            if isinstance(meta := read_json(folder / "meta/metadata"), dict) and meta == sealed(meta):
-                return meta
-    return {}
 
 
 def kept(run: str | Path) -> bool:
@@ -146,7 +108,7 @@ class RunDir:
             self._repair_metrics(lambda row: resume)
             self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf8")
             record = read_stages(self.path)
-            self.record = record if resume else {}
+            self.record = dict(record) if resume else {}
         except BlockingIOError:
             return f"{self.path}: another process works in this directory"
         except GolfError as error:

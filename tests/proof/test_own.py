@@ -1,11 +1,11 @@
 """A run directory of this project: what its files show again, and every file that was changed after the run."""
 
 import json
-import math
 import subprocess
 
 import numpy as np
 import pytest
+from made_runs import evaluation, pack_facts, result
 from tiny_recipes import build_text, command, environment, on_text, recipe_file, tiny
 
 from golf_jax.artifact import pack
@@ -27,38 +27,14 @@ def code():
     return bundle("golf_jax.config")
 
 
-def evaluation(nats=3_000.0, tokens=1_000, count=2_400):
-    facts = {"targets": tokens, "covered": tokens, "duplicates": 0, "order_violations": 0, "updates": 0, "causal": True}
-    return {
-        "nll_nats": nats,
-        "tokens": tokens,
-        "bytes": count,
-        "val_loss": nats / tokens,
-        "val_bpb": nats / count / math.log(2),
-        "partial": False,
-        "facts": facts | {"normalization_error": 1e-7, "exactly_once": True},
-        "seconds": {"compile": 1.0, "score": 2.0, "train": 0.0},
-    }
-
-
 def run_directory(path, text, code, seed=42, **over):
     path.mkdir()
     artifact = pack({}, {"w": QTensor("float32", "float32", values=np.ones((4, 4), np.float32))}, "zstd", 3)
-    e = evaluation()
-    result = {
-        "steps": 10,
-        "train_seconds": 500.0,
-        "train_and_calibration_seconds": 505.0,
-        "evaluations": {"standard": e},
-        "artifact_bytes": len(artifact),
-        "code_bytes": len(code),
-        "code_bytes_raw": raw_code_bytes(code),
-        "total_bytes": len(artifact) + len(code),
-        "tokenizer_sha256": sha256_file(text / "tokenizer.model"),
-    } | over
+    e, sizes = evaluation(), pack_facts(len(artifact), len(code), raw_code_bytes(code))
+    said = result(**sizes, tokenizer_sha256=sha256_file(text / "tokenizer.model")) | over
     (path / "config.json").write_text(json.dumps(to_dict(on_text(tiny("baseline"), text)) | {"seed": seed}))
-    (path / "environment.json").write_text(json.dumps({"devices": ["NVIDIA H100 80GB HBM3"] * 8}))
-    (path / "result.json").write_text(json.dumps(result))
+    (path / "environment.json").write_text(json.dumps({"devices": ["NVIDIA H100 80GB HBM3"] * 8, "devices_used": 8}))
+    (path / "result.json").write_text(json.dumps(said))
     line = f"val_loss:{e['val_loss']:.8f} val_bpb:{e['val_bpb']:.8f} nats:3000.000000 tokens:1000 bytes:2400"
     (path / "log.txt").write_text(
         f"step:10/10 train_loss:3.1{seed} train_time:500000ms\nfinal_int6_standard_exact {line} eval_time:2000ms\n"
@@ -130,13 +106,20 @@ def test_validation_documents_in_training(tmp_path, text, code):
 def test_damaged_and_unfinished_runs(tmp_path, text, code):
     path = run_directory(tmp_path / "run", text, code)
     for damage, word in (
-        ('{"evaluations": {}}', "KeyError"),
-        ('{"evaluations": {"a": {"bytes": "x", "tokens": 1}}}', "ValueError"),
+        ('{"evaluations": {}}', "train_and_calibration_seconds is missing"),
+        (json.dumps(result(evaluations={})), "evaluations is {}, not of length 1 to 100"),
+        (json.dumps(result(evaluations={"a": evaluation() | {"bytes": "x"}})), "evaluations.a.bytes is 'x', not a whole number"),
+        (json.dumps(result(evaluations={"a": evaluation() | {"val_bpb": -1}})), "evaluations.a.val_bpb is -1, not from 0 to"),
         ("{", "JSON"),
     ):
         (path / "result.json").write_text(damage)
-        with pytest.raises(GolfError, match=f"result.json: .*not .*{word}"):
+        with pytest.raises(GolfError, match=f"result.json: .*{word}"):
             check_own(path)
+    (path / "environment.json").write_text('{"devices": 8}')
+    (path / "result.json").write_text(json.dumps(result()))
+    with pytest.raises(GolfError, match="environment.json: devices is 8, not a list; put back what the run wrote"):
+        check_own(path)
+    (path / "environment.json").unlink()
     (path / "result.json").unlink()
     assert [f.status for f in check_own(path)] == ["not checkable"]
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from golf_jax.artifact.model import check_packing, tensor_shapes
+from golf_jax.artifact.model import check_packing, scheme_packed, tensor_shapes
 from golf_jax.config import GolfError, QuantConfig, QuantRule, Recipe, load_recipe, recipe_names
 from golf_jax.quant import rules_for
 from golf_jax.quant.rules import count_layers, match_rule
@@ -78,3 +78,16 @@ def test_impossible_numbers_are_refused():
                  lambda: QuantRule("", "int6_row", min_numel=-1), lambda: QuantConfig(prune_min_numel=-1)):  # fmt: skip
         with pytest.raises(GolfError, match=r"quant\."):
             make()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_record_is_named_by_its_last_rule(name):
+    recipe = load_recipe(name)
+    assert scheme_packed(recipe.model, recipe.quant) == recipe.quant.rules[-1].scheme
+
+
+@pytest.mark.parametrize(("width", "vocab", "named"), [(32, 64, "float16"), (32, 8192, "gptq_int7"), (512, 64, "gptq_int6")])
+def test_a_shrunk_record_is_named_by_what_is_packed(width, vocab, named):
+    """All matrices below the size limit of the first rule, all but the embedding, none."""
+    recipe = shrunk("pr2005", width=width, num_heads=4, num_kv_heads=2, rope_dims=4, vocab_size=vocab)
+    assert scheme_packed(recipe.model, recipe.quant) == named

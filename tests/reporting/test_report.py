@@ -79,7 +79,7 @@ def test_a_run_without_muon_or_with_a_gradient_that_was_not_finite_is_shown(fold
 
 @pytest.mark.parametrize(("name", "value"), [("step", "x"), ("lr_factor", [1]), ("loss", True), ("momentum", ...), ("seconds", 10**400)])
 def test_a_row_without_its_numbers_is_refused_by_name(folder, tmp_path, name, value):
-    with pytest.raises(GolfError, match=f"d/metrics.jsonl: {name} of step .* is .*; remove that line"):
+    with pytest.raises(GolfError, match=f"d/metrics.jsonl: step .*: {name} is .*; remove that line"):
         rows_of(folder, tmp_path, **{name: value})
 
 

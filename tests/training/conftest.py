@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_runs import KEPT
 
 from golf_jax.config import Recipe
 from golf_jax.data import make_loader
@@ -44,7 +45,7 @@ def run_training(tokens: np.ndarray) -> Callable[..., Trained]:
         source = make_loader(d.order, [tokens], d.ranks, d.rows_per_rank, d.seq_len, own)
         with closing(RunDir(path, resume=resume)) as directory, closing(Checkpoints(path / "checkpoints")) as checkpoints:
             directory.write("config.json", "{}")
-            keeper = Keeper(recipe, checkpoints, directory, signals or Signals(), {})
+            keeper = Keeper(recipe, checkpoints, directory, signals or Signals(), KEPT)
             found = checkpoints.restore(state_shapes(recipe, mesh), directory.log) if resume else None
             return train(recipe, mesh, loader(source) if loader else source, directory, keeper, found=found, **options)
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from made_runs import KEPT
 from tiny_recipes import SHIPPED, tiny
 
 from golf_jax.config import GolfError
@@ -23,6 +24,7 @@ from golf_jax.training.state import TrainState, init_state, state_shapes
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RECIPE = tiny("baseline")
 RECIPE = replace(RECIPE, model=resolve(RECIPE.model, "cpu"))
+FACTS = KEPT | {"position": {}, "seconds": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def saved(state, tmp_path_factory) -> Path:
     checkpoints = Checkpoints(folder)
     for step in (5, 10):
         changed = state._replace(params={name: p + step for name, p in state.params.items()})
-        checkpoints.save(step, changed, position={"batches": step}, seconds=1.5 * step, wait=True)
+        checkpoints.save(step, changed, **FACTS | {"position": {"batches": step}, "seconds": 1.5 * step}, wait=True)
     checkpoints.close()
     return folder
 
@@ -69,10 +71,10 @@ def test_a_full_disk_costs_the_older_checkpoint_and_never_the_newest(state, copy
     with monkeypatch.context() as patch:
         patch.setattr(kept._manager, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(GolfError, match=r"checkpoint 15 cannot be written \(No space left on device\); 5 given up for room$"):
-            kept.save(15, state, position={}, wait=True)
+            kept.save(15, state, **FACTS, wait=True)
         with pytest.raises(GolfError, match=r"device\)$"):
-            kept.save(16, state, position={}, wait=True)
-    kept.save(20, state, position={}, wait=True)
+            kept.save(16, state, **FACTS, wait=True)
+    kept.save(20, state, **FACTS, wait=True)
     kept.close()
     assert restore(copy).step == 20
 
@@ -85,7 +87,7 @@ def test_the_state_of_every_recipe_comes_back(name, tmp_path):
     state = init_state(recipe, mesh, 0)
     assert (state.swa is not None) == bool(recipe.schedule.swa_every)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(3, state, position={}, seconds=1.0, wait=True)
+    checkpoints.save(3, state, **FACTS, wait=True)
     found = checkpoints.restore(state_shapes(recipe, mesh), pytest.fail)
     checkpoints.close()
     assert found is not None

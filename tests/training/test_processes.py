@@ -18,7 +18,7 @@ from tiny_recipes import SHIPPED, build_text, command, environment, on_text, rec
 from golf_jax import pipeline
 from golf_jax.config import Recipe, ScoreFirstConfig
 from golf_jax.processes import others_alive
-from golf_jax.supervise import LOST
+from golf_jax.supervise import LOST, LOST_STATUS
 from golf_jax.training.keep import ASK_EVERY
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -91,6 +91,19 @@ def test_a_process_that_is_gone_or_does_not_answer_is_one_line(error, monkeypatc
     with pytest.raises(SystemExit, match="3"), others_alive(lambda: "begin anew"):
         raise RuntimeError(error)
     assert capsys.readouterr().err == f"error: {LOST} ({error}); begin anew\n"
+
+
+@pytest.mark.parametrize(("index", "whom"), [(0, "one or more of the others have not reached"), (1, "process 0 does not answer at")])
+def test_a_process_that_waits_for_others_says_so_and_ends_in_one_line(index, whom):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": str(index)}
+    code = "from golf_jax import processes as p; p.WAIT_SECONDS, p.TELL_EVERY = 4, 1; p.initialize_distributed()"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | cluster, capture_output=True, text=True, timeout=300, check=False)
+    first, *_, last = done.stderr.splitlines()
+    assert done.returncode == LOST_STATUS and f"of 4 s: this is process {index} of 3, and {whom} {address}" in first
+    assert re.match(rf"error: after \d+ s not all processes of this job have connected: .*{whom}.*; .* start all processes again$", last)
 
 
 @pytest.mark.slow

@@ -1,16 +1,17 @@
 """What may be changed when a run goes on."""
 
 import contextlib
+import glob
 import json
 from dataclasses import replace
 
 import pytest
 from tiny_recipes import tiny
 
-from golf_jax.config import GolfError, to_dict
+from golf_jax.config import GolfError, load_recipe, to_dict
 from golf_jax.files import sealed
 from golf_jax.training import resume
-from golf_jax.training.resume import changed, stages_to_repeat, stored_recipe
+from golf_jax.training.resume import changed, located, stages_to_repeat, stored_recipe
 
 RECIPE = tiny("baseline")
 
@@ -48,6 +49,22 @@ def test_changes_repeat_the_stages_they_touch():
     assert stages_to_repeat([]) == stages_to_repeat([{"field": "log_every"}]) == ()
     assert stages_to_repeat([{"field": "quant.level"}]) == stages_to_repeat([{"field": "eval.stride"}]) == ("pack", "evaluations")
     assert stages_to_repeat([{"field": "optim.clip_norm"}]) == ("train", "pack", "evaluations")
+
+
+def test_places_are_kept_as_absolute_ones(tmp_path, monkeypatch):
+    """Also below a folder whose name is no glob; a link is not resolved, and `embedded` is no place."""
+    folder = tmp_path / "a[1]"
+    folder.mkdir()
+    (folder / "train_0.bin").touch()
+    monkeypatch.chdir(folder)
+    given = replace(RECIPE, data=replace(RECIPE.data, train="train_*.bin", val="../link/val_*.bin", tokenizer="t.model"))
+    kept = located(given)
+    assert glob.glob(kept.data.train) == [str(folder / "train_0.bin")] and kept.data.tokenizer == str(folder / "t.model")
+    assert kept.data.val.endswith("/a[[]1]/../link/val_*.bin") and located(kept) == kept
+    assert located(load_recipe("quickstart")) == load_recipe("quickstart")
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(given)))
+    (tmp_path / "stages.json").write_text(json.dumps(sealed({"recipe": to_dict(kept)})))  # killed before config.json was written, too
+    assert stored_recipe(tmp_path) == given
 
 
 @pytest.mark.parametrize("damage", ["[]", "3", "null", '"x"', "{", "NaN", "[" * 100_000, '{"name": NaN}'])

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+from made_runs import TRAIN
 
 from golf_jax.config import GolfError
 from golf_jax.training.rundir import RunDir, all_again, environment, new_path
@@ -43,7 +44,7 @@ def test_a_run_that_kept_nothing_is_started_again_in_its_place(tmp_path):
         run = RunDir(tmp_path / "run")
         assert not run.record
         run.write("config.json", {"name": "x"})
-        run.note("train", {"steps": 5})
+        run.note("train", TRAIN)
         run.metrics("train", step=0, loss=1.0)
         run.log("a line")
         run.close()
@@ -167,14 +168,14 @@ def test_scores_that_are_to_be_found_again_have_one_row(tmp_path):
 
 def test_the_record_of_finished_stages_comes_back(tmp_path):
     run = RunDir(tmp_path / "run")
-    run.note("train", {"steps": 3})
+    run.note("train", TRAIN | {"steps": 3})
     run.write("config.json", {})
     run.close()
     again = RunDir(tmp_path / "run", resume=True)
-    assert again.record == {"train": {"steps": 3}}
+    assert again.record == {"train": TRAIN | {"steps": 3}}
     again.close()
     whole = (tmp_path / "run/stages.json").read_text()
-    for damage in ("[]", "3", "{", '"x"', '{"pack": []}', whole.replace("3", "4")):
+    for damage in ("[]", "3", "{", '"x"', '{"pack": []}', whole.replace(": 3,", ": 4,")):
         (tmp_path / "run/stages.json").write_text(damage)
         with pytest.raises(GolfError, match="stages.json") as caught:
             RunDir(tmp_path / "run", resume=True)
