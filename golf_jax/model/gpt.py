@@ -16,6 +16,7 @@ from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import SUFFIX, has_factors, xsa_attention
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
 from golf_jax.kernels.mlp import squared_leaky_linear
+from golf_jax.kernels.unstack import unstack
 from golf_jax.model import layers as ops
 from golf_jax.model.cache import Cache
 from golf_jax.model.fake_quant import fake_quantize
@@ -76,7 +77,7 @@ def hidden(
     table = leaves(config).items()
     used = {name: params[name] for name, leaf in table if leaf.per_layer or name in LANES}
     used = _late_maps(config, used) if late else used
-    stacks = {name: ops.unstack(x.astype(dtype)) for name, x in used.items()}
+    stacks = {name: unstack(x.astype(dtype), backend=config.attention) for name, x in used.items()}
     rope = ops.rope_tables(
         seq_len, config.rope_dims or config.head_dim, config.rope_base, config.rope_train_len, config.rope_bf16_frequencies
     )

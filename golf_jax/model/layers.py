@@ -145,8 +145,3 @@ def rope(x_BTHK: jax.Array, cos_TR: jax.Array, sin_TR: jax.Array) -> jax.Array:
     sin_TK = jnp.concatenate([sin_TR, -sin_TR, jnp.zeros((len(sin_TR), rest))], -1)
     cos, sin = (t[:, None].astype(x_BTHK.dtype) for t in (cos_TK, sin_TK))
     return x_BTHK * cos + swapped * sin
-
-
-def unstack(x: jax.Array) -> list[jax.Array]:
-    """Layers of a stack. `lax.split`, whose transpose is one concatenation: indexing would add a padded stack per layer."""
-    return [p[0] for p in jax.lax.split(x, (1,) * x.shape[0], axis=0)]

@@ -1,4 +1,4 @@
-// Causal grouped-query attention with the XSA epilogue on a CPU, float32: forward and backward.
+// Causal grouped-query attention with the XSA epilogue on a CPU, float32: forward and backward; and the layers of a stack of parameters.
 //
 // One task per sequence and kv head, in the threads of XLA. In each, blocks of queries meet the keys that they see; scores stay in the
 // cache and are computed again in the backward pass, which also gives dq.q / gain and dk.k of each row. Every product is one `tile` of
@@ -364,6 +364,14 @@ void backward(const Call& call) {
   });
 }
 
+// (x [L, ...]) -> its L parts.
+void unstack(const Call& call) {
+  const XLA_FFI_Buffer& x = call.argument(0);
+  int64_t size = 1;
+  for (int64_t i = 1; i < x.rank; ++i) size *= x.dims[i];
+  parallel(call, x.dims[0], [=](int64_t i) { std::copy_n(call.in(0) + i * size, size, call.out(i)); });
+}
+
 // Asked about itself a handler says which interface it was compiled for, else it works.
 template <class F>
 XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame, F work) {
@@ -381,3 +389,4 @@ XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame, F work) {
 
 extern "C" XLA_FFI_Error* golf_xsa_forward(XLA_FFI_CallFrame* frame) { return handle(frame, forward); }
 extern "C" XLA_FFI_Error* golf_xsa_backward(XLA_FFI_CallFrame* frame) { return handle(frame, backward); }
+extern "C" XLA_FFI_Error* golf_unstack(XLA_FFI_CallFrame* frame) { return handle(frame, unstack); }

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-TARGETS = {"forward": "golf_xsa_forward", "backward": "golf_xsa_backward"}
+TARGETS = {"forward": "golf_xsa_forward", "backward": "golf_xsa_backward", "unstack": "golf_unstack"}
 MEASURED = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere it has not run, and is there for those who name it
 _SOURCE = Path(__file__).with_name("native.cc")
 _PATIENCE = 300  # seconds; it takes two
@@ -101,6 +101,12 @@ def load() -> None:
         raise ValueError(wrong)
 
 
+def ready() -> None:
+    """What uses the library may be traced. Who has begun waits before anything is compiled (`load`), and may trace meanwhile."""
+    if not begin.cache_info().currsize:
+        load()
+
+
 def _places() -> list[Path]:
     """Where a library may lie, the first where it is kept: with jax's compiled programs if they are, and with Python's own."""
     programs, beside = jax.config.values["jax_compilation_cache_dir"], importlib.util.cache_from_source(str(_SOURCE))
@@ -155,8 +161,7 @@ def xsa_attention(
     """As `kernels.attention.xsa_attention`; float32, head_dim a multiple of 16. Raises ValueError (`load`)."""
     if q_BSHK.dtype != jnp.float32 or q_BSHK.shape[-1] % 16:
         raise ValueError(f"attention backend 'native' needs float32 and head_dim % 16 == 0, got {q_BSHK.dtype} and {q_BSHK.shape[-1]}")
-    if not begin.cache_info().currsize:  # who has begun waits before anything is compiled, and may trace meanwhile
-        load()
+    ready()
     first_BS = jnp.zeros(q_BSHK.shape[:2], jnp.int32) if first_BS is None else first_BS
     return _attend(q_BSHK, k_BTGK, v_BTGK, first_BS, factors, xsa)
 
