@@ -73,8 +73,9 @@ def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
     except OSError as error:
         raise NotWritten(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary is not None:
+            with contextlib.suppress(OSError):  # renamed, or on a disk that has become read-only meanwhile
+                os.unlink(temporary)
     return path
 
 

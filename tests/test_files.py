@@ -1,5 +1,6 @@
 """Files are written whole or not at all, where that was promised before the work began."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -24,6 +25,16 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == [target.name] and target.read_text() == "before"
+
+
+def test_a_disk_that_becomes_read_only_meanwhile_is_named(tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), paths[0])
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(NotWritten, match=r"x.json: cannot be written \(Read-only file system\)"):
+        write_atomic(tmp_path / "x.json", b"text")
 
 
 def test_links_and_devices_are_written_through(tmp_path, capfd):

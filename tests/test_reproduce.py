@@ -155,6 +155,20 @@ def test_what_needs_torch_is_left_out_by_name_where_torch_is_not(references, tmp
     assert "pip install" in json.loads(report.read_text())["not_checked"]["quant/main/artifact"]
 
 
+def test_values_of_another_type_are_told_and_nothing_costs_the_memory_of_the_machine(references, tmp_path, capsys):
+    def altered(section, **about):
+        given = json.loads(str(np.load(references / "pr638.npz")["reference"]))
+        given["sections"][section] = about if section == "init" else {**given["sections"][section], **about}
+        given["config"]["model.vocab_size"] = 10**9 if section == "init" else given["config"]["model.vocab_size"]
+        return rewritten(references, tmp_path, reference=lambda _: np.array(json.dumps(given)))
+
+    path = altered("quant", cases={"main": {"tensors": {"tok_emb.weight": 1e300}}})
+    assert reproduce.main([str(path), "--check-format"]) == 1 and "quant/main: not what the format asks for" in capsys.readouterr().out
+    bars = {"count": {"measure": "equal", "value": 0}, "shape": {"measure": "equal", "value": 0}}
+    path = altered("init", tolerances=bars, cases={"main": {"count": 5, "tensors": {"tok_emb.weight": {"shape": [3, 4]}}}})
+    assert reproduce.main([str(path), "--only", "init"]) == 1 and "parameters; at most 268,435,456 are made" in capsys.readouterr().out
+
+
 def test_a_set_that_does_not_conform_is_told_why(references, tmp_path, capsys):
     path = rewritten(references, tmp_path, **{"model/main/tokens": lambda tokens: tokens[:, :-1]})
     assert reproduce.main([str(path), "--check-format"]) == 1

@@ -175,7 +175,7 @@ def _write_splits(
                 )
             if exact and counts.sum() != (kept := len(text.replace(SPACE, " ").encode())):
                 raise GolfError(f"tokenizer {tokenizer.name}: counts {counts.sum()} bytes for a text of {kept}: {text[:40]!a}")
-            text_facts["changed"] += not tokenizer.keeps(plain)
+            text_facts["changed"] += tokenizer.decode(tokens) != plain
             seen.add(digest)
             writers["val" if is_validation(text, val_every) else "train"].add(tokens, counts)
     splits = {split: writer.finish() for split, writer in writers.items()}

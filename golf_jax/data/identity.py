@@ -11,16 +11,18 @@ from golf_jax.data.manifest import NAME, hashes, read_manifest, sha256_file
 from golf_jax.data.shards import HEADER_BYTES
 
 SAMPLES, SAMPLE_BYTES = 32, 1 << 16  # evenly spread, with the first and the last bytes; a shard up to their sum is read whole
+WHOLE_BYTES = 1 << 29  # files that are no more together are hashed whole, in about a second
 
 
 def identify(tokenizer_sha256: str, train: Sequence[Path], val: Sequence[Path]) -> dict[str, Any]:
     """JSON-able identity: tokenizer and, per split and shard, name, size, digest of header and sampled content.
 
-    Where a manifest of this package lies beside a shard, its SHA-256 of the whole file is taken over as `sha256`: unread, unless the shard
-    was written to after the manifest. `digest` sums all of it up in 16 hex digits. Costs 2 MB of reading per shard. GolfError when a file
-    cannot be read or was altered.
+    `sha256` of the whole file goes with it where all files together have at most WHOLE_BYTES, else where a manifest of this package lies
+    beside it: that is taken over unread, unless the shard was written to after the manifest. `digest` sums all of it up in 16 hex digits.
+    Costs 2 MB of reading per shard that is not hashed. GolfError when a file cannot be read or is not the manifest's.
     """
-    identity: dict[str, Any] = {"tokenizer": tokenizer_sha256, "train": _shards(train), "val": _shards(val)}
+    whole = sum(path.stat().st_size for path in {*train, *val} if path.exists()) <= WHOLE_BYTES
+    identity: dict[str, Any] = {"tokenizer": tokenizer_sha256, "train": _shards(train, whole), "val": _shards(val, whole)}
     return identity | {"digest": hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}
 
 
@@ -49,18 +51,22 @@ def trained_on(run: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     return f"WARNING: the model was trained on {len(found)} of the {len(pairs)} files that it is scored on ({one}): this is no validation"
 
 
-def _shards(paths: Sequence[Path]) -> list[dict[str, Any]]:
+def _shards(paths: Sequence[Path], whole: bool) -> list[dict[str, Any]]:
     manifests: dict[Path, dict[str, str]] = {}
     entries = []
     for path in paths:
         if path.parent not in manifests:
             manifests[path.parent] = _listed(path.parent)
         entry = {"name": path.name, **_sample(path)}
-        if whole := manifests[path.parent].get(path.name):
-            if path.stat().st_mtime_ns > (path.parent / NAME).stat().st_mtime_ns and sha256_file(path) != whole:
-                raise GolfError(f"{path}: sha256 differs from the manifest's; the file was altered; fetch or build it again")
-            entry["sha256"] = whole
-        entries.append(entry)
+        listed = manifests[path.parent].get(path.name)
+        try:
+            read = whole or listed and path.stat().st_mtime_ns > (path.parent / NAME).stat().st_mtime_ns
+            found = sha256_file(path) if read else listed
+        except OSError as error:
+            raise GolfError(f"{path}: cannot be read ({error.strerror})") from error
+        if listed and found != listed:
+            raise GolfError(f"{path}: sha256 differs from the manifest's; the file was altered; fetch or build it again")
+        entries.append(entry | ({"sha256": found} if found else {}))
     return entries
 
 

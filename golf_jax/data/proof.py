@@ -205,6 +205,8 @@ def prove_round_trip(
 
     def compare() -> int:
         texts = [tokenizer.decode(document) for document in batch]
+        if tokenizer.space_behind:  # encoding puts it there again
+            texts = [text.removesuffix(" ") for text in texts]
         if tokenizer.caseops:
             texts = [_transformed_again(text) for text in texts]
         for document, text, tokens in zip(batch, texts, tokenizer.encode_documents(texts), strict=True):

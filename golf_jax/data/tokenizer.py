@@ -69,6 +69,11 @@ class Tokenizer:
         """Whether its text is CaseOps text: the four operators are pieces that no other text gives."""
         return {p.piece for p in self.spec.pieces if p.type == p.USER_DEFINED}.issuperset(caseops.OPERATORS)
 
+    @property
+    def space_behind(self) -> bool:
+        """Whether encoding puts a space behind every text, which decoding leaves there."""
+        return self.spec.trainer_spec.treat_whitespace_as_suffix and self.spec.normalizer_spec.add_dummy_prefix
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text as it is read and written by people: with `caseops` it is transformed first. GolfError for what is none."""
         if found := re.search("[\ud800-\udfff]", text):
@@ -102,20 +107,16 @@ class Tokenizer:
         """What encoding does not keep of a text, found by trying: line ends, runs of spaces, case, compatibility forms, other letters."""
         probes = {
             "line ends become spaces": ("a\nb", "a b"),
-            "runs of spaces become one": ("a  b", "a b"),
+            "runs of spaces become one, those at the ends none": ("a  b", "a b"),
             "case is folded": ("aBC", "abc"),
             "compatibility forms are replaced (NFKC)": ("\ufb01", "fi"),
         }
         found = [name for name, (text, lost) in probes.items() if self._normal(text) == lost]
         if others := [c for c in LETTERS if self._normal(c) not in _known_forms(c, folded="case is folded" in found)]:
             found.append(f"{len(others)} other characters are replaced ({others[0]!a} by {self._normal(others[0])!a})")
-        if self.spec.trainer_spec.treat_whitespace_as_suffix and self.spec.normalizer_spec.add_dummy_prefix:
+        if self.space_behind:
             found.append("a space is put behind every document and counts 1 byte")
         return found
-
-    def keeps(self, text: str) -> bool:
-        """Whether encoding keeps this (transformed) text, up to spaces at its ends."""
-        return self._normal(text) == text.strip(" ")
 
     def _normal(self, text: str) -> str:
         return self.processor.normalize(text).replace(SPACE, " ").strip(" ")

@@ -1,11 +1,38 @@
 """What every check of `golf_jax.reproduce` is made of: comparisons with tolerances, and their results."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from golf_jax.config import GolfError
+
 Measure = Literal["abs", "of max", "rel L2", "rel", "equal", "change", "sigmas"]
+MEASURES = get_args(Measure)
+# What is raised of text for numbers, null for a table, ... in a set; a fault of ours would look the same.
+MALFORMED = (TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError)
+
+
+def bars_of(given: Any, item: str, tensor: str, shape: tuple[int, ...]) -> list[tuple[dict[str, Any], Any]]:
+    """The tolerances `given` (one, or a list tried in order) that hold for an item of that tensor and shape, each with the part it is for.
+
+    GolfError for what is no tolerance, and where a part of the item has none: it would count as compared.
+    """
+    bars, found, done = given if isinstance(given, list) else [given], [], 0
+    for bar in bars:
+        number = type(bar.get("value")) in (int, float) and bar.get("measure") in MEASURES if isinstance(bar, dict) else False
+        if not number or type(bar.get("until", 1)) is not int or not isinstance(bar.get("names", ""), str):
+            measures = ", ".join(MEASURES)
+            raise GolfError(f"tolerance of {item}: measure is one of {measures}, value a number, until one, names text; found {bar}")
+    for bar in bars:
+        if any(part in tensor for part in bar.get("names", "").split("|")):
+            found.append((bar, slice(done, bar.get("until")) if "until" in bar or done else ()))
+            done = bar.get("until", done)
+            if "until" not in bar:
+                return found
+    if not done or done < (shape or (0,))[0]:
+        raise GolfError(f"no tolerance for {item}{f' from its entry {done} on' if done else ''}")
+    return found
 
 
 @dataclass

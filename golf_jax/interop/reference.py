@@ -24,7 +24,7 @@ from golf_jax.data.sidecar import Sidecar
 from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation.queue import BOS
 from golf_jax.files import read_bytes, refuse_pointer
-from golf_jax.interop.comparison import CheckResult
+from golf_jax.interop.comparison import CheckResult, bars_of
 from golf_jax.interop.hparams import scoring_settings
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model, from_tensors
@@ -323,33 +323,24 @@ class Case:
 
     def add(self, item: str, ours: Any, reference: Any, start: Any = None) -> None:
         """Compare one array or fact under the set's tolerance for it."""
+        ours, reference = np.asarray(ours), np.asarray(reference)
+        with named(f"{self.refs.path}: {self.where}"):
+            key, bars = self.bars(item, reference.shape)
         self.added.add(item)
-        done, name, reference = 0, tensor_of(item), np.asarray(reference)
-        if not (found := self.tolerated(item)):
-            raise GolfError(f"{self.refs.path}: {self.where}: no tolerance for {item}")
-        given, key = found
-        bars = given[key] if isinstance(given[key], list) else [given[key]]
-        ours = np.asarray(ours)
-        for bar in bars:
-            if "names" in bar and not any(part in name for part in bar["names"].split("|")):
-                continue
-            part = slice(done, bar.get("until")) if "until" in bar or done else ()
-            done = bar.get("until", done)
-            label = f"{key}[:{done}]" if "until" in bar else f"{key} of {bar['names']}" if "names" in bar else key
+        for bar, part in bars:
+            label = f"{key}[:{bar['until']}]" if "until" in bar else f"{key} of {bar['names']}" if "names" in bar else key
             row = self._rows.setdefault((key, id(bar)), CheckResult(f"{self.where}: {label}", bar["value"], bar["measure"]))
             if ours.shape != reference.shape:
                 row.add(item, ours, reference)
             elif reference[part].size or not part:
                 row.add(item, ours[part], reference[part], start)
-            if "until" not in bar:
-                return
 
-    def tolerated(self, item: str) -> tuple[dict[str, Any], str] | None:
-        """The tolerances of the case, or of its section, and the longest key in them that the item begins with."""
+    def bars(self, item: str, shape: tuple[int, ...]) -> tuple[str, list[tuple[dict[str, Any], Any]]]:
+        """The tolerances of an item (`bars_of`): the longest key of the case's, or else of its section's, that the item begins with."""
         for given in self._given:
             if keys := [k for k in given if f"{item.partition('@')[0]}/".startswith(f"{k}/")]:
-                return given, max(keys, key=len)
-        return None
+                return (key := max(keys, key=len)), bars_of(given[key], item, tensor_of(item), shape)
+        raise GolfError(f"no tolerance for {item}")
 
     def compare(self, ours: Mapping[str, Any], start: Mapping[str, Any] | None = None) -> None:
         """Every stored item and fact that the section computes, by the format's names; the others are named as not checked.

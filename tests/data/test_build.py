@@ -84,11 +84,29 @@ def test_what_is_said_to_be_changed_is_what_was_changed(tmp_path, jsonl, built):
     (tmp_path / "lossy.model").write_bytes(model.getvalue())
     lines: list[str] = []
     kept = build([jsonl], tmp_path / "kept", tokenizer=tmp_path / "lossy.model", log=lines.append)
-    assert kept["text"]["changes"][:2] == ["line ends become spaces", "runs of spaces become one"] and kept["text"]["changed"] == 0
+    assert (
+        kept["text"]["changes"][:2] == ["line ends become spaces", "runs of spaces become one, those at the ends none"]
+        and kept["text"]["changed"] == 0
+    )
     assert any(line.endswith("; changed: nothing") for line in lines)
     jsonl.write_text(jsonl.read_text() + json.dumps({"text": "two lines\nand  two spaces"}) + "\n")
     build([jsonl], tmp_path / "lost", tokenizer=tmp_path / "lossy.model", log=lines.append)
     assert any("; changed: 1 documents (with this tokenizer line ends become spaces; " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"treat_whitespace_as_suffix": True, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}],
+    ids=["takes spaces off", "puts one behind"],
+)
+def test_a_space_at_the_end_that_is_lost_or_added_is_a_change_and_sound(tmp_path, jsonl, options):
+    model = io.BytesIO()
+    common = {"vocab_size": 330, "byte_fallback": True, "bos_id": 1, "unk_id": 0, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, **common, **options)
+    (tmp_path / "ends.model").write_bytes(model.getvalue())
+    jsonl.write_text("".join(json.dumps({"text": text + " "}) + "\n" for text in TEXTS))
+    text = build([jsonl], tmp_path / "data", tokenizer=tmp_path / "ends.model", log=lambda line: None)["text"]
+    assert text["changed"] == text["documents"] and problems(tmp_path / "data") == ""
 
 
 def test_an_unknown_character_is_shown_itself(tmp_path, jsonl):

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf_jax.config import GolfError
-from golf_jax.data import proof
+from golf_jax.data import identity, proof
 from golf_jax.data.build import build
 from golf_jax.data.corpus import documents
 from golf_jax.data.documents import cut, find_files, read_documents
-from golf_jax.data.identity import difference, identify
+from golf_jax.data.identity import SAMPLE_BYTES, SAMPLES, WHOLE_BYTES, difference, identify
 from golf_jax.data.overlap import Overlap, _Windows, find_overlap
 from golf_jax.data.proof import prove_text, vocabulary_use
 from golf_jax.data.shards import find_shards, load_val_tokens, open_shard, write_shard
@@ -186,6 +186,7 @@ def test_unknown_characters_are_refused():
         {"split_by_whitespace": False},
         {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
         {"treat_whitespace_as_suffix": True, "add_dummy_prefix": False},
+        {"treat_whitespace_as_suffix": True, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
     ],
 )
 def test_models_with_spaces_inside_pieces_are_counted(options):
@@ -270,10 +271,22 @@ def test_identity_names_what_differs(tmp_path, tokenizer, split):
     assert difference(before, now()) == ""
     assert "tokenizer" in difference(before, {**now(), "tokenizer": "0" * 64})
     write_shard(tmp_path / "train_0.bin", np.roll(split[0][0], 1))
-    assert difference(before, now()) == "train shard train_0.bin: another content" and now()["digest"] != before["digest"]
+    assert difference(before, now()) == "train shard train_0.bin: another content and sha256" and now()["digest"] != before["digest"]
     (tmp_path / "train_0.bin").rename(tmp_path / "train_1.bin")
     assert "train_0.bin" in difference(before, now())
     assert len(load_val_tokens(tmp_path / "val_0.bin")) == len(open_shard(tmp_path / "val_0.bin"))
+
+
+@pytest.mark.parametrize("limit", [WHOLE_BYTES, 0])
+def test_what_lies_between_the_samples_is_hashed_as_long_as_that_is_quick(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(identity, "WHOLE_BYTES", limit)
+    path = write_shard(tmp_path / "train_0.bin", np.arange(2 * SAMPLES * SAMPLE_BYTES) % 1000)
+    before, times = identify("", [path], []), path.stat()
+    with path.open("r+b") as file:
+        file.seek(3 * SAMPLE_BYTES)  # behind the second sample
+        file.write(b"\x09\x01")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert difference(before, identify("", [path], [])) == ("train shard train_0.bin: another sha256" if limit else "")
 
 
 def test_long_texts_are_cut_without_loss():

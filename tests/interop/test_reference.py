@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
-from golf_jax.interop.comparison import CheckResult
+from golf_jax.config import GolfError
+from golf_jax.interop.comparison import CheckResult, bars_of
 from golf_jax.interop.reference import _fact, matches
+
+ODD = [{"value": None}, {"value": "1"}, {"value": True}, {"measure": ["abs"]}, {"measure": "much"}, {"until": "2"}, {"names": 3}]
 
 
 @pytest.mark.parametrize(("measure", "error"), [("abs", 1.0), ("of max", 0.1), ("rel L2", 0.1), ("change", 0.5), ("equal", 0.5)])
@@ -14,6 +17,22 @@ def test_each_measure_is_relative_to_its_own_thing(measure, error):
         row = CheckResult("x", bar, measure)
         row.add("w", np.array([10.0, 1.0]), np.array([10.0, 0.0]), start=np.array([8.0, 0.0]))
         assert row.ok is ok
+
+
+def test_an_item_has_a_tolerance_for_all_of_its_entries_or_is_refused():
+    early, late, named = {"until": 2}, {}, {"names": "wq|wk"}
+    early, late, named = ({"measure": "abs", "value": 1.0, **bar} for bar in (early, late, named))
+    assert bars_of([early, late], "loss", "loss", (3,)) == [(early, slice(0, 2)), (late, slice(2, None))]
+    assert bars_of([named, late], "after/wv", "wv", (3,)) == bars_of(late, "x", "x", ()) == [(late, ())]
+    for given, part in (([early], " from its entry 2 on"), ([named], ""), ([], "")):
+        with pytest.raises(GolfError, match=f"^no tolerance for loss{part}$"):
+            bars_of(given, "loss", "loss", (3,))
+
+
+@pytest.mark.parametrize("given", [None, "x", [None], {}, *({"measure": "abs", "value": 1, **odd} for odd in ODD)])
+def test_a_tolerance_that_is_none_is_refused(given):
+    with pytest.raises(GolfError, match="tolerance of loss: measure is one of abs, .*, value a number, .*; found "):
+        bars_of(given, "loss", "loss", (3,))
 
 
 def test_a_norm_of_several_tensors():

@@ -16,7 +16,7 @@ from golf_jax.interop.checks.quantization import check_quant
 from golf_jax.interop.checks.schedule import check_loader, check_schedule
 from golf_jax.interop.checks.training import check_train
 from golf_jax.interop.checks.units import check_units
-from golf_jax.interop.comparison import CheckResult
+from golf_jax.interop.comparison import MALFORMED, CheckResult
 from golf_jax.interop.reference import Case, NotComputed, Set
 
 CHECKS: dict[str, Callable[[Case], None]] = {
@@ -46,10 +46,10 @@ def run(refs: Set, section: str) -> Iterator[CheckResult]:
                 CHECKS[section](case)
         except NotComputed as e:
             refs.not_checked[case.where] = str(e)
-        except GolfError:
-            raise
-        except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as e:
-            # Text for numbers, null for a table, a case that refers to itself, ... A fault of ours would look the same: this says where.
+        except GolfError as e:
+            known = str(refs.path) in str(e)
+            raise e if known else GolfError(f"{refs.path}: {case.where}: {e}") from None
+        except MALFORMED as e:
             at = traceback.extract_tb(e.__traceback__)[-1]
             told = f"{type(e).__name__}: {e}; {Path(at.filename).name}, line {at.lineno}"
             raise GolfError(f"{refs.path}: {case.where}: not what the format asks for ({told})") from e

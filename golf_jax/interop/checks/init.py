@@ -6,14 +6,18 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from golf_jax.interop.reference import Case, matches
+from golf_jax.interop.reference import Case, NotComputed, matches
 from golf_jax.model.params import count, init_params, leaves, storage_dtypes, tensor_names, to_tensors
 from golf_jax.optim.optimizer import route
+
+LARGEST = 1 << 28  # parameters that are made: seven times the largest record; a line of a set must not cost the memory of the machine
 
 
 def check_init(case: Case) -> None:
     recipe, facts = case.recipe, case.settings["tensors"]
-    case.add("count", count(recipe.model), case.settings["count"])
+    case.add("count", size := count(recipe.model), case.settings["count"])
+    if size > LARGEST:
+        raise NotComputed(f"a model of {size:,} parameters; at most {LARGEST:,} are made")
     ours = to_tensors(recipe.model, init_params(recipe.model, jax.random.key(recipe.seed)))
     groups = route(recipe.optim, {name: leaf.role for name, leaf in leaves(recipe.model).items()})
     dtypes, leaf_of = storage_dtypes(recipe.model, "as_run"), {tensor: leaf for tensor, (leaf, _) in tensor_names(recipe.model).items()}
