@@ -37,7 +37,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             return f"{split} shards: {', '.join(names[:3])} only {'then' if names[0] in then else 'now'}"
         for name, entry in here.items():
             if fields := [field for field in entry if field in then[name] and entry[field] != then[name][field]]:
-                return f"{split} shard {name}: another {' and '.join(fields)}"
+                return f"{split} shard {name}: another {', '.join(fields)}"
     return ""
 
 

@@ -271,7 +271,7 @@ def test_identity_names_what_differs(tmp_path, tokenizer, split):
     assert difference(before, now()) == ""
     assert "tokenizer" in difference(before, {**now(), "tokenizer": "0" * 64})
     write_shard(tmp_path / "train_0.bin", np.roll(split[0][0], 1))
-    assert difference(before, now()) == "train shard train_0.bin: another content and sha256" and now()["digest"] != before["digest"]
+    assert difference(before, now()) == "train shard train_0.bin: another content, sha256" and now()["digest"] != before["digest"]
     (tmp_path / "train_0.bin").rename(tmp_path / "train_1.bin")
     assert "train_0.bin" in difference(before, now())
     assert len(load_val_tokens(tmp_path / "val_0.bin")) == len(open_shard(tmp_path / "val_0.bin"))
