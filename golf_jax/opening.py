@@ -112,7 +112,8 @@ def opened_here(config: ModelConfig, params: Any, **facts: Any) -> Model:
         lacking = f"{facts.get('name')}: made with attention {config.attention}; {here.attention} computes it on this {platform}"
         print(f"{lacking} ({why})", file=sys.stderr)
         config = replace(config, attention="auto", mlp="auto")
-    network = Network.open(config, params, platform)
+    with named(facts["name"]):
+        network = Network.open(config, params, platform)
     return Model(network.config, network.params, network.looping, **facts)
 
 
