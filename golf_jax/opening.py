@@ -108,8 +108,9 @@ def opened_here(config: ModelConfig, params: Any, **facts: Any) -> Model:
     Backends of the machine that made the model, which are no part of the model, are exchanged where this one lacks them, and no others;
     that is said on stderr.
     """
-    here = _exchanged(config, (("mlp",), ("attention",), ("attention", "mlp")), str(facts.get("name")))
-    network = Network.open(here, params, jax.default_backend())
+    here = _exchanged(config, (("mlp",), ("attention",), ("attention", "mlp")), str(facts["name"]))
+    with named(str(facts["name"])):
+        network = Network.open(here, params, jax.default_backend())
     return Model(network.config, network.params, network.looping, asked=config, **facts)
 
 

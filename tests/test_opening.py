@@ -74,3 +74,12 @@ def test_another_attention_leaves_the_mlp_alone_where_it_can(made, asked, now, s
     assert (said in (told := capsys.readouterr().err)) and bool(told) == bool(said)
     with pytest.raises(GolfError, match="native with .* does not run"):
         with_attention(model, "native")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_refused_by_its_file_tensor_and_layer(value):
+    config = tiny("baseline").model
+    params = {name: np.zeros(leaf.shape, np.float32) for name, leaf in leaves(config).items()}
+    params["q"][1, 0, 0] = value
+    with pytest.raises(GolfError, match=r"^a.pt: model: 1 of \d+ values of 'q' are not finite, in blocks.1.attn.c_q.weight first"):
+        opened_here(config, params, name="a.pt")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import GolfError, ModelConfig
-from golf_jax.model.params import leaves
+from golf_jax.model.params import leaves, tensor_names
 from golf_jax.model.platforms import resolve
 
 
@@ -37,5 +37,7 @@ class Model:
                 raise GolfError(f"model: parameter {name!r} ({leaf.tensor}) has shape {np.shape(value)}, not {leaf.shape}")
             xp: Any = np if isinstance(value, np.ndarray) else jnp
             if bad := int(xp.sum(~xp.isfinite(value))):
-                raise GolfError(f"model: {bad} of {value.size} values of {name!r} ({leaf.tensor}) are not finite; it cannot be scored")
+                tensors = [tensor for tensor, (at, _) in tensor_names(config).items() if at == name]  # one per layer of a stack
+                first = tensors[int(np.argwhere(~np.isfinite(np.asarray(value, np.float32)))[0][0])] if len(tensors) > 1 else tensors[0]
+                raise GolfError(f"model: {bad} of {value.size} values of {name!r} are not finite, in {first} first; it cannot be scored")
         return cls(resolve(config, platform), dict(params))
