@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,6 +140,8 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
         found = GolfError(f"{error.filename or 'output'}: {error.strerror or error}")
         status = _silent(_fail(f"error: {found}", 2))
     ended[0] = status
+    if ends and _waiting():  # before the interpreter waits for them, which it does before it calls what is registered
+        atexit._run_exitfuncs()
     sys.exit(status)
 
 
@@ -154,11 +157,16 @@ def _leave_devices() -> None:
 
 def _at_once(ended: list[int]) -> None:
     """End while a program still compiles in a thread that nobody will ask, before the interpreter takes down what that thread uses."""
-    if busy() or ended[0] > 128:
+    if busy() or ended[0] > 128 or _waiting():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         os._exit(ended[0])
+
+
+def _waiting() -> bool:
+    """Whether threads of orbax are left: where a checkpoint's folder could not be made they wait ten minutes for it."""
+    return any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate())
 
 
 def _keep_pages() -> None:

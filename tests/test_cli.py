@@ -324,3 +324,17 @@ def test_a_freed_block_of_a_thread_stays_with_the_process(tunables, kept):
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True)
     first, second = map(int, done.stdout.split())
     assert first >= 20 and (second < 5) == kept
+
+
+def test_threads_that_wait_for_a_checkpoint_that_cannot_be_made_do_not_hold_the_end_up():
+    code = (
+        "import atexit, threading, golf_jax.cli as cli\n"
+        "Waiting = type('Waiting', (threading.Thread,), {'__module__': 'orbax.futures'})\n"
+        "def main(argv):\n"
+        "    atexit.register(print, 'what is registered is called')\n"
+        "    Waiting(target=threading.Event().wait).start()\n"
+        "    raise cli.GolfError('the disk is read-only')\n"
+        "cli.run(main, computes=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "error: the disk is read-only\n") and done.stdout == "what is registered is called\n"
