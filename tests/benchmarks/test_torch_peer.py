@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from golf_jax.config import DataConfig, GolfError, Recipe, SlidingConfig, load_recipe
+from golf_jax.config import DataConfig, EvalConfig, GolfError, Recipe, SlidingConfig, load_recipe
 from golf_jax.data.loader import Batch
 from golf_jax.mesh import make_mesh
 from golf_jax.model import init_params, leaves, to_tensors
@@ -43,7 +43,7 @@ def tiny(name: str) -> Recipe:
         recipe,
         model=replace(recipe.model, **small),
         data=DataConfig(seq_len=24, ranks=2, rows_per_rank=2),
-        eval=replace(recipe.eval, sliding=SlidingConfig(stride=8)),
+        eval=EvalConfig(sliding=SlidingConfig(stride=8)),
         numerics="fp32",
         micro_rows=2,
     )
