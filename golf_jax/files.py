@@ -79,6 +79,15 @@ def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
     return path
 
 
+def sync(path: Path) -> None:
+    """Have the system write a file's content, or a folder's names, to the disk. OSError where it cannot."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _through(path: Path) -> Path | int | None:
     """What is to be opened where no file may be replaced: a device or pipe, or a copy of this process's descriptor with `path` behind it,
     whose end moves on with what is written; else None."""

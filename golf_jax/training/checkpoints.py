@@ -25,7 +25,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from golf_jax.ahead import ahead
 from golf_jax.config import GolfError
-from golf_jax.files import sealed
+from golf_jax.files import sealed, sync
 from golf_jax.mesh import ROWS, run_rarely
 from golf_jax.processes import from_main
 from golf_jax.training.runfiles import checked_meta
@@ -107,7 +107,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).absolute()
-        self._last = 0  # step of the save under way
+        self._last = self._synced = 0  # step of the save under way, and of the one that would outlive a power loss
         _set_up()
         with self._reported("cannot be opened"):
             self.directory.mkdir(parents=True, exist_ok=True)  # orbax finds out that it is a file when the first save is due
@@ -131,8 +131,8 @@ class Checkpoints:
         self._last = step
         with self._written(f"checkpoint {step} cannot be written"):
             self._manager.save(step, args=args, force=True)
-            if wait:
-                self._manager.wait_until_finished()
+        if wait:
+            self.wait()
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, the newest first."""
@@ -185,9 +185,17 @@ class Checkpoints:
         return target
 
     def wait(self) -> None:
-        """Until the save under way is on disk. Raises GolfError if it failed."""
+        """Until the save under way is on disk. Raises GolfError if it failed.
+
+        Orbax syncs the arrays alone: a machine that loses its power would find the facts beside them empty.
+        """
         with self._written(f"checkpoint {self._last} cannot be written"):
             self._manager.wait_until_finished()
+            folder = self.directory / str(self._last)
+            if jax.process_index() == 0 and self._synced != self._last and folder.is_dir():
+                for path in (*folder.rglob("*"), folder, self.directory):
+                    sync(path)
+                self._synced = self._last
 
     def close(self) -> None:
         """Wait, and let go. A failure is told by `save` and `wait`; it must not hide here what else has happened."""

@@ -65,6 +65,20 @@ def test_the_newest_comes_back_whole(state, copy):
     assert restore(copy.parent / "none") is None
 
 
+def test_what_is_said_to_be_saved_outlives_a_power_loss(state, tmp_path, monkeypatch):
+    """All files of the checkpoint and the folders that name them; orbax syncs the arrays alone."""
+    synced = []
+    monkeypatch.setattr(checkpoints, "sync", synced.append)
+    kept = Checkpoints(tmp_path / "checkpoints")
+    kept.save(5, state, position={})
+    assert synced == []  # in the background
+    kept.wait()
+    assert {*(tmp_path / "checkpoints/5").rglob("*"), tmp_path / "checkpoints/5", tmp_path / "checkpoints"} == {*synced}
+    kept.wait()
+    assert len(synced) == len({*synced})  # once
+    kept.close()
+
+
 def test_a_full_disk_costs_the_older_checkpoint_and_never_the_newest(state, copy, monkeypatch):
     """Two fill the disk: a third has no room beside them, and the state that is kept would grow old."""
     kept = Checkpoints(copy)
