@@ -108,7 +108,9 @@ def find_shards(pattern: str | Path) -> list[Path]:
     """
     if os.path.isdir(pattern):
         raise GolfError(f"{pattern}: a directory; give a glob of its shards, as '{pattern}/*train_*.bin' or '{pattern}/*val_*.bin'")
-    found = [Path(name) for name in sorted(glob.glob(str(pattern)))]
+    folder, name = os.path.split(pattern)
+    where = os.path.join(glob.escape(folder), name) if os.path.isdir(folder) else str(pattern)  # a folder may be called `[2024]`
+    found = [Path(path) for path in sorted(glob.glob(where))]
     paths = [path for path in found if "_bytes_" not in path.name]
     if found and not paths:
         raise GolfError(f"{found[0]}: a sidecar of byte counts, not tokens; name the shards beside it")

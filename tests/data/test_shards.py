@@ -95,6 +95,14 @@ def test_shards_are_found_in_name_order_and_concatenated(tmp_path):
     assert load_val_tokens(tmp_path / "val_*.bin").tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+def test_a_folder_whose_name_looks_like_a_glob_is_itself(tmp_path):
+    (tmp_path / "[2024]").mkdir()
+    write_shard(tmp_path / "[2024]/val_0.bin", np.arange(9))
+    assert [path.name for path in find_shards(tmp_path / "[2024]/val_*.bin")] == ["val_0.bin"]
+    write_shard(tmp_path / "val_1.bin", np.arange(9))
+    assert [path.name for path in find_shards(tmp_path / "val_[01].bin")] == ["val_1.bin"]
+
+
 def test_byte_sidecars_are_not_taken_for_tokens(tmp_path, shard):
     write_shard(tmp_path / "val_bytes_000000.bin", np.arange(3))
     assert find_shards(tmp_path / "val_*.bin") == [shard]
