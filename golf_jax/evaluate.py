@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
         result = next(score(model, text, mesh, eval, say, seq_len=model.seq_len, methods=[method_of(eval, options.mode)], max_targets=most))
     if options.json and jax.process_index() == 0:  # before the screen, which may be gone by now
         about = {"model": model.name, "sha256": model.sha256, "text_facts": list(text.facts)}
-        write_atomic(options.json, json_text(about | result.to_dict()).encode())
+        write_atomic(options.json, json_text(about | result.to_dict()))
     say("\n".join([*result.lines(), *doubts]))
     return 0
 

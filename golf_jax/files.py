@@ -48,24 +48,25 @@ def read_bytes(path: str | Path, limit: int = 1 << 31) -> bytes:
         raise GolfError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> Path:
+def write_atomic(path: str | Path, *chunks: bytes | memoryview | str) -> Path:
     """Writes `chunks` to `path` so that readers see the old file or the whole new one, also when the disk fills up.
 
     A link is followed, not replaced; what is no regular file, or lies behind this process's own output (`/dev/stdout`), is written to.
+    Text becomes UTF-8, with an escape for a byte that is none in the name of a file.
     """
     path = Path(path)
     temporary = None
+    raw = [chunk.encode(errors="backslashreplace") if isinstance(chunk, str) else chunk for chunk in chunks]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if (there := _through(path)) is not None:
             with open(there, "wb") as file:
-                file.writelines(chunks)
+                file.writelines(raw)
             return path
         target = Path(os.path.realpath(path))
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
+            file.writelines(raw)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private

@@ -61,14 +61,14 @@ def main(argv: Sequence[str]) -> int:
     title = f"{records[0].recipe.name}: {records[0].name}" if len(records) == 1 else f"{len(records)} runs"
     html = page.page(title, contents.sections(records, drawn, again))
     try:
-        write_atomic(out, html.encode())
+        write_atomic(out, html)
         if options.figures:
             Path(options.figures).mkdir(parents=True, exist_ok=True)
             for name, (_, figure) in drawn.items():
                 figures.export(figure, Path(options.figures) / name)
     except OSError as error:
         raise GolfError(f"{error.filename or out}: cannot write: {error.strerror}") from None
-    print(f"{out}: {len(records)} run{'s' * (len(records) > 1)}, {len(drawn)} figures, {len(html.encode()) / 1000:,.0f} kB")
+    print(f"{out}: {len(records)} run{'s' * (len(records) > 1)}, {len(drawn)} figures, {out.stat().st_size / 1000:,.0f} kB")
     for sentence in [s for sentences in again.missing.values() for s in sentences]:
         print(f"left out: {sentence}")
     if options.open:

@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
         report = reproduce(args.path, args.only, args.devices, args.tokenizer)
         document, ok = report.to_dict(), bool(report.results) and all(r.ok for r in report.results)
     if args.json:
-        write_atomic(args.json, json_text(document).encode())
+        write_atomic(args.json, json_text(document))
     return int(not ok)
 
 

@@ -56,12 +56,12 @@ def main(argv: list[str]) -> int:
         raise GolfError(f"{folder}: no run has finished; the first said: {next(iter(problems.values()), 'nothing')}")
     groups, method = compare.groups(records), compare.common_method(records)
     rows = compare.compare(groups, method)
-    write_atomic(folder / "runs.csv", compare.runs_csv(groups).encode())
+    write_atomic(folder / "runs.csv", compare.runs_csv(groups))
     closing = compare.conclusion(rows)
     if len({file.read_bytes() for r in records if (file := r.path / "code.pyz").is_file()}) > 1:
         closing += "\n\nWARNING: the runs did not run the same code (code.pyz differs): a difference may be the code's"
     text = f"`{recipe.name}`, scored by the {method} evaluation.\n\n{compare.markdown(rows)}\n\n{closing}\n"
-    write_atomic(folder / "sweep.md", text.encode())
+    write_atomic(folder / "sweep.md", text)
     print(f"\nscored by the {method} evaluation; gains against the first line, p of a paired t-test\n{compare.table(rows)}\n\n{closing}")
     print(f"runs.csv and sweep.md are in {folder}; figures: python -m golf_jax.report {folder}")
     return int(bool(problems))

@@ -104,4 +104,4 @@ def damage(directory: Path) -> str:
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> Path:
     """Writes `manifest` as `directory`/manifest.json, all or nothing."""
-    return write_atomic(directory / NAME, (json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n").encode())
+    return write_atomic(directory / NAME, json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")

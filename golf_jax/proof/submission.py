@@ -196,15 +196,15 @@ def write_submission(
     data = runs[0].recipe.data
     if data.train != "embedded":  # where the shards lay is nobody's concern, and their reader's to say
         data = replace(data, train=Path(data.train).name, val=Path(data.val).name, tokenizer="tokenizer.model")
-    files: dict[str, bytes] = {
+    files: dict[str, bytes | str] = {
         "train_gpt.py": codes.pop(),
-        "recipe.json": (json.dumps(to_dict(replace(runs[0].recipe, data=data)), indent=1) + "\n").encode(),
+        "recipe.json": json.dumps(to_dict(replace(runs[0].recipe, data=data)), indent=1) + "\n",
         "tokenizer.model": (runs[0].path / "tokenizer.model").read_bytes(),
-        "requirements.txt": needed.encode(),
-        "submission.json": (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode(),
+        "requirements.txt": needed,
+        "submission.json": json.dumps(facts, indent=1, allow_nan=False) + "\n",
         "README.md": readme(
             facts, "\n".join(table(Path(path).name, findings) for path, findings in report.items()), data.train == "embedded"
-        ).encode(),
+        ),
     }
     for run in runs:
         files[f"train_seed{run.recipe.seed}.log"] = (run.path / "log.txt").read_bytes()

@@ -92,6 +92,7 @@ class RunDir:
             config = self.path / "config.json"
             if resume and not config.exists():
                 return f"{self.path}: no run is there (config.json is missing)"
+            os.path.abspath(self.path).encode()  # what orbax takes
             self.path.mkdir(parents=True, exist_ok=True)
             for name in ("run.lock", "log.txt", "metrics.jsonl"):
                 if (file := self.path / name).exists() and not file.is_file():  # opening a pipe would block for ever
@@ -104,13 +105,15 @@ class RunDir:
             here = config.exists()  # looked up under the lock: another start may have come and gone meanwhile
             if here and not resume and kept(self.path):
                 return f"{self.path}: holds a run already; give another --run-dir, or --resume to go on with it"
-            self._log = open(self.path / "log.txt", "w" if here and not resume else "a", encoding="utf8")
+            self._log = open(self.path / "log.txt", "w" if here and not resume else "a", encoding="utf8", errors="backslashreplace")
             self._repair_metrics(lambda row: resume)
             self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf8")
             record = read_stages(self.path)
             self.record = dict(record) if resume else {}
         except BlockingIOError:
             return f"{self.path}: another process works in this directory"
+        except UnicodeEncodeError:
+            return f"{self.path}: the name is not UTF-8, and no checkpoint can be written there; give another --run-dir"
         except GolfError as error:
             return str(error)
         except (OSError, ValueError) as error:
@@ -189,7 +192,7 @@ class RunDir:
     def _repair_metrics(self, keep: Any = lambda row: True) -> None:
         """Rewrite metrics.jsonl, whole or not at all, with the sound rows that are to be kept."""
         kept = "".join(json.dumps(row) + "\n" for row in self.rows() if keep(row))
-        self.write("metrics.jsonl", kept.encode())
+        self.write("metrics.jsonl", kept)
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the rows of what a resumed run does again: steps and validations from `step` on."""
@@ -225,9 +228,8 @@ class RunDir:
         target = self.path / name
         if not self.main:
             return target
-        if not isinstance(content, bytes):
-            text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False)
-            content = (text.rstrip("\n") + "\n").encode()
+        if not isinstance(content, bytes | str):
+            content = json.dumps(content, indent=1, allow_nan=False) + "\n"
         return write_atomic(target, content)
 
     def remove(self, name: str) -> None:

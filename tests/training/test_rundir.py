@@ -102,6 +102,18 @@ def test_a_terminal_that_nobody_gave_a_size_has_eighty_columns(tmp_path, monkeyp
     assert max(map(len, os.read(ours, 10_000).decode().replace("\r\x1b[K", "\n").splitlines())) <= 80
 
 
+def test_a_name_that_is_not_utf_8_is_refused_at_once_and_written_as_an_escape(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9")
+    with pytest.raises(GolfError, match="not UTF-8"):
+        RunDir(name)
+    assert not os.path.exists(name)
+    run = RunDir(tmp_path / "run")
+    run.log(f"data from {name}")
+    run.write("notes.md", f"data from {name}")
+    run.close()
+    assert all((run.path / file).read_text().strip().endswith("\\udce9") for file in ("log.txt", "notes.md"))
+
+
 def test_only_what_was_kept_is_gone_on_with_when_a_process_is_lost(tmp_path):
     run = RunDir(tmp_path / "a run")
     assert all_again(run.path).startswith("start all processes again with the same command")
