@@ -14,16 +14,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from golf_jax.config import GolfError, parse_json
+from golf_jax.config import GolfError, named, parse_json
 from golf_jax.data.manifest import file_entry, sha256_file, text_bytes, write_manifest
-from golf_jax.data.shards import find_shards, load_val_tokens, open_shard
+from golf_jax.data.shards import MAX_TOKENS, find_shards, load_val_tokens, open_shard
 from golf_jax.data.sidecar import beside, find_sidecars, load_sidecar
 from golf_jax.data.tokenizer import Tokenizer, byte_tables
-from golf_jax.files import write_atomic
+from golf_jax.files import read_bytes, write_atomic
 
 REPO = "willdepueoai/parameter-golf"
 CASEOPS_REPO = "romeerp/parameter-golf-caseops-v1"  # of PR 2135: the same layout, byte counts beside the validation shards
 PREFIX = "datasets"
+INDEX = f"{PREFIX}/manifest.json"
+MAX_INDEX, MOST_FILES = 1 << 26, 10_000  # bytes of the manifest; files of one split
 
 
 class Hub(Protocol):
@@ -87,11 +89,12 @@ def download(
     hub, root = hub or hub_of(variant), Path(directory)
     index = _fetch_index(hub, root)
     dataset, tokenizer_path = _lookup(index, f"fineweb10B_{variant}")
-    stats = dataset.get("stats") or {}
-    if train_shards > (available := int(stats.get("files_train", 0))):
+    if not isinstance(stats := dataset.get("stats", {}), dict):
+        raise GolfError(f"{INDEX}: stats of {dataset['name']} must be an object")
+    if train_shards > (available := _count(stats, "files_train", MOST_FILES)):
         raise GolfError(f"{variant}: the export has {available} training shards, {train_shards} were asked for")
     folder = f"datasets/{dataset['name']}"
-    names = [f"{folder}/fineweb_val_{number:06d}.bin" for number in range(int(stats.get("files_val", 0)))]
+    names = [f"{folder}/fineweb_val_{number:06d}.bin" for number in range(_count(stats, "files_val", MOST_FILES))]
     names += [str(beside(Path(name))) for name in names] if transformed else []
     names += [f"{folder}/fineweb_train_{number:06d}.bin" for number in range(train_shards)]
     names = [tokenizer_path, *names]
@@ -140,34 +143,42 @@ def _problem(path: Path, digest: str | None) -> str | None:
 
 
 def _fetch_index(hub: Hub, root: Path) -> dict[str, Any]:
-    fetched = _ask(hub.fetch, f"{PREFIX}/manifest.json", root / ".hub")
-    raw = fetched.read_bytes()
-    try:
+    raw = read_bytes(_ask(hub.fetch, INDEX, root / ".hub"), MAX_INDEX)
+    with named(f"{INDEX}: not the manifest of a FineWeb export"):
         index = parse_json(raw)
-        _ = index["datasets"], index["tokenizers"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise GolfError(f"{PREFIX}/manifest.json: not the manifest of a FineWeb export") from error
+        for part in ("datasets", "tokenizers"):
+            entries = index.get(part) if isinstance(index, dict) else None
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise GolfError(f"{part} must be a list of objects")
     write_atomic(root / "manifest.json", raw)
     return index
 
 
+def _count(stats: dict[str, Any], name: str, most: int) -> int:
+    """A number of the export's manifest, 0 where it is not there."""
+    if type(value := stats.get(name, 0)) is not int or not 0 <= value <= most:
+        raise GolfError(f"{INDEX}: {name} is {str(value)[:40]!a}; it must be a number of at most {most:,}")
+    return value
+
+
 def _lookup(index: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    datasets = {entry.get("name"): entry for entry in index["datasets"]}
-    if name not in datasets:
-        raise GolfError(f"{name}: not in the export, which has {', '.join(map(str, datasets))}; --repo names another one")
-    wanted = datasets[name].get("tokenizer_name")
+    dataset = next((entry for entry in index["datasets"] if entry.get("name") == name), None)
+    if dataset is None:
+        there = ", ".join(str(entry.get("name")) for entry in index["datasets"])
+        raise GolfError(f"{name}: not in the export, which has {there}; --repo names another one")
+    wanted = dataset.get("tokenizer_name")
     path = next((entry.get("model_path") for entry in index["tokenizers"] if entry.get("name") == wanted), None)
-    if not path:
-        raise GolfError(f"{name}: the export's manifest names no SentencePiece model for it (tokenizer {wanted!r})")
+    if not isinstance(path, str) or not path:
+        raise GolfError(f"{name}: the export's manifest names no SentencePiece model for it (tokenizer {str(wanted)[:80]!a})")
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise GolfError(f"{name}: the export's manifest places the tokenizer at {path!r}, outside of the export")
-    return datasets[name], path
+    return dataset, path
 
 
 def _write_local_manifest(root: Path, folder: str, tokenizer_path: str, stats: dict[str, Any]) -> Path:
     directory, tokenizer = root / folder, Tokenizer(root / tokenizer_path)
     val = load_val_tokens(directory / "fineweb_val_*.bin", tokenizer.vocab_size)
-    if (expected := stats.get("tokens_val")) is not None and int(expected) != len(val):
+    if "tokens_val" in stats and (expected := _count(stats, "tokens_val", MOST_FILES * MAX_TOKENS)) != len(val):
         raise GolfError(f"{directory}: validation has {len(val)} tokens, the export's manifest says {expected}")
     splits: dict[str, dict[str, Any]] = {}
     for split in ("train", "val"):  # all that is there: an earlier download may have brought more training shards

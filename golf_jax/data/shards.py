@@ -54,8 +54,7 @@ class Shard:
         start, stop, step = part.indices(self._count)
         if step != 1:
             raise IndexError("a shard is read in contiguous parts")
-        raw = bytearray(TOKEN.itemsize * max(stop - start, 0))
-        view, done = memoryview(raw), 0
+        view, done = memoryview(raw := self._room(max(stop - start, 0))), 0
         try:
             while done < len(view):
                 if not (count := os.preadv(self._descriptor, [view[done:]], HEADER_BYTES + TOKEN.itemsize * start + done)):
@@ -67,6 +66,17 @@ class Shard:
         if not unchanged:
             raise GolfError(f"{self.path}: was truncated or altered while in use; restore the file and start again")
         return np.frombuffer(raw, TOKEN)
+
+    def _room(self, count: int) -> bytearray:
+        try:
+            return bytearray(TOKEN.itemsize * count)
+        except MemoryError:
+            raise GolfError(f"{self.path}: there is too little memory for its {count:,} tokens") from None
+
+    def whole(self) -> np.ndarray:
+        """All tokens. GolfError, before much is read, for a file that begins with a hole: such a one can claim 4 GB and take none."""
+        check_holes(self[:BLOCK], self.path)
+        return self[:]
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
@@ -156,7 +166,7 @@ def check_holes(tokens: np.ndarray, where: object, first: int = 0) -> None:
 def load_val_tokens(pattern: str | Path, vocab_size: int | None = None) -> np.ndarray:
     """All validation shards of the glob `pattern`, concatenated in name order: uint16 [tokens], in memory (120 MB officially)."""
     shards = [open_shard(path) for path in find_shards(pattern)]
-    tokens = np.concatenate([shard[:] for shard in shards])
+    tokens = np.concatenate([shard.whole() for shard in shards])
     if vocab_size is not None:
         check_token_range(tokens, vocab_size, pattern)
     return tokens

@@ -5,6 +5,7 @@ three bytes of `<0x..>` (PR 1143, 1184), the leading space counted twice (issue 
 (issue 897), control tokens counted as text. `check_tables` makes each of these an error.
 """
 
+import contextlib
 import hashlib
 import io
 import re
@@ -88,7 +89,8 @@ class Tokenizer:
     def encode_surfaces(self, text: str) -> tuple[list[int], list[str]]:
         """Tokens of a (transformed) text, and the part of it that each stands for, as it was before SentencePiece normalised it."""
         call = getattr(self.processor, "encode_as_immutable_proto", None) or self.processor.encode_as_proto
-        pieces = call(text).pieces
+        with self._sound("encode"):
+            pieces = call(text).pieces
         return [piece.id for piece in pieces], [piece.surface for piece in pieces]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -98,10 +100,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """(Transformed) text of `ids`. GolfError where the model's own pieces make no text."""
-        try:
+        with self._sound("decode its own tokens"):
             return self.processor.decode([int(token) for token in ids])
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise GolfError(f"tokenizer {self.name}: cannot decode its own tokens ({str(error)[:80]})") from error
 
     def changes(self) -> list[str]:
         """What encoding does not keep of a text, found by trying: line ends, runs of spaces, case, compatibility forms, other letters."""
@@ -119,7 +119,16 @@ class Tokenizer:
         return found
 
     def _normal(self, text: str) -> str:
-        return self.processor.normalize(text).replace(SPACE, " ").strip(" ")
+        with self._sound("normalize"):
+            return self.processor.normalize(text).replace(SPACE, " ").strip(" ")
+
+    @contextlib.contextmanager
+    def _sound(self, what: str) -> Iterator[None]:
+        """GolfError where SentencePiece fails on what it has opened: damaged pieces, a normalizer whose replacements are no UTF-8."""
+        try:
+            yield
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise GolfError(f"tokenizer {self.name}: cannot {what} ({str(error)[:80]}): a damaged model") from error
 
 
 def _known_forms(character: str, folded: bool) -> set[str]:

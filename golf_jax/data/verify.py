@@ -102,7 +102,7 @@ def _verify_split(report: Report, split: str, pattern: str, model: Tokenizer, en
         progress.at(number)
         try:
             shard = open_shard(path)
-            tokens = shard[:]
+            tokens = shard.whole()
             check_token_range(tokens, model.vocab_size, path)
             check_holes(tokens, path)
         except GolfError as error:

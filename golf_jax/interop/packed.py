@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from golf_jax.processes import say_once
 from golf_jax.quant import QTensor, dequantize_all
 
 MAX_RAW_BYTES = 1 << 30
+FREE_BYTES, BYTES_PER_BYTE = 1 << 26, 64  # a file of n bytes may hold 64 MiB + 64 n: a small one can never cost gigabytes
+FREE_SHARED = 1 << 20  # beside twice what is stored: a tied head is the token table under a second name
 NESTED = ("model", "model_state_dict", "state_dict")
 WRAPPERS = {"model", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 BANKS = {
@@ -52,7 +54,7 @@ def read_packed_codes(data: bytes) -> dict[str, QTensor]:
     where = "packed file"
     if data[:4] == pgrp.MAGIC:
         return _codes_of_2135(data)
-    stored = _torch_load(io.BytesIO(_decompress(data, where)), where)
+    stored = _layout(_decompress(data, where), where)
     try:
         read = _codes_of_372 if "quantized" in stored else _codes_of_w_and_m
         return {canonical_name(n): q for n, q in read(stored).items()}
@@ -78,7 +80,9 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
             file.seek(-min(22, path.stat().st_size), 2)
             if zipped and file.read(4) != b"PK\5\6":  # the last record of a zip without a comment, as torch writes it
                 raise GolfError(f"{path}: is cut off, or has bytes behind its end")
-        arrays = {n: _numpy(v, f"{path}: {n}", _DTYPES) for n, v in _state_dict(_torch_load(path, str(path)), path).items()}
+        state = _state_dict(_torch_load(path, str(path)), path)
+        _check_shared(state.values(), path.stat().st_size, str(path))
+        arrays = {n: _numpy(v, f"{path}: {n}", _DTYPES) for n, v in state.items()}
     return canonical_state(arrays, str(path))
 
 
@@ -147,28 +151,51 @@ def _decompress(data: bytes, where: str) -> bytes:
     """The raw bytes of a whole stream; cut short, too large or followed by more bytes is refused."""
     magic = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zX": "xz", b"\x78": "zlib"}
     packing = next((name for start, name in magic.items() if data.startswith(start)), "brotli")
-    rest = b""
+    rest, limit = b"", raw_limit(len(data))
     try:
         if packing == "zstd":
             decoder = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
-            complete = zstandard.get_frame_parameters(data).content_size <= MAX_RAW_BYTES
+            complete = zstandard.get_frame_parameters(data).content_size <= limit
             raw = decoder.decompress(data) if complete else b""
             complete, rest = complete and decoder.eof, decoder.unused_data
         elif packing in ("xz", "zlib"):
             decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_RAW_BYTES) if packing == "xz" else zlib.decompressobj()
-            raw = decoder.decompress(data, MAX_RAW_BYTES)
+            raw = decoder.decompress(data, limit)
             complete, rest = decoder.eof, decoder.unused_data
         else:
             decoder = brotli.Decompressor()
-            raw = decoder.process(data, output_buffer_limit=MAX_RAW_BYTES)
+            raw = decoder.process(data, output_buffer_limit=limit)
             complete = decoder.is_finished()
     except (zstandard.ZstdError, lzma.LZMAError, zlib.error, brotli.error) as e:
         raise GolfError(f"{where}: not a whole {packing} stream ({e})") from None
     if not complete:
-        raise GolfError(f"{where}: the {packing} stream is cut short or larger than {MAX_RAW_BYTES} bytes")
+        raise GolfError(f"{where}: the {packing} stream is cut short, or larger than the {limit:,} bytes that are read of {len(data):,}")
     if rest:
         raise GolfError(f"{where}: {len(rest)} bytes behind the {packing} stream: not the file that a script wrote")
     return unshuffle_bytes(raw)
+
+
+def raw_limit(stored: int) -> int:
+    """Bytes that are unpacked of `stored` bytes, at most."""
+    return min(MAX_RAW_BYTES, FREE_BYTES + BYTES_PER_BYTE * stored)
+
+
+def _layout(raw: bytes, where: str) -> Any:
+    """What a script put into a packed file: dictionaries of tensors, and of facts about them."""
+    stored = _torch_load(io.BytesIO(raw), where)
+    groups = [group for group in stored.values() if isinstance(group, Mapping)] if isinstance(stored, Mapping) else []
+    _check_shared((x for group in groups for x in group.values()), len(raw), where)
+    return stored
+
+
+def _check_shared(tensors: Iterable[Any], size: int, where: str) -> None:
+    """GolfError where tensors under many names share what `size` stored bytes hold once: a few kB would become gigabytes."""
+    dense = [x for x in tensors if hasattr(x, "untyped_storage") and str(x.layout) == "torch.strided" and x.device.type != "meta"]
+    claimed = sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in dense)  # what is expanded is refused by itself
+    if claimed > 2 * size + FREE_SHARED:
+        raise GolfError(
+            f"{where}: its {len(dense)} tensors claim {claimed:,} bytes of a file of {size:,}: many share one storage; save each"
+        )
 
 
 def _torch_load(source: Any, where: str) -> Any:
@@ -248,8 +275,8 @@ def _codes_of_w_and_m(stored: Any) -> dict[str, QTensor]:
 def _codes_of_2135(data: bytes) -> dict[str, QTensor]:
     """PR 2135: codes in a frame of their own (`golf_jax.interop.pgrp`), scales, low-rank factors and floats in a torch file beside."""
     where = "packed file"
-    codes, remainder = pgrp.split(data)
-    stored = _torch_load(io.BytesIO(_decompress(remainder, where)), where)
+    codes, remainder = pgrp.split(data, raw_limit(len(data)))
+    stored = _layout(_decompress(remainder, where), where)
     try:
         floats, result = {n: _numpy(x) for n, x in stored["w"].items()}, {}
         for name, kind in stored["m"].items():

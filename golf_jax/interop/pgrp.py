@@ -61,9 +61,14 @@ def sizes(data: bytes) -> list[int]:
     return [len(f.tensors), f.method, len(f.stored), len(f.remainder), f.header_bytes, f.size, len(data)]
 
 
-def split(data: bytes) -> tuple[dict[str, np.ndarray], bytes]:
-    """(codes int8 [R, C] by the names in the frame, compressed remainder). Raises GolfError; NotInstalled where lrzip is absent."""
+def split(data: bytes, limit: int = MAX_CODES) -> tuple[dict[str, np.ndarray], bytes]:
+    """(codes int8 [R, C] by the names in the frame, compressed remainder). limit: codes that are unpacked at most.
+
+    Raises GolfError; NotInstalled where lrzip is absent.
+    """
     frame = parse(data)
+    if frame.size > limit:
+        raise GolfError(f"packed file: a PGRP frame of {len(data):,} bytes that claims {frame.size:,} codes; at most {limit:,} are read")
     raw = (_lrzip if frame.method else _brotli)(frame.stored, frame.size)
     if len(raw) != frame.size:
         raise GolfError(f"packed file: {len(raw)} codes instead of {frame.size}")

@@ -144,6 +144,35 @@ def test_an_export_cannot_write_outside_of_its_directory(hub, tmp_path):
         download("sp300", tmp_path / "data", train_shards=1, hub=hub, log=quiet)
 
 
+@pytest.mark.parametrize(
+    ("place", "values", "message"),
+    [
+        (["datasets"], [None, "x", {}, [None], 5], "datasets must be a list of objects"),
+        (["tokenizers"], [None, "x", ["x"]], "tokenizers must be a list of objects"),
+        (["datasets", 0, "name"], [None, [], {}, 1], "not in the export"),
+        (["datasets", 0, "tokenizer_name"], [None, [], {}], "names no SentencePiece model"),
+        (["tokenizers", 0, "model_path"], [None, 5, True, [], {}], "names no SentencePiece model"),
+        (["datasets", 0, "stats"], [None, [], "x", 5], "stats of fineweb10B_sp300 must be an object"),
+        (["datasets", 0, "stats", "files_train"], [None, "3", -1, 1e30, 10**9, [], True], "files_train is .*; it must be a number of at"),
+        (["datasets", 0, "stats", "files_val"], ["x", 1.5, 10**9, {}, True], "files_val is .*; it must be a number of at most 10,000"),
+        (["datasets", 0, "stats", "tokens_val"], ["x", None, 1.0, 10**30], "tokens_val is .*; it must be a number of at most"),
+    ],
+)
+def test_a_manifest_whose_fields_are_something_else_is_one_line(hub, tmp_path, place, values, message):
+    """Also a number of files whose names alone would take gigabytes."""
+    path = hub.root / "datasets/manifest.json"
+    index = json.loads(path.read_text())
+    *outer, last = place
+    for value in values:
+        there = index
+        for key in outer:
+            there = there[key]
+        there[last] = value
+        path.write_text(json.dumps(index))
+        with pytest.raises(GolfError, match=message):
+            download("sp300", tmp_path / "data", train_shards=1, hub=hub, log=quiet)
+
+
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(GolfError, match=r"pip install 'golf-jax\[data\]'"):

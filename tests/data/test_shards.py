@@ -1,6 +1,7 @@
 """Shards: what is written comes back, and every kind of damage is named."""
 
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -55,6 +56,28 @@ def test_a_fifo_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe.bin")
     with pytest.raises(GolfError, match="not a regular file"):
         open_shard(tmp_path / "pipe.bin")
+
+
+def test_a_shard_of_4_gb_that_was_never_written_costs_nothing(shard, monkeypatch):
+    count = 2**31 - 1
+    with open(shard, "r+b") as file:
+        file.seek(8)
+        file.write(count.to_bytes(4, "little"))
+        file.seek(HEADER_BYTES)
+        file.truncate(HEADER_BYTES)
+        file.truncate(HEADER_BYTES + 2 * count)
+    tracemalloc.start()
+    with pytest.raises(GolfError, match="val_000000.bin: the 2,048 tokens from 0 on are all 0: part of the file was never written"):
+        load_val_tokens(shard)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    monkeypatch.setattr("golf_jax.data.shards.bytearray", lambda size: bytes(size) if size < 1 << 20 else no_memory(), raising=False)
+    with pytest.raises(GolfError, match="val_000000.bin: there is too little memory for its 2,147,483,647 tokens"):
+        open_shard(shard)[:]
+
+
+def no_memory():
+    raise MemoryError
 
 
 def test_official_shards_open(shared):

@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from golf_jax.config import GolfError
 from golf_jax.data.corpus import documents
@@ -173,3 +174,16 @@ def test_too_little_text_and_broken_models_are_refused(tmp_path):
         Tokenizer(tmp_path / "bad.model")
     with pytest.raises(GolfError, match="SentencePiece|empty"):
         Tokenizer(b"")
+
+
+def test_a_normalizer_whose_replacements_are_no_text_is_one_line(texts):
+    """Bits flipped in the strings behind its trie: SentencePiece opens it, and fails on every character that it replaces."""
+    out = io.BytesIO()
+    settings = {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=out, **settings)
+    spec = sentencepiece_model_pb2.ModelProto.FromString(out.getvalue())
+    rules = spec.normalizer_spec.precompiled_charsmap
+    start = 4 + int.from_bytes(rules[:4], "little")
+    spec.normalizer_spec.precompiled_charsmap = rules[:start] + bytes(byte and 0xDA for byte in rules[start:])
+    with pytest.raises(GolfError, match=r"tokenizer bad.model: cannot normalize \(.*\): a damaged model"):
+        Tokenizer(spec.SerializeToString(), "bad.model").changes()

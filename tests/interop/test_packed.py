@@ -3,10 +3,12 @@
 import io
 import lzma
 import pickle
+import struct
 import sys
 import zipfile
 import zlib
 
+import brotli
 import ml_dtypes
 import numpy as np
 import pytest
@@ -159,6 +161,28 @@ def test_exotic_tensors_are_one_line(tmp_path):
         read_checkpoint(saved(tmp_path, {"w": torch.zeros(1, 1).expand(10**7, 10**5)}))
     with pytest.raises(GolfError, match="not a state_dict"):
         read_checkpoint(saved(tmp_path, {0: w}))
+
+
+def test_a_small_file_costs_little_however_much_it_claims(tmp_path):
+    """Streams of nothing but zeros in every packing, codes behind them, one storage under a thousand names."""
+    torch = pytest.importorskip("torch")
+    zeros = bytes(100_000_000)
+    for packed in (brotli.compress(zeros, quality=5), zlib.compress(zeros), lzma.compress(zeros, preset=1), zstandard.compress(zeros)):
+        with pytest.raises(GolfError, match="cut short, or larger than the [0-9,]+ bytes that are read of"):
+            read_packed(packed)
+    order = struct.pack("<II", 16384, 16384) + np.arange(16384, dtype="<u2").tobytes()
+    frame = b"PGRP" + struct.pack("<IIH", 2, 1, 1) + b"a" + order + struct.pack("<BI", 0, 4) + b"1234" + struct.pack("<I", 0)
+    with pytest.raises(GolfError, match="claims 268,435,456 codes; at most"):
+        read_packed(frame)
+    w = torch.ones(100, 1000)
+    for shared in (w, w.t(), w.half()):
+        with pytest.raises(GolfError, match="its 1000 tensors claim [0-9,]+ bytes of a file of [0-9,]+: many share one storage"):
+            read_checkpoint(saved(tmp_path, {f"w{i}": shared for i in range(1000)}))
+    out = io.BytesIO()
+    torch.save({"w": {f"w{i}": w for i in range(1000)}, "m": {f"w{i}": "float32" for i in range(1000)}}, out)
+    with pytest.raises(GolfError, match="packed file: its 1000 tensors claim 400,000,000 bytes"):
+        read_packed(zstandard.compress(out.getvalue()))
+    assert len(read_checkpoint(saved(tmp_path, {"tok_emb.weight": w, "lm_head.weight": w, "x": w[:50]}))) == 2  # tied: one storage
 
 
 def test_views_of_all_kinds_are_read_as_their_values(tmp_path):
