@@ -216,6 +216,11 @@ def check_tables(tokenizer: Tokenizer, tokens: np.ndarray, tables: ByteTables | 
         counted = int(count_bytes(tables, ids[:-1], ids[1:]).sum())
         text = tokenizer.decode(ids)
         if counted != (actual := len(text.encode())):
+            if "\ufffd" in text:
+                raise GolfError(
+                    f"tokenizer {tokenizer.name}: the tokens of document {number} are not text, they decode to broken characters "
+                    f"({text[-60:]!a}): random, damaged, or another tokenizer's"
+                )
             raise GolfError(
                 f"tokenizer {tokenizer.name}: byte tables count {counted} bytes for document {number}, its text has {actual}: {text[:60]!r}"
             )

@@ -10,7 +10,7 @@ from golf_jax.config import GolfError
 Measure = Literal["abs", "of max", "rel L2", "rel", "equal", "change", "sigmas"]
 MEASURES = get_args(Measure)
 # What is raised of text for numbers, null for a table, ... in a set; a fault of ours would look the same.
-MALFORMED = (TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError)
+MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def bars_of(given: Any, item: str, tensor: str, shape: tuple[int, ...]) -> list[tuple[dict[str, Any], Any]]:

@@ -28,7 +28,7 @@ from golf_jax.processes import say_once
 from golf_jax.quant import QTensor, dequantize_all
 
 MAX_RAW_BYTES = 1 << 30
-FREE_BYTES, BYTES_PER_BYTE = 1 << 26, 64  # a file of n bytes may hold 64 MiB + 64 n: a small one can never cost gigabytes
+FREE_BYTES, BYTES_PER_BYTE = 1 << 26, 64  # a file of n bytes may unpack to 64 MiB + 64 n: a small one can never cost gigabytes
 FREE_SHARED = 1 << 20  # beside twice what is stored: a tied head is the token table under a second name
 NESTED = ("model", "model_state_dict", "state_dict")
 WRAPPERS = {"model", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -151,7 +151,7 @@ def _decompress(data: bytes, where: str) -> bytes:
     """The raw bytes of a whole stream; cut short, too large or followed by more bytes is refused."""
     magic = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zX": "xz", b"\x78": "zlib"}
     packing = next((name for start, name in magic.items() if data.startswith(start)), "brotli")
-    rest, limit = b"", raw_limit(len(data))
+    rest, limit = b"", min(MAX_RAW_BYTES, raw_limit(len(data)))
     try:
         if packing == "zstd":
             decoder = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
@@ -176,8 +176,8 @@ def _decompress(data: bytes, where: str) -> bytes:
 
 
 def raw_limit(stored: int) -> int:
-    """Bytes that are unpacked of `stored` bytes, at most."""
-    return min(MAX_RAW_BYTES, FREE_BYTES + BYTES_PER_BYTE * stored)
+    """Bytes that are unpacked of a file of `stored` bytes, at most; also of the arrays of a reference set."""
+    return FREE_BYTES + BYTES_PER_BYTE * stored
 
 
 def _layout(raw: bytes, where: str) -> Any:

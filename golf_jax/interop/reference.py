@@ -26,11 +26,11 @@ from golf_jax.evaluation.queue import BOS
 from golf_jax.files import read_bytes, refuse_pointer
 from golf_jax.interop.comparison import CheckResult, bars_of
 from golf_jax.interop.hparams import scoring_settings
+from golf_jax.interop.packed import raw_limit
 from golf_jax.mesh import make_mesh
 from golf_jax.model import Model, from_tensors
 
 Arrays = dict[str, np.ndarray]
-FREE_BYTES, BYTES_PER_BYTE = 1 << 28, 64  # a file of n bytes may hold 256 MiB + 64 n: a small one can never cost gigabytes
 LONGEST_CHAIN = 64  # of cases that refer to each other
 # Items that a case takes as given; everything else in its section is compared.
 INPUTS = {
@@ -149,7 +149,7 @@ def read_npz(path: Path) -> Arrays:
         refuse_pointer(path, file.read(64))
     try:
         with np.load(path, allow_pickle=False) as z:
-            claimed, allowed = sum(entry.file_size for entry in z.zip.infolist()), FREE_BYTES + BYTES_PER_BYTE * path.stat().st_size
+            claimed, allowed = sum(entry.file_size for entry in z.zip.infolist()), raw_limit(path.stat().st_size)
             if claimed > allowed:
                 raise ValueError(f"its entries claim {claimed:,} bytes; of a file of this size at most {allowed:,} are read")
             return {key: z[key] for key in z.files}

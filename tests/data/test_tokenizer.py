@@ -135,8 +135,6 @@ def test_a_vocabulary_without_a_lone_space_is_an_error(texts):
     tokenizer = train(texts, byte_fallback=True, add_dummy_prefix=False)
     processor = tokenizer.processor
     space = processor.piece_to_id("\u2581")
-    from sentencepiece import sentencepiece_model_pb2
-
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
     proto.pieces[space].piece = "\U0001f9ea"
     with pytest.raises(GolfError, match="no piece for a lone space"):
@@ -147,6 +145,13 @@ def test_unknown_tokens_are_an_error(texts):
     tokenizer = train(texts, byte_fallback=False, add_dummy_prefix=False)
     with pytest.raises(GolfError, match="byte tables count"):
         check_tables(tokenizer, shard_of(tokenizer, ["日 text"]))
+
+
+def test_broken_characters_are_told_as_that_and_not_as_a_fault_of_the_tables(trained):
+    """A last token that is a byte from the middle of a character: no end of the stream, and no text."""
+    tokens = shard_of(trained, ["text 日"])
+    with pytest.raises(GolfError, match=r"the tokens of document 0 are not text, they decode to broken characters \('.*\\ufffd'\)"):
+        check_tables(trained, np.append(tokens[:-3], tokens[-1:]))
 
 
 def test_a_stream_cut_inside_a_character_passes(trained):

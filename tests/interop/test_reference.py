@@ -1,11 +1,16 @@
 """What a comparison measures, and which facts a set may ask for."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 
 from golf_jax.config import GolfError
+from golf_jax.interop.checks import run
+from golf_jax.interop.checks.schedule import padded_starts
 from golf_jax.interop.comparison import CheckResult, bars_of
-from golf_jax.interop.reference import _fact, matches
+from golf_jax.interop.reference import Set, _fact, matches
 
 ODD = [{"value": None}, {"value": "1"}, {"value": True}, {"measure": ["abs"]}, {"measure": "much"}, {"until": "2"}, {"names": 3}]
 
@@ -41,3 +46,42 @@ def test_a_norm_of_several_tensors():
     assert _fact(ours, "norm/tok_emb.weight|blocks.0.*") == pytest.approx(np.hypot(9, 3))
     assert _fact(ours, "norm/nothing.*") is None and _fact(ours, "kind/*") is None
     assert matches("blocks.10.mlp.fc.weight", "blocks.*.mlp.fc.weight|x") and not matches("x.y", "x")
+
+
+def portable(path, sections, **arrays):
+    """A set of these sections on PR 2005's recipe."""
+    about = {"format": 1, "made": "", "recipe": "pr2005", "hyperparameters": {}, "config": {}, "sections": sections}
+    np.savez_compressed(path, reference=np.array(json.dumps(about)), **{name.replace("__", "/"): x for name, x in arrays.items()})
+    return Set(path)
+
+
+def test_a_set_that_claims_more_than_a_file_of_its_size_is_not_read(tmp_path):
+    """Zeros of a few kB, which would be four times as many bytes in float32."""
+    with pytest.raises(GolfError, match=r"its entries claim 100,\d+,\d+ bytes; of a file of this size at most"):
+        portable(tmp_path / "a.npz", {"params": {"cases": {"main": {}}}}, params__main__w=np.zeros(100_000_000, np.int8))
+
+
+@pytest.mark.parametrize(
+    ("case", "lengths", "message"),
+    [
+        ({"config": {"data.rows_per_rank": 10**6}}, [90, 80], r"drawn holds \[2, 3, 2\] a step, its configuration draws \[2, 1000000, 2\]"),
+        ({"config": {"data.rows_per_rank": 3}}, [90, 10**12], "shards of 1,000,000,000,090 tokens; at most 16,777,216 are made"),
+    ],
+)
+def test_a_loader_of_any_size_is_refused_before_it_is_made(tmp_path, case, lengths, message):
+    case["config"] |= {"data.ranks": 2, "data.seq_len": 64}
+    arrays = {"loader__main__drawn": np.zeros((4, 2, 3, 2), np.int64), "loader__main__shard_lengths": np.array(lengths)}
+    refs = portable(tmp_path / "a.npz", {"loader": {"cases": {"main": case}, "tolerances": {}}}, **arrays)
+    try:
+        list(run(refs, "loader"))
+        told = refs.not_checked["loader/main"]
+    except GolfError as error:
+        told = str(error)
+    assert re.search(message, told)
+
+
+def test_no_bucket_of_cu_seqlens_divides_by_zero():
+    assert padded_starts([[[0, 3]]], 8, 4).tolist() == [[[0, 3, 8, 8]]]
+    for bucket in (0, -1, 10**9):
+        with pytest.raises(GolfError, match=f"cu_bucket {bucket} is no multiple"):
+            padded_starts([[[0, 3]]], 8, bucket)

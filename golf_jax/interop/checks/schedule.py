@@ -4,11 +4,14 @@ from typing import Any
 
 import numpy as np
 
+from golf_jax.config import GolfError
 from golf_jax.data.loader import DocumentLoader, ShuffledLoader, StreamLoader
-from golf_jax.interop.reference import BOS, Case
+from golf_jax.interop.reference import BOS, Case, NotComputed
 from golf_jax.optim import schedules
 from golf_jax.optim.schedules import Clock
 from golf_jax.training.phases import phase_at
+
+LARGEST = 1 << 24  # tokens of shards that are made, places of cu_seqlens: a line of a set must not cost the memory of the machine
 
 
 def check_schedule(case: Case) -> None:
@@ -56,6 +59,8 @@ def row_starts(segments_T: np.ndarray) -> list[int]:
 
 def padded_starts(starts: list[list[list[int]]], length: int, bucket: int) -> np.ndarray:
     """The PR's cu_seqlens [S, R, *]: starts and the length, filled up with it to a multiple of `bucket`; -1 beyond an array's end."""
+    if not 0 < bucket <= LARGEST // max(1, sum(map(len, starts))):
+        raise GolfError(f"cu_bucket {bucket} is no multiple that cu_seqlens are filled up to")
     rows = [[[*row, *[length] * (-(-(len(row) + 1) // bucket) * bucket - len(row))] for row in step] for step in starts]
     width = max(len(row) for step in rows for row in step)
     return np.array([[row + [-1] * (width - len(row)) for row in step] for step in rows])
@@ -64,7 +69,11 @@ def padded_starts(starts: list[list[list[int]]], length: int, bucket: int) -> np
 def _drawn(case: Case) -> np.ndarray:
     """Shard and first token of every row: a token tells its shard and place, so that the batch tells what was drawn."""
     data, lengths = case.recipe.data, case.seen["shard_lengths"]
-    stride, steps = int(lengths.max()), len(case.own["drawn"])
+    stride, (steps, *held) = int(lengths.max()), case.own["drawn"].shape
+    if held != (asked := [data.ranks, data.rows_per_rank, 2]):
+        raise GolfError(f"drawn holds {held} a step, its configuration draws {asked} [ranks, rows, 2]")
+    if sum(map(int, lengths)) > LARGEST:
+        raise NotComputed(f"shards of {sum(map(int, lengths)):,} tokens; at most {LARGEST:,} are made")
     shards = [index * stride + np.arange(size) for index, size in enumerate(lengths)]
     loader = ShuffledLoader(shards, data.ranks, rows=data.rows_per_rank, seq_len=data.seq_len)
     first = np.stack([loader.next_batch().inputs[:, 0] for _ in range(steps)])
