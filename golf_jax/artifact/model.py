@@ -151,6 +151,8 @@ def describe(header: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> L
             tokenizer_sha256=_typed(header, "tokenizer_sha256", str),
             embedded=_typed(header, "embedded", bool),
         )
+        for name in {"name", *header.keys() & {"text"}}:  # the text is not told by the first of such files
+            _typed(header, name, str)
         _check_header(loaded, shapes)
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"artifact header: field {str(error)[:100]} is missing or has the wrong type") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 CAP_BYTES = 16_000_000  # artifact cap of the challenge, decimal, code + model
+MAX_RANKS = 1 << 12  # that a run or its evaluation reproduces: a line of a file must not cost the memory of the machine
 LIMIT_SECONDS = 600.0  # of the challenge, for training, and again for evaluation
 MAX_LINE = 1000  # characters of an error
 
@@ -62,6 +63,11 @@ def not_negative(config: Any, section: str, *names: str) -> None:
 def positive(config: Any, section: str, *names: str) -> None:
     for name in names:
         check(getattr(config, name) > 0, f"{section}.{name} must be positive, got {getattr(config, name)}")
+
+
+def countable(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        check(getattr(config, name) <= MAX_RANKS, f"{section}.{name} must be at most {MAX_RANKS:,}, got {getattr(config, name)}")
 
 
 def check_finite(config: Any, path: str = "") -> None:

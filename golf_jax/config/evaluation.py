@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from golf_jax.config.base import check, not_negative, positive
+from golf_jax.config.base import check, countable, not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class TTTConfig(SlidingConfig):
         check(self.epochs >= 0, f"eval: epochs of test-time training must be >= 0, got {self.epochs}")
         for name in ("stride", "batch_rows", "ranks"):
             check(getattr(self, name) > 0, f"eval: {name} of test-time training must be positive, got {getattr(self, name)}")
+        countable(self, "eval: test-time training", "ranks")
 
     @property
     def on(self) -> bool:
@@ -86,6 +87,7 @@ class PackedConfig:
     def __post_init__(self):
         not_negative(self, "eval.packed", "rows")
         positive(self, "eval.packed", "seq_len", "ranks")
+        countable(self, "eval.packed", "ranks")
 
     @property
     def on(self) -> bool:
@@ -145,6 +147,7 @@ class DocumentsConfig:
         where, window = "eval.documents", self.seq_len
         not_negative(self, where, "rank", "prefix", "lr", "weight_decay", "global_lr", "clip_norm")
         positive(self, where, "chunk", "seq_len", "batch", "global_chunk", "ranks", "alpha", "eps")
+        countable(self, where, "rank", "batch", "ranks")
         check(self.chunk <= window, f"{where}.chunk {self.chunk} exceeds the window of {window} ({where}.seq_len)")
         long = not self.prefix or self.global_chunk >= window
         check(long, f"{where}.global_chunk {self.global_chunk} is less than one sequence of {window}")

@@ -5,6 +5,7 @@ from typing import Literal
 
 from golf_jax.config.base import check, check_finite, not_negative, positive
 
+MAX_SOFTCAP = 80.0  # exp(80) * vocabulary still fits in fp32
 MAX_LAYERS = 1024  # executed ones; of artifacts from elsewhere, too
 
 Attention = Literal["auto", "xla", "native", "pallas", "cudnn"]  # backends of kernels/attention
@@ -119,6 +120,7 @@ class ModelConfig:
         c = self
         check_finite(c, "model")
         positive(c, "model", "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "rope_base", "softcap")
+        check(c.softcap <= MAX_SOFTCAP, f"model.softcap must be at most {MAX_SOFTCAP:g}, got {c.softcap}")
         not_negative(c, "model", "embed_init_std", "bigram_dim", "trigram_dim", "value_embed_dim", "rope_train_len", "xsa_last_n")
         layers = c.num_layers * (1 + max(c.loop_repeats, 0))
         check(layers <= MAX_LAYERS, f"model.num_layers {c.num_layers}: with its loops up to {layers} layers; at most {MAX_LAYERS}")

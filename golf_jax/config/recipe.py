@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from golf_jax.config.base import check, check_finite, not_negative, positive
+from golf_jax.config.base import check, check_finite, countable, not_negative, positive
 from golf_jax.config.evaluation import EvalConfig
 from golf_jax.config.model import ModelConfig
 
@@ -30,6 +30,7 @@ class DataConfig:
 
     def __post_init__(self):
         positive(self, "data", "seq_len", "ranks", "rows_per_rank")
+        countable(self, "data", "ranks")
         if self.train == "embedded":
             given = " and ".join(f"data.{name}" for name in ("val", "tokenizer") if getattr(self, name))
             check(not given, f"data.train is the embedded corpus, which has its own: {given} would not be read; give data.train, too")

@@ -77,7 +77,9 @@ def test_the_configuration_is_compared_before_tensors_are_decompressed():
     ("field", "value"),
     [("seq_len", "64"), ("seq_len", True), ("seq_len", 64.0), ("seq_len", 0), ("embedded", 1), ("tokenizer_sha256", ""),
      ("tokenizer_sha256", None), ("model", []), ("eval", {"sliding": {"stride": 10**9}}), ("model", {"mlp_ratio": 1e308}),
-     ("model", {"num_layers": 10**300})],
+     ("model", {"num_layers": 10**300}), ("name", None), ("name", ["x"]), ("text", 7), ("text", None), ("model", {"softcap": 80.1}),
+     ("eval", {"score_first": {"ranks": 10**9}}), ("eval", {"packed": {"ranks": 10**9}}), ("eval", {"documents": {"rank": 10**9}}),
+     ("eval", {"documents": {"batch": 10**9}})],
 )  # fmt: skip
 def test_header_fields_have_strict_types(field, value):
     table, streams, _ = parts_of(genuine())
