@@ -12,6 +12,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from golf_jax.quant import QTensor, dequantize_all
 MAX_RAW_BYTES = 1 << 30
 FREE_BYTES, BYTES_PER_BYTE = 1 << 26, 64  # a file of n bytes may unpack to 64 MiB + 64 n: a small one can never cost gigabytes
 FREE_SHARED = 1 << 20  # beside twice what is stored: a tied head is the token table under a second name
+DIRECTORY = 0x10  # attribute of a zip entry, as MS-DOS had it
 NESTED = ("model", "model_state_dict", "state_dict")
 WRAPPERS = {"model", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 BANKS = {
@@ -58,7 +60,9 @@ def read_packed_codes(data: bytes) -> dict[str, QTensor]:
     try:
         read = _codes_of_372 if "quantized" in stored else _codes_of_w_and_m
         return {canonical_name(n): q for n, q in read(stored).items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except GolfError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:  # of tensors where dictionaries or text should be
         raise GolfError(f"{where}: not a layout that the records' scripts write ({type(e).__name__}: {e})") from None
 
 
@@ -183,7 +187,9 @@ def raw_limit(stored: int) -> int:
 def _layout(raw: bytes, where: str) -> Any:
     """What a script put into a packed file: dictionaries of tensors, and of facts about them."""
     stored = _torch_load(io.BytesIO(raw), where)
-    groups = [group for group in stored.values() if isinstance(group, Mapping)] if isinstance(stored, Mapping) else []
+    if not isinstance(stored, Mapping):
+        raise GolfError(f"{where}: not a layout that the records' scripts write (a {type(stored).__name__}, no dictionary)")
+    groups = [group for group in stored.values() if isinstance(group, Mapping)]
     _check_shared((x for group in groups for x in group.values()), len(raw), where)
     return stored
 
@@ -205,12 +211,16 @@ def _torch_load(source: Any, where: str) -> Any:
         raise pgrp.NotInstalled(f"{where}: reading PyTorch files needs torch; install the extra: pip install 'golf-jax[torch]'") from None
     try:
         _check_zip(source, where)
+        if isinstance(source, io.BytesIO):
+            source.seek(0)  # the check has read to its end
         return torch.load(source, map_location="cpu", weights_only=True)
     except GolfError:
         raise
     except pickle.UnpicklingError:  # torch's own advice is to run whatever code the file holds
         raise GolfError(f"{where}: not a torch file that holds only tensors: its pickle asks for code; save model.state_dict()") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as e:
+    except MemoryError:
+        raise GolfError(f"{where}: claims more memory than there is") from None
+    except Exception as e:  # damage of zip, pickle and storages raises a dozen types
         raise GolfError(f"{where}: not a torch file that holds only tensors ({type(e).__name__})") from None
 
 
@@ -222,6 +232,8 @@ def _check_zip(source: Any, where: str) -> None:
         entries = z.infolist()
         if odd := next((e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED), ""):  # it may be any size
             raise GolfError(f"{where}: {odd!a} is compressed, as torch writes none; save it with torch.save")
+        if odd := next((e.filename for e in entries if e.is_dir() or e.external_attr & DIRECTORY), ""):
+            raise GolfError(f"{where}: damaged: {odd!a} is marked as a directory, of which torch reads nothing; fetch or save it again")
         if len({e.filename for e in entries}) < len(entries):
             raise GolfError(f"{where}: two of its entries have the same name; save it with torch.save")
         try:
@@ -230,8 +242,6 @@ def _check_zip(source: Any, where: str) -> None:
             wrong = str(error)
     if wrong:
         raise GolfError(f"{where}: damaged: {wrong!a} is not what its checksum was taken of; fetch or save it again")
-    if isinstance(source, io.BytesIO):
-        source.seek(0)
 
 
 def _numpy(tensor: Any, where: str = "tensor", dtypes: tuple[str, ...] = (*_DTYPES, "int8", "uint8")) -> np.ndarray:
@@ -254,7 +264,7 @@ def _codes_of_372(stored: Any) -> dict[str, QTensor]:
     result = {}
     for name, codes in stored["quantized"].items():
         kind = re.search(r"int\d", stored["qmeta"][name]["scheme"])  # int8 is called just "per_row" there
-        result[name] = QTensor(kind[0] if kind else "int8", "float32", codes=_numpy(codes), scale=_numpy(stored["scales"][name]))
+        result[name] = _coded(name, kind[0] if kind else "int8", _numpy(codes), _numpy(stored["scales"][name]))
     for name, values in stored["passthrough"].items():
         result[name] = _values(values)
     return result
@@ -265,8 +275,7 @@ def _codes_of_w_and_m(stored: Any) -> dict[str, QTensor]:
     for name, meta in stored["m"].items():
         kind = re.search(r"int\d", meta["type"] if isinstance(meta, Mapping) else meta)
         if kind:
-            codes, scale = _numpy(stored["w"][name + ".q"]), _numpy(stored["w"][name + ".scale"])
-            result[name] = QTensor(kind[0], "float32", codes=codes, scale=scale)
+            result[name] = _coded(name, kind[0], _numpy(stored["w"][name + ".q"]), _numpy(stored["w"][name + ".scale"]))
         else:
             result[name] = _values(stored["w"][name])
     return result
@@ -285,16 +294,28 @@ def _codes_of_2135(data: bytes) -> dict[str, QTensor]:
                 continue
             factors = None
             if "lqer" in kind:
-                a, b = (QTensor(k, "float32", codes=floats[f"{name}.lq{x}_a"], scale=floats[f"{name}.lq{x}s_a"].reshape(-1))
+                a, b = (_coded(name, k, floats[f"{name}.lq{x}_a"], floats[f"{name}.lq{x}s_a"].reshape(-1), grouped=True)
                         for k, x in (("int2", "A"), ("int4", "B")))  # fmt: skip
                 factors = (a, b)
-            scale = floats[name + ".scale"]
-            result[name] = QTensor(width[0], "float32", codes=codes.pop(name + ".q"), scale=scale, lowrank=factors)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+            coded = _coded(name, width[0], codes.pop(name + ".q"), floats[name + ".scale"])
+            result[name] = replace(coded, lowrank=factors)
+    except GolfError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise GolfError(f"{where}: not a layout that PR 2135's script writes ({type(e).__name__}: {e})") from None
     if codes:
         raise GolfError(f"{where}: codes without a scale: {', '.join(codes)}")
     return result
+
+
+def _coded(name: str, kind: str, codes: np.ndarray, scale: np.ndarray, grouped: bool = False) -> QTensor:
+    """Codes with a scale for each row or one for all; `grouped`: each for equally many. GolfError for other shapes and types."""
+    counts = {1, len(codes)} if codes.ndim else {1}
+    fits = 0 < scale.size and codes.size % scale.size == 0 if grouped else scale.size in counts
+    if codes.dtype != np.int8 or codes.ndim != 2 or not fits or scale.dtype.kind not in "fV":
+        what = f"codes {codes.dtype}{list(codes.shape)} with scales {scale.dtype}{list(scale.shape)}"
+        raise GolfError(f"packed file: {name}: {what}; the records' scripts write int8 [R, C] with one for each row")
+    return QTensor(kind, "float32", codes=codes, scale=scale)
 
 
 def _values(tensor: Any) -> QTensor:

@@ -72,6 +72,23 @@ class Evil:
         return (exec, ("raise SystemExit('executed')",))
 
 
+class Large:
+    def __reduce__(self):
+        return bytearray, (10**15,)
+
+
+def legacy(key: bytes) -> bytes:
+    """A file in the layout before torch 1.6 whose list of storages names `key` (pickled) and not that of its tensor."""
+    import torch
+
+    out = io.BytesIO()
+    torch.save({"w": torch.ones(3)}, out, _use_new_zipfile_serialization=False)
+    head, _, keys = out.getvalue().rpartition(pickle.PROTO + b"\x02]")
+    length = 5 + int.from_bytes(keys[keys.index(b"X") + 1 :][:4], "little")
+    at = keys.index(b"X")
+    return head + pickle.PROTO + b"\x02]" + keys[:at] + key + keys[at + length :]
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickles_that_execute_are_refused(tmp_path):
     pytest.importorskip("torch")
@@ -92,6 +109,8 @@ def test_wrong_files_are_named(tmp_path, references):
         (artifact[:-100], "zstd"),
         (artifact + b"more", "4 bytes behind the zstd stream"),
         (zstandard.compress(other.getvalue()), "not a layout"),
+        (zstandard.compress(pickle.dumps(Large(), 2)), "claims more memory than there is"),
+        (zstandard.compress(legacy(b"X\x01\x00\x00\x00" + b"9")), "only tensors .AssertionError"),
     ]:
         with pytest.raises(GolfError, match=message):
             read_packed(data)
@@ -185,11 +204,51 @@ def test_a_small_file_costs_little_however_much_it_claims(tmp_path):
     assert len(read_checkpoint(saved(tmp_path, {"tok_emb.weight": w, "lm_head.weight": w, "x": w[:50]}))) == 2  # tied: one storage
 
 
+def test_the_layout_before_torch_1_6_is_read_in_packed_files_too():
+    torch = pytest.importorskip("torch")
+    out = io.BytesIO()
+    torch.save({"w": {"v": torch.arange(3.0)}, "m": {"v": "passthrough"}}, out, _use_new_zipfile_serialization=False)
+    assert read_packed(zstandard.compress(out.getvalue()))["v"].tolist() == [0, 1, 2]
+
+
 def test_views_of_all_kinds_are_read_as_their_values(tmp_path):
     torch = pytest.importorskip("torch")
     w = torch.arange(16.0).view(4, 4)
     for view in (w.t().contiguous().t(), torch.stack([w, -w], -1)[..., 0], torch._neg_view(-w), torch.cat([w, w]).view(2, 4, 4)[1]):
         np.testing.assert_array_equal(read_checkpoint(saved(tmp_path, {"w": view}))["w"], w.numpy())
+
+
+def test_one_bit_that_makes_a_record_a_directory_is_found(tmp_path):
+    """torch reads nothing then and leaves whatever was in memory, and all checksums hold."""
+    torch = pytest.importorskip("torch")
+    path = saved(tmp_path, {"w": torch.arange(1.0, 65.0)})
+    data = bytearray(path.read_bytes())
+    at = data.index(b"/data/0", data.index(b"PK\1\2"))
+    attributes = data.rindex(b"PK\1\2", 0, at) + 38
+    data[attributes] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(GolfError, match="data/0' is marked as a directory, of which torch reads nothing"):
+        read_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_packed_files_of_other_layouts_are_one_line():
+    torch = pytest.importorskip("torch")
+    q, s = torch.zeros(6, 4, dtype=torch.int8), torch.ones(6)
+    for layout, message in [
+        (q, "a Tensor, no dictionary"),
+        ({"quantized": q, "scales": {}}, "not a layout"),
+        ({"w": {"a.q": q, "a.scale": s}, "m": q}, "not a layout"),
+        ({"quantized": {"a": q}, "scales": {"a": s}, "qmeta": {"a": q}, "passthrough": {}}, "not a layout"),
+        ({"w": {"a.q": q, "a.scale": s[:4]}, "m": {"a": "int6"}}, r"a: codes int8\[6, 4\] with scales float32\[4\]; the records"),
+        ({"w": {"a.q": q[0], "a.scale": s[:1]}, "m": {"a": "int6"}}, r"a: codes int8\[4\] with scales"),
+        ({"w": {"a.q": q.float(), "a.scale": s}, "m": {"a": "int6"}}, r"a: codes float32\[6, 4\] with"),
+        ({"w": {"a.q": q, "a.scale": q[:, 0]}, "m": {"a": "int6"}}, r"with scales int8\[6\]"),
+    ]:
+        out = io.BytesIO()
+        torch.save(layout, out)
+        with pytest.raises(GolfError, match=message):
+            read_packed(zstandard.compress(out.getvalue()))
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
