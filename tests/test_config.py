@@ -90,6 +90,7 @@ def test_impossible_combinations_name_the_field(make, message):
         (lambda d: {k: v for k, v in d.items() if k != "name"}, "Recipe: field 'name' is missing"),
         (lambda d: d | {"seed": "7"}, "Recipe.seed: expected int, found '7'"),
         (lambda d: d | {"seed": True}, "Recipe.seed: expected int, found True"),
+        (lambda d: d | {"micro_rows": None}, "Recipe.micro_rows: expected int, found None"),
         (lambda d: d | {"numerics": "exact"}, "Recipe.numerics: 'exact' is not one of 'as_run', 'fp32'"),
         (lambda d: d | {"model": 3}, "Recipe.model: expected an object, found int"),
         (lambda d: group(d, betas=[0.9]), "Recipe.optim.groups[1].betas: expected 2 values, found 1"),

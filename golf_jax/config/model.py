@@ -130,6 +130,7 @@ class ModelConfig:
             f"model.num_heads {c.num_heads} is not divisible by model.num_kv_heads {c.num_kv_heads}",
         )
         check(c.head_dim % 2 == 0, f"model.width / model.num_heads = {c.head_dim} must be even for RoPE")
+        check(abs(c.mlp_ratio * c.width) < 1 << 31, f"model.mlp_ratio {c.mlp_ratio} is too large a number at width {c.width}")
         check(c.mlp_dim > 0, f"model.mlp_ratio {c.mlp_ratio} gives no hidden unit at width {c.width}")
         check(
             c.rope_dims % 2 == 0 and 0 <= c.rope_dims <= c.head_dim,
@@ -166,6 +167,10 @@ class ModelConfig:
                 0 <= c.loop_start <= c.loop_end < c.num_layers,
                 f"model.loop_start..loop_end {c.loop_start}..{c.loop_end} must lie in 0..{c.num_layers - 1}",
             )
+        check(
+            0 <= c.fake_quant.late_k_layers <= c.num_layers,
+            f"model.fake_quant.late_k_layers {c.fake_quant.late_k_layers} must lie in 0..{c.num_layers}",
+        )
         check(c.value_residual or not c.value_residual_first, "model.value_residual_first needs model.value_residual")
 
     @property

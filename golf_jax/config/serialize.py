@@ -63,7 +63,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(item or args[i], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin in (typing.Union, types.UnionType):
         named = [name for a in args if typing.get_origin(a) is Literal for name in typing.get_args(a)]
-        return value if value is None or (isinstance(value, str) and value in named) else _value(args[0], value, where)
+        other = (value is None and type(None) in args) or (isinstance(value, str) and value in named)
+        return value if other else _value(args[0], value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 1e300 else math.inf  # the finite check below names the field
     check(

@@ -217,7 +217,9 @@ def _torch_load(source: Any, where: str) -> Any:
     except GolfError:
         raise
     except pickle.UnpicklingError:  # torch's own advice is to run whatever code the file holds
-        raise GolfError(f"{where}: not a torch file that holds only tensors: its pickle asks for code; save model.state_dict()") from None
+        raise GolfError(
+            f"{where}: not a torch file that holds only tensors: no pickle, or one that asks for code; save model.state_dict()"
+        ) from None
     except MemoryError:
         raise GolfError(f"{where}: claims more memory than there is") from None
     except Exception as e:  # damage of zip, pickle and storages raises a dozen types
