@@ -6,6 +6,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -198,3 +199,18 @@ def test_only_the_padding_of_batches_may_differ_on_resume():
             check_same_shapes(state(8, 8), other)
     with pytest.raises(ValueError, match="opt.matrix.8x8 is only here"):
         check_same_shapes(state(8, 8), {"opt": {}})
+
+
+def test_reads_that_fail_beside_the_one_that_is_told_print_nothing(monkeypatch):
+    """Orbax drops their coroutines; what else cannot be raised is still told."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(unraisable.object))
+    checkpoints._set_up.__wrapped__()
+    for file in ("/lib/orbax/checkpoint/serialization.py", "/home/me/orbax.py"):
+        code = compile("async def f(): pass", file, "exec")
+        exec(code, names := {})
+        made = names["f"]()
+        sys.unraisablehook(SimpleNamespace(exc_value=Exception("array index"), object=made))
+        made.close()
+    sys.unraisablehook(SimpleNamespace(exc_value=Exception("x"), object=None))
+    assert [getattr(x, "cr_code", None) and x.cr_code.co_filename for x in seen] == ["/home/me/orbax.py", None]
