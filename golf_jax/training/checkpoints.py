@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import CoroutineType
 from typing import Any
 
 import jax
@@ -93,11 +94,11 @@ def _set_up() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
 
-    def without_callbacks(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+    def told(unraisable: Any) -> None:  # of an array that was read beside the one whose failure was raised: only orbax has coroutines
+        if str(unraisable.exc_value) != "Event loop is closed" and not isinstance(unraisable.object, CoroutineType):
             hook(unraisable)
 
-    sys.unraisablehook = without_callbacks
+    sys.unraisablehook = told
     # Not a slice of every array by every device that holds it: each would be a program of its own, compiled at the first save.
     ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
 
