@@ -321,10 +321,10 @@ def score(plan: Plan, run: RunDir, artifact: bytes, signals: Signals) -> dict[st
         mark = "" if result.facts.legal else "ILLEGAL_"
         seconds = clock_seconds(result.seconds)
         done = done | {result.mode: result.to_dict()}
-        with signals.held():  # once it is told, it is kept
-            run.note("evaluations", done)
+        with signals.held():  # once it is told, it is kept; noted last: a run killed before tells again what was not noted
             run.log(f"final_{mark}{label}_{result.mode}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
             run.metrics("score", stage="packed", **result.to_dict())
+            run.note("evaluations", done)
     return done
 
 

@@ -149,7 +149,7 @@ def test_every_shipped_recipe_runs_to_a_scored_artifact(name, tmp_path, text):
 
 
 def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monkeypatch):
-    """Ended after training, then after packing, then between two scores: nothing is done twice, and the result is the same."""
+    """Ended after training, after packing, between two scores, after the last: nothing is done twice, and the result is the same."""
     recipe = on_text(tiny("baseline", vocab_size=300, seq_len=32), text)
     recipe = replace(recipe, eval=replace(recipe.eval, sliding=SlidingConfig(stride=16)))
     whole = run(recipe, tmp_path / "whole")
@@ -162,10 +162,16 @@ def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monke
         if "standard_exact" in line:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    path, say = tmp_path / "run", RunDir.log
+    def noted(run, stage, facts):
+        note(run, stage, facts)
+        if stage == "evaluations" and "sliding" in facts:
+            raise Interrupted(signal.SIGTERM)
+
+    path, say, note = tmp_path / "run", RunDir.log, RunDir.note
     shard = text / "val_000000.bin"
     kept = shard.read_bytes()
-    for place, stage, substitute in ((pipeline, "pack_model", ends), (pipeline, "open_artifact", ends), (RunDir, "log", told)):
+    ends_at = ((pipeline, "pack_model", ends), (pipeline, "open_artifact", ends), (RunDir, "log", told), (RunDir, "note", noted))
+    for place, stage, substitute in ends_at:
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(place, stage, substitute)
             pipeline.run(recipe, Options(run_dir=str(path)) if stage == "pack_model" else Options(resume=str(path)))
@@ -187,6 +193,8 @@ def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monke
         1
     ] * 4
     check_run(path, result)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["mode"] for row in rows if row["event"] == "score"] == ["standard", "standard", "sliding"]  # before quantization, packed
     assert {m: e["val_bpb"] for m, e in result["evaluations"].items()} == {m: e["val_bpb"] for m, e in whole["evaluations"].items()}
     assert (path / "artifact.golf").read_bytes() == (tmp_path / "whole/artifact.golf").read_bytes()
     assert pipeline.run(recipe, Options(resume=str(path))) == result
