@@ -26,6 +26,7 @@ from golf_jax.pipeline import Options
 from golf_jax.proof.own import check_own
 from golf_jax.training import loop
 from golf_jax.training.clock import TrainingClock
+from golf_jax.training.keep import Keeper
 from golf_jax.training.resume import stored_recipe
 from golf_jax.training.rundir import RunDir
 
@@ -223,6 +224,22 @@ def test_a_full_disk_names_the_command_that_goes_on(tmp_path, text, monkeypatch,
     monkeypatch.undo()
     result = pipeline.run(recipe, Options(resume=str(path))) if name != "config.json" else run(recipe, path)
     check_run(path, result)
+
+
+def test_a_full_disk_that_kept_nothing_of_a_training_names_the_command_that_starts_again(tmp_path, text, monkeypatch):
+    """No checkpoint had room, and the artifact has none either: nobody is told that nothing was trained."""
+    recipe, path = on_text(tiny("baseline", vocab_size=300, seq_len=32, steps=4), text), tmp_path / "run"
+    write = RunDir.write
+
+    def full(run, file, content):
+        if file == "artifact.golf":
+            raise files.NotWritten("full")
+        return write(run, file, content)
+
+    monkeypatch.setattr(Keeper, "save", lambda *_, **__: False)
+    monkeypatch.setattr(RunDir, "write", full)
+    with pytest.raises(GolfError, match=r"^full; nothing is kept yet; once that is mended, start again with: .* --devices \d+$"):
+        run(recipe, path)
 
 
 def test_other_code_and_another_backend_are_told_and_recorded(tmp_path, text, monkeypatch):
