@@ -71,12 +71,14 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
             with others_alive(lambda: all_again(path)), compiling_ahead(min(4, cores() - 2)):  # two are busy with the run itself
                 return _stages(plan, options, changes, directory, signals)
         except (Interrupted, NotWritten, OSError) as stop:
-            begin = f"nothing was trained yet; start again with: {start_again(path, plan.mesh.size)}"
-            rest = f"go on with: {go_on(path)}" if kept(path) else begin if (Path(path) / "config.json").exists() else "start again"
+            begun = (Path(path) / "config.json").exists() and not kept(path)
+            lost = "nothing is kept yet; " * begun  # also of training that a full disk has let nobody save
+            begin = f"start again with: {start_again(path, plan.mesh.size)}" if begun else "start again"
+            rest = f"go on with: {go_on(path)}" if kept(path) else begin
             if not isinstance(stop, Interrupted):  # a disk that is full
                 what = stop if isinstance(stop, NotWritten) else f"{stop.filename or path}: {stop.strerror or stop}"
-                raise GolfError(f"{what}; once that is mended, {rest}") from None
-            directory.log(f"interrupted by {stop}{'' if stop.advice else f': {rest}'}")
+                raise GolfError(f"{what}; {lost}once that is mended, {rest}") from None
+            directory.log(f"interrupted by {stop}{'' if stop.advice else f': {lost}{rest}'}")
             stop.told = True
             raise
 
@@ -321,10 +323,10 @@ def score(plan: Plan, run: RunDir, artifact: bytes, signals: Signals) -> dict[st
         mark = "" if result.facts.legal else "ILLEGAL_"
         seconds = clock_seconds(result.seconds)
         done = done | {result.mode: result.to_dict()}
-        with signals.held():  # once it is told, it is kept
-            run.note("evaluations", done)
+        with signals.held():  # once it is told, it is kept; noted last: a run killed before tells again what was not noted
             run.log(f"final_{mark}{label}_{result.mode}_exact {result.score.line()} eval_time:{1000 * seconds:.0f}ms")
             run.metrics("score", stage="packed", **result.to_dict())
+            run.note("evaluations", done)
     return done
 
 

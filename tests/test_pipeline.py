@@ -26,6 +26,7 @@ from golf_jax.pipeline import Options
 from golf_jax.proof.own import check_own
 from golf_jax.training import loop
 from golf_jax.training.clock import TrainingClock
+from golf_jax.training.keep import Keeper
 from golf_jax.training.resume import stored_recipe
 from golf_jax.training.rundir import RunDir
 
@@ -149,7 +150,7 @@ def test_every_shipped_recipe_runs_to_a_scored_artifact(name, tmp_path, text):
 
 
 def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monkeypatch):
-    """Ended after training, then after packing, then between two scores: nothing is done twice, and the result is the same."""
+    """Ended after training, after packing, between two scores, after the last: nothing is done twice, and the result is the same."""
     recipe = on_text(tiny("baseline", vocab_size=300, seq_len=32), text)
     recipe = replace(recipe, eval=replace(recipe.eval, sliding=SlidingConfig(stride=16)))
     whole = run(recipe, tmp_path / "whole")
@@ -162,10 +163,16 @@ def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monke
         if "standard_exact" in line:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    path, say = tmp_path / "run", RunDir.log
+    def noted(run, stage, facts):
+        note(run, stage, facts)
+        if stage == "evaluations" and "sliding" in facts:
+            raise Interrupted(signal.SIGTERM)
+
+    path, say, note = tmp_path / "run", RunDir.log, RunDir.note
     shard = text / "val_000000.bin"
     kept = shard.read_bytes()
-    for place, stage, substitute in ((pipeline, "pack_model", ends), (pipeline, "open_artifact", ends), (RunDir, "log", told)):
+    ends_at = ((pipeline, "pack_model", ends), (pipeline, "open_artifact", ends), (RunDir, "log", told), (RunDir, "note", noted))
+    for place, stage, substitute in ends_at:
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(place, stage, substitute)
             pipeline.run(recipe, Options(run_dir=str(path)) if stage == "pack_model" else Options(resume=str(path)))
@@ -187,6 +194,8 @@ def test_a_run_goes_on_at_the_first_stage_that_is_not_done(tmp_path, text, monke
         1
     ] * 4
     check_run(path, result)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["mode"] for row in rows if row["event"] == "score"] == ["standard", "standard", "sliding"]  # before quantization, packed
     assert {m: e["val_bpb"] for m, e in result["evaluations"].items()} == {m: e["val_bpb"] for m, e in whole["evaluations"].items()}
     assert (path / "artifact.golf").read_bytes() == (tmp_path / "whole/artifact.golf").read_bytes()
     assert pipeline.run(recipe, Options(resume=str(path))) == result
@@ -215,6 +224,22 @@ def test_a_full_disk_names_the_command_that_goes_on(tmp_path, text, monkeypatch,
     monkeypatch.undo()
     result = pipeline.run(recipe, Options(resume=str(path))) if name != "config.json" else run(recipe, path)
     check_run(path, result)
+
+
+def test_a_full_disk_that_kept_nothing_of_a_training_names_the_command_that_starts_again(tmp_path, text, monkeypatch):
+    """No checkpoint had room, and the artifact has none either: nobody is told that nothing was trained."""
+    recipe, path = on_text(tiny("baseline", vocab_size=300, seq_len=32, steps=4), text), tmp_path / "run"
+    write = RunDir.write
+
+    def full(run, file, content):
+        if file == "artifact.golf":
+            raise files.NotWritten("full")
+        return write(run, file, content)
+
+    monkeypatch.setattr(Keeper, "save", lambda *_, **__: False)
+    monkeypatch.setattr(RunDir, "write", full)
+    with pytest.raises(GolfError, match=r"^full; nothing is kept yet; once that is mended, start again with: .* --devices \d+$"):
+        run(recipe, path)
 
 
 def test_other_code_and_another_backend_are_told_and_recorded(tmp_path, text, monkeypatch):

@@ -93,12 +93,12 @@ def _set_up() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
 
-    def without_callbacks(unraisable: Any) -> None:
+    def told(unraisable: Any) -> None:
         code = getattr(unraisable.object, "cr_code", None)  # of orbax: reads of further arrays, beside the one whose damage is told
         if str(unraisable.exc_value) != "Event loop is closed" and not (code and "orbax" in Path(code.co_filename).parts):
             hook(unraisable)
 
-    sys.unraisablehook = without_callbacks
+    sys.unraisablehook = told
     # Not a slice of every array by every device that holds it: each would be a program of its own, compiled at the first save.
     ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
 

@@ -27,6 +27,7 @@ from golf_jax.training.runfiles import read_stages
 from golf_jax.training.trackers import Tracker, open_tracker, scalars
 
 REPLACED = ("config.json", "environment.json", "tokenizer.model", "code.pyz", "artifact.golf", "stages.json", "result.json")
+DEEPEST = 160  # bytes of a run's longest name below its directory, a file of a checkpoint
 PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 
 
@@ -92,7 +93,10 @@ class RunDir:
             config = self.path / "config.json"
             if resume and not config.exists():
                 return f"{self.path}: no run is there (config.json is missing)"
-            os.path.abspath(self.path).encode()  # what orbax takes
+            place = os.path.abspath(self.path).encode()  # what orbax takes
+            if len(place) + DEEPEST > (most := os.pathconf("/", "PC_PATH_MAX")):
+                room = f"{len(place):,} bytes, and no checkpoint can be written below more than {most - DEEPEST:,}"
+                return f"{self.path}: {room}; give another --run-dir"
             self.path.mkdir(parents=True, exist_ok=True)
             for name in ("run.lock", "log.txt", "metrics.jsonl"):
                 if (file := self.path / name).exists() and not file.is_file():  # opening a pipe would block for ever

@@ -114,6 +114,21 @@ def test_a_name_that_is_not_utf_8_is_refused_at_once_and_written_as_an_escape(tm
     assert all((run.path / file).read_text().strip().endswith("\\udce9") for file in ("log.txt", "notes.md"))
 
 
+@pytest.mark.parametrize(("length", "refused"), [(3900, False), (3960, True), (4095, True)])
+def test_a_directory_below_which_no_checkpoint_has_room_is_refused_at_once(tmp_path, length, refused):
+    path = str(tmp_path)
+    while len(path) < length - 200:
+        path += "/" + "x" * 99
+    path += "/" + "x" * (length - len(path) - 1)
+    if refused:
+        with pytest.raises(GolfError, match=f"{length:,} bytes, and no checkpoint can be written below more than 3,936"):
+            RunDir(path)
+        assert not list(tmp_path.iterdir())
+    else:
+        RunDir(path).close()
+        assert len(path) == length and os.path.exists(path)
+
+
 def test_only_what_was_kept_is_gone_on_with_when_a_process_is_lost(tmp_path):
     run = RunDir(tmp_path / "a run")
     assert all_again(run.path).startswith("start all processes again with the same command")
