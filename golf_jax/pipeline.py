@@ -49,7 +49,7 @@ from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
 from golf_jax.training.memory import fitted
 from golf_jax.training.phases import phases
-from golf_jax.training.resume import attention_of, changed, check_same_recipe, located, stages_to_repeat, stored_recipe
+from golf_jax.training.resume import changed, check_same_recipe, elsewhere, located, stages_to_repeat, stored_recipe
 from golf_jax.training.rundir import RunDir, all_again, environment, go_on, kept, new_path, start_again
 from golf_jax.training.runfiles import read_result
 from golf_jax.training.state import graph, state_shapes
@@ -101,15 +101,18 @@ def _stages(plan: Plan, options: Options, changes: list[dict[str, Any]], run: Ru
         run.note("text", plan.text.identity)
         run.write("config.json", to_dict(plan.asked))
     run.track(options.tracker, to_dict(plan.asked))
-    before, now = from_main(attention_of(run.path) if options.resume and run.main else ""), recipe.model.attention
-    if before not in ("", now) and not any(change["field"] == "model.attention" for change in changes):  # `auto` was another one
-        run.note("changes", [*record.get("changes", []), {"field": "attention", "before": before, "after": now}])
-        run.log(f"attention is computed by {now} here and was by {before}: the same to float32 rounding, not bit for bit")
+    here = {"attention": recipe.model.attention, "devices_used": plan.mesh.size}
+    here |= {"cores_used": cores()} if platform(plan.mesh) == "cpu" else {}  # by which XLA splits its sums there
+    moved = json.loads(from_main(json.dumps(elsewhere(run.path, here) if options.resume and run.main else [])))
+    if any(change["field"] == "model.attention" for change in changes):  # not `auto`, which was another one
+        moved = [change for change in moved if change["field"] != "attention"]
+    if moved:
+        run.note("changes", [*record.get("changes", []), *moved])
+    for change in moved:
+        run.log("{field} is {after} here and was {before}: the same to float32 rounding, not bit for bit".format(**change))
     run.write(
         "environment.json",
-        environment()
-        | {"devices_used": plan.mesh.size, "attention": recipe.model.attention}
-        | {"text": plan.text.identity, "data": to_dict(recipe.data)},
+        environment() | here | {"text": plan.text.identity, "data": to_dict(recipe.data)},
     )
     run.write("tokenizer.model", plan.text.tokenizer.model)
     by_name = {f"golf_jax.configs.{recipe.name}": recipe.name in recipe_names(), "golf_jax.data.corpus": recipe.data.train == "embedded"}

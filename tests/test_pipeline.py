@@ -250,16 +250,22 @@ def test_other_code_and_another_backend_are_told_and_recorded(tmp_path, text, mo
         run(recipe, path)
     (path / "code.pyz").write_bytes(b"an earlier version")
     used = json.loads((path / "environment.json").read_text())
-    (path / "environment.json").write_text(json.dumps(used | {"attention": "cudnn"}))
+    (path / "environment.json").write_text(json.dumps(used | {"attention": "cudnn", "devices_used": 64, "cores_used": 512}))
     result = pipeline.run(recipe, Options(resume=str(path)))
     now = hashlib.sha256((path / "code.pyz").read_bytes()).hexdigest()[:12]
     assert result["changes"] == [
         {"field": "attention", "before": "cudnn", "after": used["attention"]},
+        {"field": "devices_used", "before": 64, "after": used["devices_used"]},
+        {"field": "cores_used", "before": 512, "after": used["cores_used"]},
         {"field": "code", "before": hashlib.sha256(b"an earlier version").hexdigest()[:12], "after": now},
     ]
     log = (path / "log.txt").read_text()
-    assert log.count("WARNING: the code is another") == 1 and f"code: {result['changes'][1]['before']} -> {now}" in log
-    assert log.count(f"attention is computed by {used['attention']} here and was by cudnn") == 1
+    assert log.count("WARNING: the code is another") == 1 and f"code: {result['changes'][-1]['before']} -> {now}" in log
+    for line in (
+        f"attention is {used['attention']} here and was cudnn",
+        f"cores_used is {used['cores_used']} here and was 512: the same to",
+    ):
+        assert log.count(line) == 1
 
 
 def test_another_artifact_has_no_score_of_the_one_before(tmp_path, text):

@@ -8,6 +8,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -31,7 +32,7 @@ from golf_jax.processes import from_main
 from golf_jax.training.runfiles import checked_meta
 from golf_jax.training.state import TrainState
 
-FULL = os.strerror(errno.ENOSPC)
+FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))  # a quota is the disk of its user
 KEPT = 2
 PRIMES = (2654435761, 2246822519)
 
@@ -172,6 +173,7 @@ class Checkpoints:
             named, _ = _named_digests(state)
             if wrong := [name for name, value in named.items() if meta["digests"].get(name) != value]:
                 raise GolfError(f"checkpoint {step}: {wrong[0]} is not what was saved ({len(wrong)} of {len(named)} arrays)")
+            self._synced = step
             return Found(state, meta)
 
     def set_aside(self, step: int, why: str) -> Path:
@@ -216,12 +218,15 @@ class Checkpoints:
             for half in self.directory.glob("*.orbax-checkpoint-tmp") if jax.process_index() == 0 else ():
                 shutil.rmtree(half, ignore_errors=True)
             there = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())  # orbax has given up some already
-            if jax.process_count() > 1 or FULL not in str(error) or not (older := there[:-1]):
+            if jax.process_count() > 1 or not any(full in str(error) for full in FULL) or len(there) < 2:
                 raise
-            for step in older:
+            # The newest that is whole stays: what has just failed may lie there under its own name, unsynced or without its facts.
+            newest = max((step for step in there if step <= self._synced), default=there[-1])
+            for step in set(there) - {newest}:
                 shutil.rmtree(self.directory / str(step), ignore_errors=True)
             self._manager.reload()
-            raise GolfError(f"{error}; {', '.join(map(str, older))} given up for room") from error
+            older = [str(step) for step in there if step < newest]
+            raise GolfError(f"{error}; {', '.join(older)} given up for room" if older else str(error)) from error
 
     @contextmanager
     def _reported(self, what: str) -> Iterator[None]:
@@ -232,7 +237,9 @@ class Checkpoints:
             raise
         except Exception as error:
             detail = next(iter(str(error).splitlines()), type(error).__name__)
-            detail = FULL if FULL in detail else detail  # behind all the paths that tensorstore names
+            if code := re.search(r"os_error_code='(\d+)'", detail):  # behind all the paths that tensorstore names
+                detail = os.strerror(int(code[1]))
+            detail = next((full for full in FULL if full in detail), detail)
             raise GolfError(f"{self.directory}: {what} ({detail[:300]})") from error
 
 

@@ -96,7 +96,7 @@ class Keeper:
         """The training text cannot be read on: save what was trained, on all processes."""
         if not step or not self.save(step, state, seconds, position, loss, wait=True):
             return GolfError(why)
-        return GolfError(f"{why} (saved after step {step}; then go on with: {go_on(self.run.path)})")
+        return GolfError(f"{why}; saved after step {step}, then go on with: {go_on(self.run.path)}")  # the command ends the line
 
     def learned(self, step: int, loss: float) -> None:
         """The state after `step` steps has this loss."""

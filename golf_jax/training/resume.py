@@ -51,9 +51,11 @@ def devices_of(path: str | Path) -> int:
     return (read_environment(Path(path)) or {}).get("devices_used", 0)
 
 
-def attention_of(path: str | Path) -> str:
-    """What computed attention in the run in `path`; empty where it does not say."""
-    return (read_environment(Path(path)) or {}).get("attention", "")
+def elsewhere(path: str | Path, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run is computed by `here` (fields of environment.json) and was by something else, as JSON data {field, before, after}; what it
+    does not say is left out."""
+    there: dict[str, Any] = dict(read_environment(Path(path)) or {})
+    return [{"field": name, "before": there[name], "after": now} for name, now in here.items() if there.get(name, now) != now]
 
 
 def _within(field: str, names: tuple[str, ...]) -> bool:

@@ -106,6 +106,8 @@ class RunDir:
                     return f"{file}: is a directory, and a run writes a file of that name; remove it"
             self._lock = open(self.path / "run.lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in self.path.glob(".*.????????.tmp"):  # what `write_atomic` had begun in a process that was killed
+                left.unlink()
             here = config.exists()  # looked up under the lock: another start may have come and gone meanwhile
             if here and not resume and kept(self.path):
                 return f"{self.path}: holds a run already; give another --run-dir, or --resume to go on with it"

@@ -123,6 +123,7 @@ class Environment(TypedDict):
 
     devices: Annotated[list[Label], 1, 1 << 20]
     devices_used: NotRequired[AtLeastOne]
+    cores_used: NotRequired[AtLeastOne]
     attention: NotRequired[Label]
     packages: NotRequired[dict[Label, Label | None]]
 

@@ -1,6 +1,8 @@
 """Checkpoints: what comes back is what was saved, or it is refused; a damaged one costs no more than itself."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -80,18 +82,42 @@ def test_what_is_said_to_be_saved_outlives_a_power_loss(state, tmp_path, monkeyp
     kept.close()
 
 
-def test_a_full_disk_costs_the_older_checkpoint_and_never_the_newest(state, copy, monkeypatch):
+@pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_costs_the_older_checkpoint_and_never_the_newest(state, copy, monkeypatch, full):
     """Two fill the disk: a third has no room beside them, and the state that is kept would grow old."""
     kept = Checkpoints(copy)
     with monkeypatch.context() as patch:
-        patch.setattr(kept._manager, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(GolfError, match=r"checkpoint 15 cannot be written \(No space left on device\); 5 given up for room$"):
+        patch.setattr(kept._manager, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(full, os.strerror(full))))
+        with pytest.raises(GolfError, match=rf"checkpoint 15 cannot be written \({os.strerror(full)}\); 5 given up for room$"):
             kept.save(15, state, **FACTS, wait=True)
-        with pytest.raises(GolfError, match=r"device\)$"):
+        with pytest.raises(GolfError, match=rf"{os.strerror(full)}\)$"):
             kept.save(16, state, **FACTS, wait=True)
     kept.save(20, state, **FACTS, wait=True)
     kept.close()
     assert restore(copy).step == 20
+
+
+def test_a_checkpoint_that_a_full_disk_left_unsynced_does_not_stand_for_those_before(state, copy, monkeypatch):
+    """It lies there under its own name, and may be empty after a power loss."""
+    kept = Checkpoints(copy)
+    kept.restore(state_shapes(RECIPE, make_mesh(2)), pytest.fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "sync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        with pytest.raises(GolfError, match=r"checkpoint 15 cannot be written \(No space left on device\)"):
+            kept.save(15, state, **FACTS, wait=True)
+    assert kept.steps() == [10]
+    kept.save(20, state, **FACTS, wait=True)
+    kept.close()
+    assert restore(copy).step == 20
+
+
+def test_the_reason_of_the_system_is_told_and_not_cut_off_behind_paths(state, copy, monkeypatch):
+    kept = Checkpoints(copy)
+    said = f"PERMISSION_DENIED: Failed writing: {'/long' * 100!r}: Failed to open [os_error_code='{errno.EROFS}']"
+    monkeypatch.setattr(kept._manager, "save", lambda *_, **__: (_ for _ in ()).throw(ValueError(said)))
+    with pytest.raises(GolfError, match=rf"checkpoint 15 cannot be written \({os.strerror(errno.EROFS)}\)$"):
+        kept.save(15, state, **FACTS, wait=True)
+    kept.close()
 
 
 @pytest.mark.parametrize("name", [*SHIPPED, "pr2135"])

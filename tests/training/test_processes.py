@@ -187,7 +187,7 @@ def test_when_one_of_two_cannot_read_on_both_save_and_go_on(process, batch, save
         assert all("error: train_000000.bin: was truncated\n" in said for _, said in outputs)
         return
     for _, said in outputs:
-        (step,) = re.findall(r"error: train_000000.bin: was truncated \(saved after step (\d+); then go on with: .*--resume ends\)", said)
+        (step,) = re.findall(r"error: train_000000.bin: was truncated; saved after step (\d+), then go on with: .*--resume ends\n", said)
         assert batch - 2 * ASK_EVERY <= int(step) <= batch
     finish(start_pair(["golf_jax.train", file, "--run-dir", "whole"], programs, tmp_path))
     again = start_pair(["golf_jax.train", "--resume", "ends"], programs, tmp_path)

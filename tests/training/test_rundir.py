@@ -155,6 +155,18 @@ def test_one_process_at_a_time(tmp_path):
     RunDir(tmp_path / "run", resume=True).close()
 
 
+def test_half_a_file_of_a_killed_process_is_removed(tmp_path, monkeypatch):
+    run = RunDir(tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(os, "unlink", lambda *_: None)
+        run.write("config.json", {})
+    run.close()
+    assert list(run.path.glob(".config.json.*"))
+    RunDir(run.path).close()
+    assert not list(run.path.glob(".*"))
+
+
 def test_default_names_do_not_collide(tmp_path):
     with ThreadPoolExecutor(8) as starts:
         paths = set(starts.map(lambda _: new_path(tmp_path / "runs", "mine"), range(20)))
