@@ -112,7 +112,11 @@ def read_submission(path: Path) -> Submission:
     if not runs and not claims.file:
         raise GolfError(f"{path}: neither a log of a training run, nor a folder with one; give a log, a records folder or a run directory")
     program = unwrap(script)
-    others = [p for p in path.glob("*") if p.suffix in (".py", ".c", ".cpp", ".cu") and p != program_file] if path.is_dir() else []
+    others = (
+        [p for p in path.glob("*") if p.suffix in (".py", ".c", ".cpp", ".cu") and p.is_file() and p != program_file]
+        if path.is_dir()
+        else []
+    )
     sidecars = {p.name: p.stat().st_size for p in sorted(others) if re.search(rf"\b{re.escape(p.stem)}\b", program)}
     return Submission(path, runs, claims, digests, copies, script, sidecars, script_bytes, readme, tuple(empty))
 
