@@ -34,3 +34,11 @@ def test_bad_input(tmp_path):
     for arguments, word in (([], "nothing to check"), ([str(tmp_path / "no")], "does not exist"), ([str(tmp_path)], "neither a log")):
         with pytest.raises(GolfError, match=word):
             main(arguments)
+
+
+def test_the_name_of_a_folder_cannot_steer_the_terminal(tmp_path, capsys):
+    path = records_folder(tmp_path / "a\x1b[2Jb", hessians=None)
+    (path / "train_seed42.log").rename(path / "train_seed42\x1b[2J.log")
+    main([str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and shown.startswith(str(tmp_path / "a\\x1b[2Jb"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -176,6 +177,16 @@ assert importlib.util.find_spec("golf_jax") is None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+@pytest.mark.parametrize("name", ["artifact.golf", "code.pyz", "log.txt", "tokenizer.model"])
+def test_a_pipe_in_a_run_directory_is_told(tmp_path, text, name):
+    """It would block for ever."""
+    run = finished_run(tmp_path / "r", text)
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(GolfError, match=rf"{name}: cannot be read \(a pipe|{name} is missing"):
+        main([str(run), "--non-record", "--no-rerun", "--out", str(tmp_path / "out"), "--author", "A", "--github-id", "a"])
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from golf_jax.config import GolfError, parse_json
 
 # Where the sources lie; the longest name that a module begins with counts.
 FOLDERS = {name: Path(import_module(name).__path__[0]) for name in ("golf_jax", "golf_jax.kernels", "golf_jax.configs")}
+MAX_SOURCE = 1 << 24  # bytes of sources that are unpacked: twenty times this project
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _HEAD = b"""# golf_jax's sources, compressed. Run: python THIS --help. Read: python -c 'import bz2, json, zipfile
 # for p, t in json.loads(bz2.decompress(zipfile.ZipFile("THIS").read("source.bz2"))).items(): print("#", p); print(t)'
@@ -81,9 +82,21 @@ def unbundle(data: bytes) -> dict[str, str]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as z:
             old = "source.xz" in z.namelist()  # as runs up to November 2026 have it
-            return parse_json(lzma.decompress(z.read("source.xz")) if old else bz2.decompress(z.read("source.bz2")))
-    except (zipfile.BadZipFile, KeyError, lzma.LZMAError, OSError, ValueError) as e:
-        raise ArtifactError(f"not a code bundle of golf_jax ({e})") from None
+            entry = z.getinfo("source.xz" if old else "source.bz2")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("its sources are compressed twice")
+            packed = z.read(entry)
+        decoder = lzma.LZMADecompressor(memlimit=1 << 27) if old else bz2.BZ2Decompressor()
+        raw = decoder.decompress(packed, MAX_SOURCE)
+        if not decoder.eof:
+            raise ValueError(f"its sources are cut short, or more than {MAX_SOURCE:,} bytes")
+        found = parse_json(raw)
+        if not (isinstance(found, dict) and all(isinstance(source, str) for source in found.values())):
+            raise ValueError("its sources are no texts by path")
+        "".join(found.values()).encode()  # a lone surrogate is no text
+        return found
+    except Exception as e:  # damage of a zip raises half a dozen types
+        raise ArtifactError(f"not a code bundle of golf_jax ({str(e) or type(e).__name__})") from None
 
 
 def raw_code_bytes(data: bytes) -> int:

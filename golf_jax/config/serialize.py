@@ -83,6 +83,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     path = Path(name_or_path)
     if path.suffix == ".json":
         check(path.is_file(), f"{path}: no such recipe file")
+        check(path.stat().st_size < 1 << 24, f"{path}: {path.stat().st_size:,} bytes; no recipe is larger than {1 << 24:,}")
         with _told(path):
             return from_dict(Recipe, parse_json(path.read_bytes()))
     if path.suffix == ".py":

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from golf_jax.config.base import escape
+
 Status = Literal["pass", "fail", "warning", "not checkable"]
 
 RULES = {
@@ -60,4 +62,4 @@ def table(title: str, findings: Sequence[Finding]) -> str:
         lines.append(f"  {f.status:<13} {f.rule:<16} {f.text}" + (f"  [{f.source}]" if f.source else ""))
         if f.status in ("fail", "warning"):
             lines.append(f"  {'':<30} rule: {RULES[f.rule]}")
-    return "\n".join([*lines, ""])
+    return "\n".join([*map(escape, lines), ""])  # names of files and folders, too, may hold what steers a terminal

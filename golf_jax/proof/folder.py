@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import brotli
 
@@ -23,6 +24,7 @@ from golf_jax.proof.readme import README, check_readme, seeds_claimed
 from golf_jax.proof.rules import check_run
 
 CLAIMS, PROGRAM = "submission*.json", "train_gpt*.py"
+WRAPPER, UNPACKED = 1 << 18, 1 << 20  # characters of a script that is looked into, bytes of what is in it
 LOG_SUFFIXES = (".log", ".txt", ".out")
 NOT_LOGS = re.compile(r"^(?:requirements|readme|license|notes|verify)", re.I)
 OWN_SETTINGS = {"seed", "run_id", "logfile", "rank", "local_rank", "is_main_process", "model_path", "quantized_model_path", "artifact_dir"}
@@ -110,7 +112,11 @@ def read_submission(path: Path) -> Submission:
     if not runs and not claims.file:
         raise GolfError(f"{path}: neither a log of a training run, nor a folder with one; give a log, a records folder or a run directory")
     program = unwrap(script)
-    others = [p for p in path.glob("*") if p.suffix in (".py", ".c", ".cpp", ".cu") and p != program_file] if path.is_dir() else []
+    others = (
+        [p for p in path.glob("*") if p.suffix in (".py", ".c", ".cpp", ".cu") and p.is_file() and p != program_file]
+        if path.is_dir()
+        else []
+    )
     sidecars = {p.name: p.stat().st_size for p in sorted(others) if re.search(rf"\b{re.escape(p.stem)}\b", program)}
     return Submission(path, runs, claims, digests, copies, script, sidecars, script_bytes, readme, tuple(empty))
 
@@ -210,20 +216,28 @@ def _changed(a: str, b: str) -> int:
 def unwrap(script: str) -> str:
     """The program inside a self-extracting script (base64 or base85 of lzma, zlib or brotli); the script itself if it is none.
 
-    Nothing is executed: literals are decoded, and what decodes to a Python program is it.
+    Nothing is executed: literals are decoded, and what decodes to a Python program is it. What is longer than any such script, or would
+    unpack to more than any program, is left as it is.
     """
+    if len(script) > WRAPPER:
+        return script
     try:
         literals = [node.value for node in ast.walk(ast.parse(script)) if isinstance(node, ast.Constant)]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return script
+    room = UNPACKED  # of all literals together
     for literal in literals:
         data = literal.encode("ascii", "ignore") if isinstance(literal, str) else literal
         if not isinstance(data, bytes) or len(data) < 1_000:
             continue
         for decode in (base64.b85decode, base64.b64decode, base64.a85decode, bytes):
-            for expand in (lzma.decompress, zlib.decompress, brotli.decompress, _raw_lzma):
+            for expand in (_lzma, _zlib, _brotli, _raw_lzma):
                 try:
-                    text = expand(decode(data)).decode("utf-8")
+                    raw = expand(decode(data), room + 1)
+                    room -= len(raw)
+                    if room < 0:
+                        return script
+                    text = raw.decode("utf-8")
                 except (ValueError, binascii.Error, lzma.LZMAError, zlib.error, brotli.error, EOFError):
                     continue
                 if "import" in text:
@@ -231,8 +245,35 @@ def unwrap(script: str) -> str:
     return script
 
 
-def _raw_lzma(data: bytes) -> bytes:
-    return lzma.decompress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])
+def _lzma(data: bytes, most: int) -> bytes:
+    return _whole(lzma.LZMADecompressor(memlimit=1 << 27), data, most)  # twice what preset 9 needs
+
+
+def _raw_lzma(data: bytes, most: int) -> bytes:
+    return _whole(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}]), data, most)
+
+
+def _zlib(data: bytes, most: int) -> bytes:
+    return _whole(zlib.decompressobj(), data, most)
+
+
+def _whole(decoder: Any, data: bytes, most: int) -> bytes:
+    """The first `most` bytes of a stream, or all of it. EOFError where it is cut short."""
+    raw = decoder.decompress(data, most)
+    if len(raw) < most and not decoder.eof:
+        raise EOFError
+    return raw
+
+
+def _brotli(data: bytes, most: int) -> bytes:
+    decoder = brotli.Decompressor()
+    raw = decoder.process(data, output_buffer_limit=most)
+    while len(raw) < most and not decoder.is_finished():
+        more = decoder.process(b"", output_buffer_limit=most - len(raw))
+        if not more:
+            raise EOFError
+        raw += more
+    return raw
 
 
 def check_seeds(s: Submission) -> list[Finding]:

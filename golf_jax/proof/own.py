@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from golf_jax.artifact.code import raw_code_bytes, unbundle
-from golf_jax.artifact.container import inspect
+from golf_jax.artifact.container import MAX_FILE_BYTES, inspect
 from golf_jax.config import CAP_BYTES, LIMIT_SECONDS, GolfError, Recipe, to_dict
 from golf_jax.data.corpus import build_embedded
 from golf_jax.data.manifest import sha256_file
 from golf_jax.data.shards import find_shards
 from golf_jax.data.verify import OFFICIAL_BYTES, verify
 from golf_jax.evaluation.score import NORMALIZED
+from golf_jax.files import read_bytes
 from golf_jax.processes import cache_directory
 from golf_jax.progress import clock_seconds
 from golf_jax.proof.finding import Finding, fold
@@ -97,7 +98,10 @@ def _bytes(path: Path, result: Result) -> list[Finding]:
     found, artifact, code = [], path / "artifact.golf", path / "code.pyz"
     if not artifact.is_file():
         return [Finding("fail", "bytes", "artifact.golf is missing", str(path))]
-    data = artifact.read_bytes()
+    try:
+        data = read_bytes(artifact, MAX_FILE_BYTES)
+    except GolfError as error:
+        return [Finding("fail", "bytes", str(error), "artifact.golf")]
     code_bytes = code.stat().st_size if code.is_file() else result["code_bytes"]
     measured = "measured" if code.is_file() else "recorded"
     total = len(data) + code_bytes
@@ -118,7 +122,8 @@ def _bytes(path: Path, result: Result) -> list[Finding]:
     if not code.is_file():
         return [*found, Finding("not checkable", "code", "no code.pyz in the run directory", str(path))]
     try:
-        raw, files = raw_code_bytes(code.read_bytes()), len(unbundle(code.read_bytes()))
+        packed = read_bytes(code, MAX_FILE_BYTES)
+        raw, files = raw_code_bytes(packed), len(unbundle(packed))
         same = raw == result["code_bytes_raw"]
         text = f"code.pyz holds {files} files, {raw:,} bytes of source" + ("" if same else f"; the run had {result['code_bytes_raw']:,}")
         return [*found, Finding("pass" if same else "fail", "code", text, "code.pyz")]

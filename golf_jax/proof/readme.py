@@ -43,7 +43,7 @@ _TEXT: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("bytes", re.compile(r"\b(total submission size|artifact(?: size)?|serialized model)\b[^:=.]*[:=]\s*([\d,]{7,})", re.I)),
 )
 # A line that opens with the score, or a title that ends with it.
-_OWN = re.compile(r"(?:#+(?!.*\b(?:baseline|from|previous)\b).*[-—(:]|[\s#>*-]*)\s*(?:mean |final |score:? )*val_bpb(?!.*(?:->|→))")
+_OWN = re.compile(r"(?:#++(?!.*\b(?:baseline|from|previous)\b).*[-—(:]|[\s#>*-]*+)\s*(?:mean |final |score:? )*val_bpb(?!.*(?:->|→))")
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from golf_jax.config import CAP_BYTES, GolfError, Recipe, to_dict
-from golf_jax.files import write_atomic
+from golf_jax.files import read_bytes, write_atomic
 from golf_jax.options import Author
 from golf_jax.progress import clock_seconds
 from golf_jax.proof.finding import Finding, table
 from golf_jax.training.resume import stored_recipe
 from golf_jax.training.rundir import go_on
-from golf_jax.training.runfiles import Result, read_environment, read_result
+from golf_jax.training.runfiles import MAX_BYTES, Result, read_environment, read_result
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 CONTRADICTED = ("claims", "round trip")  # a failure of these says: the numbers are not those of this artifact
@@ -187,7 +187,7 @@ def write_submission(
     """Write the folder; returns submission.json. Raises GolfError where the runs are not one submission."""
     if folder.exists() and any(folder.iterdir()):
         raise GolfError(f"{folder}: is not empty; give another --out")
-    codes = {(run.path / "code.pyz").read_bytes() for run in runs}
+    codes = {read_bytes(run.path / "code.pyz", MAX_BYTES) for run in runs}
     if len(codes) > 1:
         raise GolfError("the runs did not run the same code (code.pyz differs); submit runs of one program")
     findings = [f for found in report.values() for f in found]
@@ -199,7 +199,7 @@ def write_submission(
     files: dict[str, bytes | str] = {
         "train_gpt.py": codes.pop(),
         "recipe.json": json.dumps(to_dict(replace(runs[0].recipe, data=data)), indent=1) + "\n",
-        "tokenizer.model": (runs[0].path / "tokenizer.model").read_bytes(),
+        "tokenizer.model": read_bytes(runs[0].path / "tokenizer.model", MAX_BYTES),
         "requirements.txt": needed,
         "submission.json": json.dumps(facts, indent=1, allow_nan=False) + "\n",
         "README.md": readme(
@@ -207,8 +207,8 @@ def write_submission(
         ),
     }
     for run in runs:
-        files[f"train_seed{run.recipe.seed}.log"] = (run.path / "log.txt").read_bytes()
-        files[f"artifact_seed{run.recipe.seed}.golf"] = (run.path / "artifact.golf").read_bytes()
+        files[f"train_seed{run.recipe.seed}.log"] = read_bytes(run.path / "log.txt")
+        files[f"artifact_seed{run.recipe.seed}.golf"] = read_bytes(run.path / "artifact.golf", MAX_BYTES)
     try:
         for name, content in files.items():
             write_atomic(folder / name, content)

@@ -13,6 +13,8 @@ from golf_jax.config import GolfError, Recipe, from_dict, parse_json
 from golf_jax.config.base import check
 from golf_jax.files import json_rows, read_bytes, sealed
 
+MAX_BYTES = 1 << 26  # of one file of a run
+
 # Bounds are those of the value of a number, of the length of anything else; text with bounds goes to the screen, so it is printable.
 Count = Annotated[int, 0, 1 << 53]
 AtLeastOne = Annotated[int, 1, 1 << 53]
@@ -166,7 +168,7 @@ def read_json(path: Path) -> Any:
     try:
         if not path.exists():
             raise FileNotFoundError(path)
-        return parse_json(read_bytes(path))
+        return parse_json(read_bytes(path, MAX_BYTES))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

@@ -1,5 +1,7 @@
 """The code bundle is reproducible, reversible, complete enough to run alone, and holds nothing it does not need."""
 
+import bz2
+import io
 import lzma
 import subprocess
 import sys
@@ -93,6 +95,26 @@ def test_wrong_bundles_are_named(tmp_path):
         z.writestr("other", "x")
     with pytest.raises(ArtifactError, match="not a code bundle"):
         unbundle((tmp_path / "z").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("packed", "method"),
+    [
+        (bz2.compress(bytes(1 << 27)), zipfile.ZIP_STORED),  # 150 bytes
+        (bz2.compress(b'{"a.py": "x"}'), zipfile.ZIP_DEFLATED),
+        (bz2.compress(b'{"a.py": "x"}')[:-9], zipfile.ZIP_STORED),
+        *((bz2.compress(raw), zipfile.ZIP_STORED) for raw in (b"null", b"[1]", b'{"a.py": 5}', b'{"a.py": "\\ud800"}')),
+    ],
+)
+def test_sources_of_another_form_or_without_bound_are_refused(packed, method):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as z:
+        z.writestr("source.bz2", packed)
+    encrypted = bytearray(out.getvalue())
+    encrypted[encrypted.index(b"PK\1\2") + 8] |= 1
+    for data in (out.getvalue(), bytes(encrypted)):
+        with pytest.raises(ArtifactError, match="not a code bundle"):
+            raw_code_bytes(data)
 
 
 def test_a_bundle_of_an_earlier_version_is_read(tmp_path):

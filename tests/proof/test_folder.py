@@ -5,7 +5,10 @@ import json
 import lzma
 import random
 import shutil
+import tracemalloc
+import zlib
 
+import brotli
 import pytest
 from made_logs import BYTES, SCRIPT, bpb_of, log, records_folder
 
@@ -104,6 +107,18 @@ def test_code_in_the_log_and_code_that_ships(tmp_path):
     packed = base64.b85encode(lzma.compress((SCRIPT + "\n#" + "".join(random.Random(0).choices("abcdefgh", k=4000))).encode())).decode()
     wrapper = f"import base64, lzma\nexec(lzma.decompress(base64.b85decode({packed!r})))\n"
     assert unwrap(wrapper).startswith(SCRIPT) and unwrap(SCRIPT) == SCRIPT and unwrap("def (") == "def ("
+
+
+@pytest.mark.parametrize("pack", [lzma.compress, zlib.compress, brotli.compress])
+def test_a_script_unpacks_to_no_more_than_a_program(pack):
+    """Zeros behind a program's first line: of 50 MB, hardly more than the limit is ever in memory."""
+    packed = base64.b85encode(pack(b"import os\n" + random.Random(0).randbytes(2_000).hex().encode() + bytes(50_000_000))).decode()
+    wrapper = f"exec(unpack({packed!r}))\n"
+    tracemalloc.start()
+    assert unwrap(wrapper) == wrapper
+    assert unwrap("a\n" * 1_000_000) == "a\n" * 1_000_000
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
 
 
 def test_code_beside_the_script_counts(tmp_path):

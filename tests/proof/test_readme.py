@@ -1,9 +1,12 @@
 """README.md against the logs: every value that it names, and no alarm about what is somebody else's."""
 
+import time
+
 import pytest
 from made_logs import readme, records_folder
 
 from golf_jax.proof.folder import check_submission, read_submission
+from golf_jax.proof.readme import seeds_claimed
 
 LOSSES = {42: 1.8900, 1337: 1.8910, 2025: 1.8896}
 
@@ -74,3 +77,9 @@ def test_of_a_table_of_metrics_the_column_of_this_run_is_read(tmp_path, bpb, sta
     )
     (finding,) = (f for f in check_submission(read_submission(path)) if f.text.startswith("README"))
     assert finding.status == status
+
+
+def test_long_lines_of_blanks_and_hashes_are_read_at_once():
+    begin = time.process_time()
+    assert seeds_claimed("\n".join(character * 1_900 for character in "  \t#>" * 20)) == 0  # 5 s where each is read from every place
+    assert time.process_time() - begin < 1
