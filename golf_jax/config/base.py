@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -37,15 +38,22 @@ def named(where: str | Path) -> Iterator[None]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value in `text`. GolfError (a ValueError) for anything that is not JSON: also NaN, what is nested too deep or not UTF-8."""
+    """The value in `text`. GolfError (a ValueError) for anything that is not JSON: also NaN, what is nested too deep or not UTF-8, and
+    an object that gives a name twice, of which other readers may take the other value."""
 
     def number(literal: str) -> float:
         if not math.isfinite(value := float(literal)):
             raise ValueError(f"{literal[:20]} is no finite number")
         return value
 
+    def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"{twice[:40]!a} is given twice")
+        return found
+
     try:
-        return json.loads(text, parse_constant=number, parse_float=number)
+        return json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=unambiguous)
     except (ValueError, RecursionError) as error:
         raise GolfError(f"not JSON ({str(error)[:80]})") from None
 
