@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -128,7 +129,9 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
             why = f" ({next(iter(str(error).splitlines()))})" if str(error) else ""
             found = GolfError(f"JAX_PLATFORMS={named}: jax has no such platform here{why}; unset it, or install jax for it")
             sys.exit(_fail(f"error: {found}", 2))
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # what XLA calls it
+        if not isinstance(error, MemoryError) and not re.search(
+            "RESOURCE_EXHAUSTED|Out of memory allocating", str(error)
+        ):  # as XLA calls it
             raise
         status = _fail("error: out of memory; --micro-rows 1 and --eval.batch-rows 1 need the least, --micro-rows auto takes what fits", 2)
     except ImportError as error:  # also of a library that finds no memory while it starts

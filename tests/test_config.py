@@ -61,6 +61,7 @@ def test_recipes_survive_json(name):
         (lambda: BudgetConfig(seconds=0), "give budget.steps or a positive budget.seconds"),
         (lambda: ScheduleConfig(ema_decay=0), "schedule.export 'ema' needs schedule.ema_decay > 0"),
         (lambda: ScheduleConfig(export="swa"), "schedule.export 'swa' needs schedule.swa_every > 0"),
+        (lambda: GroupConfig("m", ("matrix",), "muon", newton_schulz_steps=10**6), "newton_schulz_steps must be at most 100, got 1000000"),
         (lambda: QuantRule("", "int6_row", step=0), "step must be positive"),
         (lambda: Recipe("x", schedule=ScheduleConfig(fake_quant_below=0.1)), "model.fake_quant.matrices is 'none'"),
         (lambda: Recipe("x", micro_rows=7), "micro_rows 7 must divide or be a multiple of data.rows_per_rank 48"),
