@@ -145,7 +145,7 @@ def test_layer_order_of_depth_recurrence():
     assert replace(load_recipe("pr638").model).num_skips == 5
 
 
-@pytest.mark.parametrize("text", ["NaN", '{"a": -Infinity}', "1e999", "[" * 100_000, b"\xff", ""])
+@pytest.mark.parametrize("text", ["NaN", '{"a": -Infinity}', "1e999", "[" * 100_000, b"\xff", "", '{"a": {"b": 1, "b": 2}}'])
 def test_what_is_not_json_is_refused(text):
     with pytest.raises(GolfError, match="not JSON"):
         parse_json(text)

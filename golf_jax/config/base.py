@@ -37,17 +37,29 @@ def named(where: str | Path) -> Iterator[None]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value in `text`. GolfError (a ValueError) for anything that is not JSON: also NaN, what is nested too deep or not UTF-8."""
+    """The value in `text`. GolfError (a ValueError) for anything that is not JSON: also NaN, what is nested too deep or not UTF-8, and a
+    name that an object has twice, of which readers take the one or the other."""
 
     def number(literal: str) -> float:
         if not math.isfinite(value := float(literal)):
             raise ValueError(f"{literal[:20]} is no finite number")
         return value
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if again := repeated(pairs):
+            raise ValueError(f"{again[0]!r} stands twice in one object")
+        return dict(pairs)
+
     try:
-        return json.loads(text, parse_constant=number, parse_float=number)
+        return json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise GolfError(f"not JSON ({str(error)[:80]})") from None
+
+
+def repeated(pairs: list[tuple[str, Any]]) -> list[str]:
+    """The names that a JSON object has more than once."""
+    names = [name for name, _ in pairs]
+    return [] if len(set(names)) == len(names) else [name for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 def check(ok: bool, message: str) -> None:
