@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
 AGAIN = "golf_jax_keeps_pages"
 # Huge pages where Linux gives them to those that ask, and freed blocks of up to 64 MB, the most that a thread's heap holds, kept.
+NO_MEMORY = "RESOURCE_EXHAUSTED|Out of memory allocating"  # as XLA calls it
 TUNABLES = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {"hugetlb": 1, "mmap_threshold": 64 << 20, "trim_threshold": 256 << 20, "top_pad": 64 << 20}.items()
@@ -128,7 +130,7 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
             why = f" ({next(iter(str(error).splitlines()))})" if str(error) else ""
             found = GolfError(f"JAX_PLATFORMS={named}: jax has no such platform here{why}; unset it, or install jax for it")
             sys.exit(_fail(f"error: {found}", 2))
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # what XLA calls it
+        if not (isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))):
             raise
         status = _fail("error: out of memory; --micro-rows 1 and --eval.batch-rows 1 need the least, --micro-rows auto takes what fits", 2)
     except ImportError as error:  # also of a library that finds no memory while it starts

@@ -97,9 +97,17 @@ def test_an_empty_value_is_refused(argv, capsys, monkeypatch):
     assert stopped.value.code == 0
 
 
-def test_memory_that_runs_out_is_one_line_with_the_remedy(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: of a GPU"),
+        RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 65536000000 bytes."),  # of XLA:CPU
+    ],
+)
+def test_memory_that_runs_out_is_one_line_with_the_remedy(capsys, monkeypatch, error):
     def main(argv):
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(SystemExit) as stopped:

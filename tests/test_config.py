@@ -61,6 +61,7 @@ def test_recipes_survive_json(name):
         (lambda: BudgetConfig(seconds=0), "give budget.steps or a positive budget.seconds"),
         (lambda: ScheduleConfig(ema_decay=0), "schedule.export 'ema' needs schedule.ema_decay > 0"),
         (lambda: ScheduleConfig(export="swa"), "schedule.export 'swa' needs schedule.swa_every > 0"),
+        (lambda: GroupConfig("m", ("matrix",), "muon", newton_schulz_steps=10**6), "newton_schulz_steps must be at most 100, got 1000000"),
         (lambda: QuantRule("", "int6_row", step=0), "step must be positive"),
         (lambda: Recipe("x", schedule=ScheduleConfig(fake_quant_below=0.1)), "model.fake_quant.matrices is 'none'"),
         (lambda: Recipe("x", micro_rows=7), "micro_rows 7 must divide or be a multiple of data.rows_per_rank 48"),
@@ -144,7 +145,7 @@ def test_layer_order_of_depth_recurrence():
     assert replace(load_recipe("pr638").model).num_skips == 5
 
 
-@pytest.mark.parametrize("text", ["NaN", '{"a": -Infinity}', "1e999", "[" * 100_000, b"\xff", "", '[{"seed": 1, "seed": 2}]'])
+@pytest.mark.parametrize("text", ["NaN", '{"a": -Infinity}', "1e999", "[" * 100_000, b"\xff", "", '{"a": {"b": 1, "b": 2}}'])
 def test_what_is_not_json_is_refused(text):
     with pytest.raises(GolfError, match="not JSON"):
         parse_json(text)

@@ -244,7 +244,7 @@ def test_help_teaches(capsys):
 def test_fineweb_shards_and_both_tokenizers(shared, vocab, tmp_path, capsys):
     model = shared / "data" / "tokenizers" / f"fineweb_{vocab}_bpe.model"
     recipe = tiny_recipe(vocab)
-    recipe = replace(recipe, data=replace(recipe.data, seq_len=2048), eval=replace(recipe.eval, sliding=SlidingConfig(stride=64)))
+    recipe = replace(recipe, data=replace(recipe.data, seq_len=2048), eval=EvalConfig(sliding=SlidingConfig(stride=64)))
     write_artifact(tmp_path / "a.golf", recipe, Tokenizer(model))
     val = str(shared / "data" / f"fineweb_sp{vocab}" / "fineweb_val_*.bin")
     evaluate.main([str(tmp_path / "a.golf"), "--val", val, "--tokenizer", str(model), "--max-docs", "4", "--devices", "1"])

@@ -38,24 +38,28 @@ def named(where: str | Path) -> Iterator[None]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value in `text`. GolfError (a ValueError) for anything that is not JSON: also NaN, what is nested too deep or not UTF-8, and
-    an object that gives a name twice, of which other readers may take the other value."""
+    """The value in `text`. GolfError (a ValueError) for anything that is not JSON: also NaN, what is nested too deep or not UTF-8, and a
+    name that an object has twice, of which readers take the one or the other."""
 
     def number(literal: str) -> float:
         if not math.isfinite(value := float(literal)):
             raise ValueError(f"{literal[:20]} is no finite number")
         return value
 
-    def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"{twice[:40]!a} is given twice")
-        return found
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if again := repeated(pairs):
+            raise ValueError(f"{again[0]!r} stands twice in one object")
+        return dict(pairs)
 
     try:
-        return json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=unambiguous)
+        return json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise GolfError(f"not JSON ({str(error)[:80]})") from None
+
+
+def repeated(pairs: list[tuple[str, Any]]) -> list[str]:
+    """The names that a JSON object has more than once."""
+    return [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
 
 
 def check(ok: bool, message: str) -> None:

@@ -95,10 +95,12 @@ class GroupConfig:
             check(all(0 <= v < 1 for v in values), f"{where}.{name} must be in 0..1 and below 1, got {getattr(self, name)}")
         positive(self, where, "eps", "newton_schulz_steps")
         given, steps = len(self.newton_schulz_coefficients), self.newton_schulz_steps
+        check(steps <= MAX_NEWTON_SCHULZ, f"{where}.newton_schulz_steps must be at most {MAX_NEWTON_SCHULZ}, got {steps}")
         check(given in (1, steps), f"{where}.newton_schulz_coefficients: give one triple, or one for each of {steps} steps, not {given}")
 
 
 _MOMENTUM = ("momentum", "momentum_start", "momentum_warmup_steps")
+MAX_NEWTON_SCHULZ = 100  # each is compiled; 5 are enough, and a million never end
 _NEWTON_SCHULZ = ("newton_schulz_steps", "newton_schulz_coefficients", "row_normalize", "bf16_momentum")
 _READS = {"muon": ("lr", "weight_decay", *_MOMENTUM, *_NEWTON_SCHULZ), "adamw": ("lr", "weight_decay", "betas", "eps"), "frozen": ()}
 

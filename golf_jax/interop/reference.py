@@ -145,6 +145,8 @@ class Set:
 
 def read_npz(path: Path) -> Arrays:
     """All entries of an npz file, nothing pickled."""
+    if not path.is_file():  # a pipe would block for ever
+        raise GolfError(f"{path}: cannot be read (not there, or no file)")
     with open(path, "rb") as file:
         refuse_pointer(path, file.read(64))
     try:

@@ -7,6 +7,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from golf_jax.config.base import repeated
 from golf_jax.proof.logs import read_text
 
 
@@ -89,8 +90,13 @@ def read_claims(path: Path, name: str) -> Claims:
     with: 1.0640 says more than 1.064."""
     claims = Claims(name)
     text = read_text(path).lstrip("\ufeff").lstrip()
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        claims.problems.extend(f"{again} is there twice, the last one is read" for again in repeated(pairs)[:4])
+        return dict(pairs)
+
     try:
-        value, end = json.JSONDecoder(parse_float=_decimal, parse_constant=str).raw_decode(text)
+        value, end = json.JSONDecoder(parse_float=_decimal, parse_constant=str, object_pairs_hook=fields).raw_decode(text)
     except (ValueError, RecursionError) as error:
         claims.problems.append(f"not JSON: {error}")
         return claims

@@ -1,6 +1,7 @@
 """What a comparison measures, and which facts a set may ask for."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -85,3 +86,11 @@ def test_no_bucket_of_cu_seqlens_divides_by_zero():
     for bucket in (0, -1, 10**9):
         with pytest.raises(GolfError, match=f"cu_bucket {bucket} is no multiple"):
             padded_starts([[[0, 3]]], 8, bucket)
+
+
+def test_a_pipe_among_the_arrays_of_a_set_is_told(tmp_path):
+    """It would block for ever."""
+    os.mkfifo(tmp_path / "params.npz")
+    (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "recipe": "pr372", "sections": {}}))
+    with pytest.raises(GolfError, match=r"params.npz: cannot be read"):
+        Set(tmp_path)

@@ -140,6 +140,7 @@ def test_a_non_record_run_has_no_clock(tmp_path):
     [
         (lambda t: "\ufeff" + t, "pass", "is the mean of 3 runs'"),
         (lambda t: t + "\n// done", "warning", "text after the JSON object"),
+        (lambda t: t.replace("{", '{"val_bpb": 1.0, ', 1), "warning", "val_bpb is there twice"),
         (lambda t: t[: len(t) // 2], "fail", "not JSON"),
         (lambda t: "[1, 2]", "fail", "holds list"),
         (lambda t: t.replace("15860", "1e999999999"), "pass", "is the mean of 3 runs'"),
@@ -150,7 +151,7 @@ def test_a_non_record_run_has_no_clock(tmp_path):
             "is a string",
         ),
     ],
-    ids=["mark", "trailing", "cut", "list", "huge", "deep", "odd types"],
+    ids=["mark", "trailing", "twice", "cut", "list", "huge", "deep", "odd types"],
 )
 def test_submission_json_as_it_comes(tmp_path, change, status, word):
     path = records_folder(tmp_path / "f", code=60_000)
