@@ -22,8 +22,8 @@ from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
 from golf_jax.interrupt import SIGNALS, Interrupted, catching
 
 AGAIN = "golf_jax_keeps_pages"
-# Huge pages where Linux gives them to those that ask, and freed blocks of up to 64 MB, the most that a thread's heap holds, kept.
 NO_MEMORY = "RESOURCE_EXHAUSTED|Out of memory allocating"  # as XLA calls it
+# Huge pages where Linux gives them to those that ask, and freed blocks of up to 64 MB, the most that a thread's heap holds, kept.
 TUNABLES = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {"hugetlb": 1, "mmap_threshold": 64 << 20, "trim_threshold": 256 << 20, "top_pad": 64 << 20}.items()
