@@ -69,6 +69,7 @@ class Keeper:
         sound = self._tried(self.checkpoints.wait, self._saved_step)  # the save before is told under its own step
         if step == self._saved_step and sound:
             return True
+        self.run.sync()
         facts = {"position": position, "seconds": seconds, "loss": loss, **self.facts}
         if not self._tried(lambda: self.checkpoints.save(step, state, wait=wait, **facts), step):
             return False

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -156,8 +156,22 @@ class RunDir:
 
     def _append(self, file: TextIO, line: str) -> None:
         """A full disk must not end a run either: said once, and the run goes on without these lines."""
-        try:
+        with self._told(file):
             print(line, file=file, flush=True)
+
+    def sync(self) -> None:
+        """Have the disk itself hold what was told so far, before it holds what says that this is done: a checkpoint, a finished stage.
+
+        Else a power loss, or a disk that turns read-only, would leave a hole in the curve for ever.
+        """
+        for file in (self._log, self._metrics) if self.main else ():
+            with self._told(file):
+                os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def _told(self, file: TextIO) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if not self._warned:
                 self._warned = True
@@ -227,6 +241,7 @@ class RunDir:
     def note(self, stage: str, facts: Any) -> None:
         """The stage is done: its facts are kept, so that it is not repeated."""
         self.record[stage] = facts
+        self.sync()
         self.write("stages.json", sealed(self.record))
 
     def write(self, name: str, content: Any) -> Path:

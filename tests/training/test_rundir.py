@@ -8,12 +8,16 @@ import resource
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from made_runs import TRAIN
 
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, load_recipe
+from golf_jax.interrupt import Signals
+from golf_jax.training.keep import Keeper
 from golf_jax.training.rundir import RunDir, all_again, environment, new_path
 
 
@@ -190,6 +194,34 @@ def test_metrics_are_on_disk_at_once_and_survive_any_damage(tmp_path, damage):
     rows = run.rows()
     run.close()
     assert [(row["step"], row["loss"]) for row in rows] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, None)]
+
+
+def test_no_step_or_stage_is_on_the_disk_before_its_rows(tmp_path, monkeypatch):
+    """Else a power loss leaves a checkpoint or a finished stage whose rows and lines nobody makes again."""
+    synced, fsync = {}, os.fsync
+
+    def watched(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+
+    monkeypatch.setattr(os, "fsync", watched)
+    files = [tmp_path / "run" / name for name in ("log.txt", "metrics.jsonl")]
+    seen = []
+
+    def before(*args, **facts):
+        seen.append([synced.get(file.stat().st_ino) == file.stat().st_size > 0 for file in files])
+
+    with closing(RunDir(tmp_path / "run")) as run:
+        monkeypatch.setattr(run, "write", before)
+        run.log("a line")
+        run.metrics("score", stage="packed", mode="standard")
+        run.note("evaluations", {})
+        run.metrics("train", step=0, loss=1.0)
+        checkpoints: Any = SimpleNamespace(wait=lambda: None, save=before)
+        keeper = Keeper(load_recipe("quickstart"), checkpoints, run, Signals(), {})
+        assert keeper.save(1, cast(Any, None), 0.1, {}, 1.0)
+    assert seen == [[True, True]] * 2
 
 
 def test_scores_that_are_to_be_found_again_have_one_row(tmp_path):
