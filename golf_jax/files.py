@@ -123,6 +123,15 @@ def folder_beside(target: Path) -> Iterator[Path]:
         yield folder
 
 
+def remove(path: Path) -> None:
+    """Whatever is there, if anything: a folder with all it holds, a file, a link alone, a pipe (which `rmtree` would wait for).
+
+    At once for whoever looks, and once where several processes find the same. OSError where it cannot be.
+    """
+    with folder_beside(path) as folder, contextlib.suppress(FileNotFoundError):  # of another process that was faster
+        os.rename(path, folder / path.name)
+
+
 def _remove_left(target: Path) -> None:
     for left in target.parent.glob(f".{glob.escape(target.name)}.????????{UNFINISHED}"):
         with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_NB):  # a living process has it

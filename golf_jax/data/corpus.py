@@ -10,7 +10,6 @@ import gc
 import hashlib
 import os
 import platform
-import shutil
 import sys
 import sysconfig
 import threading
@@ -24,6 +23,7 @@ import sentencepiece
 from golf_jax.config import GolfError
 from golf_jax.data.build import build_documents
 from golf_jax.data.manifest import NAME, damage, read_manifest
+from golf_jax.files import remove
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__pycache__"}
 RULES = "5"  # counts changes of what `documents` and `train_bpe` do
@@ -113,9 +113,12 @@ def build_embedded(root: str | Path, vocab_size: int = 1024) -> dict[str, Any]:
     says is made anew.
     """
     directory = Path(root) / f"embedded-{vocab_size}-{content_hash(vocab_size)[:12]}"
-    if directory.exists() and (problem := damage(directory)):
+    if os.path.lexists(directory) and (problem := damage(directory)):
         print(f"embedded corpus: {problem}; made anew", file=sys.stderr)
-        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            remove(directory)
+        except OSError as error:
+            raise GolfError(f"{directory}: damaged, and cannot be moved away ({error.strerror}); remove it") from None
     if not directory.exists():
         print(f"embedded corpus: made once, in {directory}: a few seconds", file=sys.stderr, flush=True)
         python = f"{platform.python_implementation()} {platform.python_version()} on {sys.platform}"

@@ -378,6 +378,27 @@ def test_a_damaged_embedded_corpus_is_made_anew(tmp_path, monkeypatch, name):
     assert damage(Path(manifest["directory"])) == ""
 
 
+@pytest.mark.parametrize("what", ["pipe", "file", "link to nothing", "link to a damaged one", "damaged one that stays"])
+def test_whatever_lies_in_place_of_the_embedded_corpus_is_replaced(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(corpus, "documents", lambda: TEXTS)
+    manifest = corpus.build_embedded(tmp_path / "cache", 300)
+    place, elsewhere = Path(manifest["directory"]), tmp_path / "elsewhere"
+    (place / "val_000000.bin").write_bytes(b"")
+    if what != "damaged one that stays":
+        place.rename(elsewhere)
+    if what == "pipe":
+        os.mkfifo(place)
+    elif what == "file":
+        place.write_text("")
+    elif what.startswith("link"):
+        place.symlink_to(elsewhere if what == "link to a damaged one" else "nothing")
+    else:
+        monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)
+    assert corpus.build_embedded(tmp_path / "cache", 300) == manifest
+    assert damage(place) == ""
+    assert what == "damaged one that stays" or [path.name for path in place.parent.iterdir()] == [place.name]
+
+
 def test_a_pipe_in_place_of_a_shard_is_damage(built, tmp_path):
     copy = Path(shutil.copytree(built, tmp_path / "copy"))
     assert damage(copy) == ""
