@@ -32,11 +32,16 @@ def several_processes() -> bool:
     return bool(os.environ.get("JAX_COORDINATOR_ADDRESS")) or tasks != "1" or "," in hosts
 
 
+def end_with_parent(number: int) -> None:
+    """Linux: this process gets the signal `number` when the one that started it has ended, however that was."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
 def supervise(advice: Callable[[], str]) -> int | None:
     """Run this command line again as a child and return its status; None where this is the child. advice: what to do when one is lost."""
     if os.environ.get(CHILD):
-        with contextlib.suppress(OSError, AttributeError):  # Linux: end when the parent is killed
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(signal.SIGKILL)
         return None
     child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=os.environ | {CHILD: "1"}, stderr=subprocess.PIPE)
 

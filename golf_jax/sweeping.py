@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from golf_jax.config import GolfError, Recipe, differences, from_dict, parse_jso
 from golf_jax.files import write_atomic
 from golf_jax.interrupt import Interrupted
 from golf_jax.progress import SECONDS, Log
+from golf_jax.supervise import end_with_parent
 from golf_jax.training.resume import located, stored_recipe
 from golf_jax.training.rundir import kept
 from golf_jax.training.runfiles import read_json, read_stages
@@ -134,6 +136,9 @@ def run_grid(points: Sequence[Point], folder: Path, jobs: int, say: Log) -> dict
     problems: dict[str, str] = {}
     running: set[subprocess.Popen[str]] = set()
     todo = [p for p in points if not _finished(folder / p.name)]
+    for point in points:
+        if point not in todo:
+            _order(folder / point.name).unlink(missing_ok=True)  # of a sweep that was killed in the moment before
     say(f"{len(points)} runs in {folder}, {len(points) - len(todo)} of them finished before, {jobs} at a time")
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -159,6 +164,11 @@ def _check_same(point: Point, directory: Path) -> None:
             raise GolfError(f"{directory}: holds another run ({field} is {there!r} there, {here!r} here); give another --sweep-dir")
 
 
+def _order(directory: Path) -> Path:
+    """The file, beside the run's directory, that says to its process which recipe to run."""
+    return directory.with_name(f"{directory.name}.json")
+
+
 def _run_point(
     point: Point, directory: Path, devices: int, environment: dict[str, str], running: set[subprocess.Popen[str]], say: Log
 ) -> str:
@@ -166,7 +176,7 @@ def _run_point(
 
     say: hears every 5 s what the run says of itself.
     """
-    file = directory.with_name(f"{directory.name}.json")
+    file = _order(directory)
     write_atomic(file, (json.dumps(to_dict(point.recipe), indent=1) + "\n").encode())
     command = [sys.executable, "-m", "golf_jax.sweeping", str(file), str(directory), str(devices)]
     pipe, surroundings = subprocess.PIPE, os.environ | environment
@@ -191,6 +201,7 @@ def main(argv: list[str]) -> int:
     """One point: RECIPE.json, run directory, devices (0: all; of a run that goes on: those it had)."""
     from golf_jax.pipeline import Options, run
 
+    end_with_parent(signal.SIGTERM)  # saves; else the run of a sweep that was killed goes on beside the next sweep's
     file, directory, devices = argv
     recipe = from_dict(Recipe, read_json(Path(file)))
     run(recipe, Options(resume=directory) if kept(directory) else Options(run_dir=directory, devices=int(devices)))

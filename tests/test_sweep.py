@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -95,7 +97,9 @@ def test_table_and_going_on(tmp_path, monkeypatch, capsys):
         assert "Better than optim.clip_norm=0.3 beyond the noise: optim.clip_norm=1.0 by 0.00714 nats per token." in text
     arguments[arguments.index("optim.clip_norm=0.3,1")] = "optim.clip_norm=0.3,1,99"
     asked.clear()
+    (folder / f"{names[1]}.json").touch()  # as a sweep leaves it that is killed when this run has just ended
     assert sweep.main(arguments) == 1
+    assert not (folder / f"{names[1]}.json").exists()
     again = capsys.readouterr().out
     assert "WARNING: the runs did not run the same code" in again and "WARNING" in (folder / "sweep.md").read_text()
     assert sorted(asked) == [f"optim.clip_norm=99-seed={s}" for s in (1, 2, 3)]
@@ -123,6 +127,25 @@ def test_a_signal_is_passed_on_and_nothing_more_is_started(tmp_path, monkeypatch
     with pytest.raises(Interrupted, match=f"SIGTERM: go on with the same command and --sweep-dir {tmp_path}"), catching():
         run_grid(grid(load_recipe("baseline"), [1, 2], {}), tmp_path, 1, lambda line: None)
     assert (tmp_path / "seed=1.saved").exists() and not (tmp_path / "seed=2.here").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells it")
+def test_a_run_ends_in_good_order_when_its_sweep_is_killed(tmp_path):
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(to_dict(load_recipe("quickstart"))))
+    works = (
+        "import signal, time, golf_jax.pipeline, golf_jax.sweeping\n"
+        "def end(number, frame):\n    print('saved', flush=True)\n    raise SystemExit\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "golf_jax.pipeline.run = lambda *given: (print('runs', flush=True), time.sleep(60))\n"
+        f"golf_jax.sweeping.main([{str(run)!r}, {str(tmp_path / 'run')!r}, '1'])\n"
+    )
+    sweeps = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {works!r}])"
+    with subprocess.Popen([sys.executable, "-c", sweeps], stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout
+        assert killed.stdout.readline() == "runs\n"
+        killed.kill()
+        assert killed.stdout.read() == "saved\n"  # and nobody holds the pipe any more
 
 
 def test_a_run_is_told_about_while_it_runs(tmp_path, monkeypatch):
