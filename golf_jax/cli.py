@@ -20,6 +20,7 @@ import tyro
 from golf_jax.ahead import busy
 from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
 from golf_jax.interrupt import SIGNALS, Interrupted, catching
+from golf_jax.supervise import said_all
 
 AGAIN = "golf_jax_keeps_pages"
 NO_MEMORY = "RESOURCE_EXHAUSTED|Out of memory allocating"  # as XLA calls it
@@ -237,6 +238,7 @@ def _refuse_slips(argv: Sequence[str]) -> None:
 
 def _fail(message: str, status: int) -> int:
     print(message, file=sys.stderr)
+    said_all(status)
     return status
 
 

@@ -44,6 +44,7 @@ from golf_jax.plan import Plan, border, check
 from golf_jax.processes import cores, from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log, Progress, clock_seconds, patience
 from golf_jax.quant import quantize, rules_for, without_hessians
+from golf_jax.supervise import said_all
 from golf_jax.training.checkpoints import Checkpoints, digest_ahead
 from golf_jax.training.keep import Keeper
 from golf_jax.training.loop import Trained, exported, train
@@ -80,6 +81,8 @@ def run(recipe: Recipe, options: Options = Options()) -> dict[str, Any]:  # noqa
                 raise GolfError(f"{what}; {lost}once that is mended, {rest}") from None
             directory.log(f"interrupted by {stop}{'' if stop.advice else f': {lost}{rest}'}")
             stop.told = True
+            if directory.main:
+                said_all(stop.status)
             raise
 
 

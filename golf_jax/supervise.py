@@ -22,6 +22,7 @@ CHILD = "GOLF_JAX_SUPERVISED"
 NOISE = re.compile(rb"[EWIF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (coordination|preemption_sync|client\.cc|distributed|service)")
 OURS = re.compile(rb"[a-z]|Traceback|\[")  # how a line begins that cannot belong to the error of the runtime before it
 FATAL = re.compile(rb"F\d{4} |terminate called after")
+SAID = re.compile(rb"\0(\d+)\n")  # what a child tells its parent alone
 ANEW = "start all processes again"
 LOST = "another process of this job has ended, or the coordinator cannot be reached"
 
@@ -36,6 +37,12 @@ def end_with_parent(number: int) -> None:
     """Linux: this process gets the signal `number` when the one that started it has ended, however that was."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def said_all(status: int) -> None:
+    """To the parent: this process has told why it ends, with `status`; what the runtime says of it on the way out is no news."""
+    if status and os.environ.get(CHILD):
+        os.write(2, b"\0%d\n" % status)
 
 
 def supervise(advice: Callable[[], str]) -> int | None:
@@ -56,17 +63,21 @@ def supervise(advice: Callable[[], str]) -> int | None:
         signal.signal(number, forward)
     assert child.stderr is not None
     fatal: list[bytes] = []
-    noise = False
+    noise, said = False, 0
     for line in child.stderr:
+        if mark := SAID.search(line):
+            line, said = line[: mark.start()], int(mark[1])
         noise = bool(NOISE.match(line)) or (noise and not OURS.match(line))
         if fatal or FATAL.match(line):
             fatal.append(line)
-        elif not noise:
+        elif line and not noise:
             sys.stderr.buffer.write(line)
             sys.stderr.flush()
     status = child.wait()
     if not fatal:
         return 128 - status if status < 0 else status
+    if said:
+        return said
     gone = re.findall(rb"/task:(\d+)", b"".join(fatal))
     which = f"process {int(gone[0])} has ended" if gone else LOST
     if asked:  # it ended first: the others were not there when it took its leave

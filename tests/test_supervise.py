@@ -22,7 +22,7 @@ F1130 04:28:30.395164   26487 client.h:80] Terminating process because the JAX d
 """.strip()
 CHILD = f"""
 import os, signal, sys, time
-from golf_jax.supervise import supervise
+from golf_jax.supervise import said_all, supervise
 if (status := supervise(lambda: "begin anew")) is not None:
     sys.exit(status)
 signal.signal(signal.SIGTERM, lambda *_: None)
@@ -32,6 +32,8 @@ sys.stderr.write({WORDS!r})
 sys.stderr.flush()
 os.abort()
 """
+# One that has told itself why it ends, before the runtime finds nobody to take leave of.
+TOLD = CHILD.replace("sys.stderr.write(", "print('error: a mistake', file=sys.stderr)\nsaid_all(2)\nsys.stderr.write(", 1)
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,10 @@ def test_the_last_words_of_the_runtime_become_one_line(tmp_path, term, status, t
     assert process.wait(60) == status and first == "ours: begins\n"
     assert rest[0] == "ours: goes on" and rest[1].startswith(told) and len(rest) == 2
     assert rest[1].endswith("; begin anew")
+
+
+def test_who_has_told_why_it_ends_says_it_once(tmp_path):
+    script = tmp_path / "child.py"
+    script.write_text(TOLD.format(seconds=0))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines() == ["ours: begins", "error: a mistake", "ours: goes on"] and done.returncode == 2
