@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 AGAIN = "golf_jax_keeps_pages"
+PR_SET_THP_DISABLE = 41
 COMPUTING = ("train", "evaluate", "sweep")  # they work for minutes, so that keeping pages is worth a second start
 # Huge pages where Linux gives them to those that ask, and freed blocks of up to 64 MB, the most that a thread's heap holds, kept.
 TUNABLES = ":".join(
@@ -30,11 +31,27 @@ def begin() -> None:
     module = _module(sys.orig_argv)
     if (module.removeprefix("golf_jax.") if "." in module else "".join(sys.argv[1:2])) in COMPUTING:
         _keep_pages()
+        huge_pages(False)
 
 
 def is_ours() -> bool:
     """Whether this process is a command of this package, never somebody else's: a notebook that runs the module, a test."""
     return _module(sys.orig_argv).split(".")[0] == "golf_jax" or os.path.basename(" ".join(sys.orig_argv[1:2])) == "golf-jax"
+
+
+def huge_pages(on: bool) -> None:
+    """Whether memory that this process maps from here on may lie in huge pages, where glibc asks for them (Linux).
+
+    Steps gain by them. What compiles and proves before takes many small blocks: clearing two megabytes for each costs more than it saves.
+    """
+    if sys.platform == "linux" and "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""):
+        import ctypes  # not for a process that starts over
+
+        with suppress(OSError, AttributeError):  # another C library
+            libc = ctypes.CDLL(None)
+            libc.prctl(PR_SET_THP_DISABLE, int(not on), 0, 0, 0)
+            if on:
+                libc.malloc_trim(0)  # what is free lies in small pages
 
 
 def _keep_pages() -> None:

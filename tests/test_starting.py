@@ -78,3 +78,28 @@ def test_a_freed_block_of_a_thread_stays_with_the_process(tunables, kept):
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True)
     first, second = map(int, done.stdout.split())
     assert first >= 20 and (second < 5) == kept
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs Linux and glibc")
+@pytest.mark.parametrize(("tunables", "states"), [(TUNABLES, "1 0"), ("glibc.malloc.hugetlb=0", "0 0")])
+def test_huge_pages_wait_for_the_steps_and_what_is_free_by_then_may_lie_in_them(tunables, states):
+    code = """if True:
+        import ctypes
+        from golf_jax.starting import huge_pages
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) << 12
+        def disabled():
+            return libc.prctl(42, 0, 0, 0, 0)
+        huge_pages(False)
+        first, blocks = disabled(), [libc.malloc(8 << 20) for _ in range(5)]
+        for block in blocks:
+            ctypes.memset(block, 1, 8 << 20)
+            libc.free(block)
+        before = resident()
+        huge_pages(True)
+        print(first, disabled(), (before - resident()) >> 20)"""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True)
+    assert done.stdout.startswith(states), done.stderr
+    assert tunables != TUNABLES or int(done.stdout.split()[2]) >= 32
