@@ -38,6 +38,7 @@ def test_what_computes_starts_over_keeping_pages_once_and_never_another_process(
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.36", raising=False)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(starting, "huge_pages", lambda on: None)  # of this process
     monkeypatch.setattr(sys, "orig_argv", ["python", *words])
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setenv("GLIBC_TUNABLES", given)
