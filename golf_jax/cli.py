@@ -7,7 +7,6 @@ import gc
 import io
 import os
 import re
-import signal
 import sys
 import threading
 import traceback
@@ -19,16 +18,11 @@ import tyro
 
 from golf_jax.ahead import busy
 from golf_jax.config import GolfError, Recipe, load_recipe, recipe_names
-from golf_jax.interrupt import SIGNALS, Interrupted, catching
+from golf_jax.interrupt import Interrupted, catching
+from golf_jax.starting import is_ours
 from golf_jax.supervise import said_all
 
-AGAIN = "golf_jax_keeps_pages"
 NO_MEMORY = "RESOURCE_EXHAUSTED|Out of memory allocating"  # as XLA calls it
-# Huge pages where Linux gives them to those that ask, and freed blocks of up to 64 MB, the most that a thread's heap holds, kept.
-TUNABLES = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in {"hugetlb": 1, "mmap_threshold": 64 << 20, "trim_threshold": 256 << 20, "top_pad": 64 << 20}.items()
-)
 LEAST_ADDRESSES, LEAST_FILES = 2 << 30, 64
 GLOBS = ("--data.train", "--data.val", "--val")
 TEXTS = ("--prompt", "--blurb")  # flags whose value may be any text
@@ -87,7 +81,7 @@ class _Notices(io.FileIO):
 def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
     """Run a command's main and exit with its status. The one door of all commands.
 
-    computes: it works for minutes, so that keeping pages is worth a second start (`_keep_pages`).
+    computes: it works for minutes (`golf_jax.starting.COMPUTING`).
 
     A GolfError becomes one line on stderr and status 2, a signal status 128 + its number (Ctrl-C 130), a reader that went away (`| head`)
     141, as of a shell's own tools. What the terminal cannot show is written with backslash escapes. What the system refuses is one line.
@@ -98,7 +92,6 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     if computes:
-        _keep_pages()
         gc.set_threshold(100_000)  # by default it looks at all of jax a hundred times while that is loaded and traces a step
     sys.stdin = sys.stdin or open(0)
     if sys.stderr is sys.__stderr__:
@@ -108,7 +101,7 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):  # what is read there and is no text is refused where it is used
             stream.reconfigure(errors=errors)
-    ended, ends = [1], computes or _is_ours()
+    ended, ends = [1], computes or is_ours()
     if ends:
         atexit.register(_at_once, ended)  # before all others, so that it is called after them
     try:
@@ -170,41 +163,6 @@ def _at_once(ended: list[int]) -> None:
 def _waiting() -> bool:
     """Whether threads of orbax are left: where a checkpoint's folder could not be made they wait ten minutes for it."""
     return any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate())
-
-
-def _keep_pages() -> None:
-    """Start this process over with a glibc that keeps freed memory and asks for huge pages.
-
-    XLA:CPU allocates its temporaries anew in every step, which the kernel maps page by page (what that costs: benchmarks/README.md). glibc
-    reads the variable only when a process starts. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 leaves it alone. The second start is marked on its
-    command line: an environment may be emptied around every Python, which would start over for ever.
-    """
-    given, words = os.environ.get("GLIBC_TUNABLES", ""), sys.orig_argv
-    if AGAIN in sys._xoptions or "glibc.malloc.hugetlb" in given or not _is_ours():
-        return
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # another system, another C library, a program that cannot be started
-        if os.confstr("CS_GNU_LIBC_VERSION"):
-            os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [given, TUNABLES]))
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept until the new start listens
-            os.execv(sys.executable, [sys.executable, "-X", AGAIN, *words[1:]])
-
-
-def _is_ours() -> bool:
-    """Whether this process is a command of this package, never somebody else's: a notebook that runs the module, a test."""
-    return _module(sys.orig_argv).split(".")[0] == "golf_jax" or Path(" ".join(sys.orig_argv[1:2])).name == "golf-jax"
-
-
-def _module(words: Sequence[str]) -> str:
-    """What Python was told to run by `-m`; empty where it runs a script, whose arguments may hold anything."""
-    left = iter(words[1:])
-    for word in left:
-        if word in ("-X", "-W"):
-            next(left, "")
-        elif word == "-m":
-            return next(left, "")
-        elif not word.startswith("-") or word in ("-", "-c"):
-            break
-    return ""
 
 
 def _refuse_little_room() -> None:

@@ -71,6 +71,8 @@ def write_atomic(path: str | Path, *chunks: bytes | memoryview | str) -> Path:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, target)
+        with contextlib.suppress(OSError):  # a folder that cannot be synced, as of some network file systems: the file itself is there
+            sync(target.parent)
     except OSError as error:
         raise NotWritten(f"{path}: cannot be written ({error.strerror})") from None
     finally:

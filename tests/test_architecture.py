@@ -7,7 +7,7 @@ import golf_jax
 
 ROOT = Path(golf_jax.__file__).parents[1]
 FLOORS = [
-    {"config", "interrupt", "kernels", "ahead"},
+    {"config", "interrupt", "kernels", "ahead", "starting"},
     {"supervise"},
     {"configs", "processes", "progress", "mesh", "files", "cli", "options"},
     {"model", "optim", "quant"},

@@ -2,14 +2,13 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from golf_jax import cli, interrupt
+from golf_jax import cli
 from golf_jax.config import GolfError
 from golf_jax.pipeline import Options
 
@@ -233,40 +232,6 @@ def test_a_closed_standard_input_is_an_empty_one():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("words", "given", "set_to"),
-    [
-        (["-u", "-m", "golf_jax.train", "pr638"], "", cli.TUNABLES),
-        (["/usr/bin/golf-jax", "train"], "glibc.cpu.x=1", f"glibc.cpu.x=1:{cli.TUNABLES}"),
-        (["-m", "golf_jax.train"], "glibc.malloc.hugetlb=0", None),
-        (["-X", "dev", "-m", "golf_jax.train"], "", cli.TUNABLES),
-        (["-m", "ipykernel_launcher", "-f", "golf_jax.json"], "", None),
-        (["mine.py", "-m", "golf_jax.train"], "", None),
-        (["-c", "work()", "-m", "golf_jax.train"], "", None),
-        ([], "", None),
-    ],
-)
-def test_what_computes_starts_over_keeping_pages_once_and_never_another_process(words, given, set_to, monkeypatch):
-    class Started(Exception):
-        pass
-
-    def execv(path, argv):
-        held = signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
-        raise Started(argv, os.environ["GLIBC_TUNABLES"], held >= {*interrupt.SIGNALS})
-
-    monkeypatch.setattr(os, "execv", execv)
-    monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.36", raising=False)
-    monkeypatch.setattr(sys, "orig_argv", ["python", *words])
-    monkeypatch.setattr(sys, "argv", ["x"])
-    monkeypatch.setenv("GLIBC_TUNABLES", given)
-    with pytest.raises(Started if set_to else SystemExit) as caught:
-        cli.run(lambda argv: 0, computes=True)
-    assert not set_to or caught.value.args == ([sys.executable, "-X", cli.AGAIN, *words], set_to, True)
-    monkeypatch.setattr(sys, "_xoptions", {cli.AGAIN: True})  # also where something around Python has emptied the environment
-    with pytest.raises(SystemExit):
-        cli.run(lambda argv: 0, computes=True)
-
-
 def test_a_signal_held_back_over_the_second_start_is_heard_then():
     code = "import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); os.kill(os.getpid(), signal.SIGTERM)\n"
     code += "from golf_jax import cli; cli.run(lambda argv: 0)"
@@ -312,26 +277,6 @@ def test_a_broken_recipe_file_is_told_with_its_line(text, message, tmp_path):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(GolfError, match=message):
         parse(str(tmp_path / "mine.py"))
-
-
-@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}), reason="needs glibc")
-@pytest.mark.parametrize(("tunables", "kept"), [(cli.TUNABLES, True), ("glibc.malloc.hugetlb=1", False)])
-def test_a_freed_block_of_a_thread_stays_with_the_process(tunables, kept):
-    """A block of 48 MB, as a step's temporaries, taken and given back by one thread: its second life maps no page."""
-    code = """if True:
-        import ctypes, resource, threading
-        libc = ctypes.CDLL(None)
-        libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-        def work():
-            for _ in range(2):
-                before, block = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, libc.malloc(48 << 20)
-                ctypes.memset(block, 1, 48 << 20)
-                libc.free(block)
-                print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        thread = threading.Thread(target=work); thread.start(); thread.join()"""
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True)
-    first, second = map(int, done.stdout.split())
-    assert first >= 20 and (second < 5) == kept
 
 
 def test_threads_that_wait_for_a_checkpoint_that_cannot_be_made_do_not_hold_the_end_up():

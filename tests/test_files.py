@@ -37,6 +37,14 @@ def test_a_disk_that_becomes_read_only_meanwhile_is_named(tmp_path, monkeypatch)
         write_atomic(tmp_path / "x.json", b"text")
 
 
+def test_a_name_outlives_a_power_loss_as_its_content_does(tmp_path, monkeypatch):
+    """The folder is synced after the rename, the content before it."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append((os.fstat(descriptor).st_ino, (tmp_path / "x").exists())))
+    write_atomic(tmp_path / "x", b"text")
+    assert synced == [((tmp_path / "x").stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
 def test_links_and_devices_are_written_through(tmp_path, capfd):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     write_atomic(tmp_path / "link", b"text")

@@ -1,19 +1,16 @@
 """The embedded corpus: about 2 MB of English that every CPython carries, so that the first run needs no download.
 
-The help topics of `pydoc` and the docstrings of the standard library, read from its source files with `ast`, never imported. The
+The help topics of `pydoc` and the docstrings of the standard library, read from its source files, never imported. The
 text depends on the Python version (the manifest's hashes say which); two machines with the same Python get the same bytes.
 """
 
-import ast
 import contextlib
-import gc
 import hashlib
+import inspect
 import os
 import platform
 import sys
 import sysconfig
-import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,7 @@ from golf_jax.data.manifest import NAME, damage, read_manifest
 from golf_jax.files import remove
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__pycache__"}
-RULES = "5"  # counts changes of what `documents` and `train_bpe` do
-PARSER = threading.Lock()  # ast.parse in two threads at once fails on CPython 3.11 (SystemError: recursion depth mismatch)
+RULES = "6"  # counts changes of what `documents` and `train_bpe` do
 
 
 def _sources() -> list[Path]:
@@ -50,12 +46,20 @@ def _topics() -> dict[str, str]:
     return topics
 
 
-def _docstrings(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
-        yield text
-    for child in getattr(node, "body", []) + getattr(node, "orelse", []):
-        if isinstance(child, ast.stmt):
-            yield from _docstrings(child)
+def _docstrings(source: str) -> Iterator[str]:
+    """What stands in three double quotes first in the module, a class or a function, as it is written there.
+
+    Found without a parser, whose trees of all sources would take longer than everything else that the corpus needs.
+    """
+    parts = source.split('"""')
+    if len(parts) % 2 == 0:  # such quotes within other quotes: what is code and what is text cannot be told
+        return
+    for before, text in zip(parts[::2], parts[1::2], strict=False):
+        above, _, line = before.rpartition("\n")
+        if line.strip() in ("", "r", "R"):
+            code = [row for row in above.split("\n") if row.strip() and not row.lstrip().startswith("#")]
+            if (not code or code[-1].rstrip().endswith(":")) and (cleaned := inspect.cleandoc(text).strip()):
+                yield cleaned
 
 
 def documents() -> list[str]:
@@ -66,33 +70,12 @@ def documents() -> list[str]:
     topics = {text: " ".join(text.split()) for text in _topics().values()}
     bodies = {text: " ".join(text.strip().split("\n", 2)[-1].split()) for text in topics}  # without the two lines of the title
     texts, seen = [text for text, body in bodies.items() if sum(body in other for other in topics.values()) == 1], set()
-    with _no_collection():
-        _add_docstrings(texts, seen)
-    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Syntax trees have no cycles, and a collector that looks at all of jax while they are made takes as long as the parser."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
-
-
-def _add_docstrings(texts: list[str], seen: set[str]) -> None:
     for path in _sources():
-        try:
-            with PARSER, warnings.catch_warnings(action="ignore"):
-                tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):
-            continue  # templates and the like: not text of the corpus
-        new = [text for text in _docstrings(tree) if not (text in seen or seen.add(text))]
-        if new:
-            texts.append("\n\n".join(new))
+        with contextlib.suppress(UnicodeDecodeError, OSError):
+            new = [text for text in _docstrings(path.read_text(encoding="utf8")) if not (text in seen or seen.add(text))]
+            if new:
+                texts.append("\n\n".join(new))
+    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
 def content_hash(vocab_size: int) -> str:

@@ -217,7 +217,7 @@ class Checkpoints:
                 self._manager._wait_for_checkpointers()  # no public way to it
             for half in self.directory.glob("*.orbax-checkpoint-tmp") if jax.process_index() == 0 else ():
                 shutil.rmtree(half, ignore_errors=True)
-            there = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())  # orbax has given up some already
+            there = sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())  # orbax has given up some already
             if jax.process_count() > 1 or not any(full in str(error) for full in FULL) or len(there) < 2:
                 raise
             # The newest that is whole stays: what has just failed may lie there under its own name, unsynced or without its facts.

@@ -1,6 +1,7 @@
 """The run directory: everything about a run in one folder, and what the user sees while it lasts."""
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import itertools
@@ -20,7 +21,7 @@ from typing import Any, TextIO
 import jax
 
 from golf_jax.config import GolfError
-from golf_jax.files import finite, json_rows, sealed, write_atomic
+from golf_jax.files import NotWritten, finite, json_rows, sealed, write_atomic
 from golf_jax.processes import from_main
 from golf_jax.supervise import ANEW
 from golf_jax.training.runfiles import read_stages
@@ -184,8 +185,9 @@ class RunDir:
             self._print(self._erase() + line[: shutil.get_terminal_size().columns - 1])
 
     def metrics(self, event: str, **values: Any) -> None:
-        """One row: event `train` (a step), `validation` or `score`. Numbers that are not finite are null."""
+        """One row: event `train` (a step), `validation` or `score`. Numbers that are not finite are null. Raises GolfError as `write`."""
         if self.main:
+            self._check_there()
             self._append(self._metrics, json.dumps({"event": event, **finite(values)}, allow_nan=False))
             self._step = values.get("step", self._step)
             self._tracked(lambda tracker: tracker.row(self._step, scalars(event, values)))
@@ -232,6 +234,15 @@ class RunDir:
 
         self._keep_metrics(keep)
 
+    def _check_there(self) -> None:
+        try:
+            there = os.path.samestat(os.stat(self.path / "run.lock"), os.fstat(self._lock.fileno()))
+        except OSError as error:
+            there = error.errno not in (errno.ENOENT, errno.ENOTDIR)  # a file system out of order tells more when something is written
+        if not there:
+            what = "was removed, moved or replaced while the run worked in it (its run.lock is not there), and nothing more can be kept"
+            raise GolfError(f"{self.path}: {what}; where it was moved, go on with --resume and its new name")
+
     def _keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         if self.main:
             self._metrics.close()
@@ -245,13 +256,20 @@ class RunDir:
         self.write("stages.json", sealed(self.record))
 
     def write(self, name: str, content: Any) -> Path:
-        """A file, complete or not there at all: bytes and text as they are, anything else as JSON."""
+        """A file, complete or not there at all: bytes and text as they are, anything else as JSON.
+
+        Raises GolfError where it cannot be written, and where the directory is gone: half a run would be made anew in its place."""
         target = self.path / name
         if not self.main:
             return target
+        self._check_there()
         if not isinstance(content, bytes | str):
             content = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        return write_atomic(target, content)
+        try:
+            return write_atomic(target, content)
+        except NotWritten:
+            self._check_there()  # gone this moment
+            raise
 
     def remove(self, name: str) -> None:
         if self.main:

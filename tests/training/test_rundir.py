@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +74,6 @@ def test_a_full_disk_ends_no_run(tmp_path, capsys):
     with files_of_at_most(4096), pytest.raises(GolfError, match=r"artifact.golf: cannot be written \(File too large"):
         run.write("artifact.golf", bytes(100_000))
     assert not (tmp_path / "run/artifact.golf").exists() and not list((tmp_path / "run").glob("*.tmp"))
-    run.close()
     run._log = run._metrics = open("/dev/full", "w")
     run.log("a line")
     run.metrics("train", step=0, loss=1.0)
@@ -157,6 +157,23 @@ def test_one_process_at_a_time(tmp_path):
         RunDir(tmp_path / "run", resume=True)
     run.close()
     RunDir(tmp_path / "run", resume=True).close()
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_a_directory_that_is_gone_ends_the_run_and_is_not_made_anew(tmp_path, how):
+    run = RunDir(tmp_path / "run")
+    if how == "removed":
+        shutil.rmtree(run.path)
+    else:
+        run.path.rename(tmp_path / "elsewhere")
+    if how == "replaced":
+        RunDir(tmp_path / "run").close()
+    before = sorted(tmp_path.rglob("*"))
+    for work in (lambda: run.metrics("train", step=0, loss=1.0), lambda: run.write("artifact.golf", b""), lambda: run.note("train", TRAIN)):
+        with pytest.raises(GolfError, match="run: was removed, moved or replaced while the run worked in it .* --resume and its new name"):
+            work()
+    run.close()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_half_a_file_of_a_killed_process_is_removed(tmp_path, monkeypatch):
