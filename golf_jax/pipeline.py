@@ -27,7 +27,7 @@ from golf_jax.artifact.ledger import estimate_bytes
 from golf_jax.artifact.model import Packed, pack_model, scheme_packed
 from golf_jax.config import CAP_BYTES, GolfError, Recipe, recipe_names, to_dict
 from golf_jax.data import make_loader
-from golf_jax.data.identity import difference
+from golf_jax.data.identity import difference, watch
 from golf_jax.data.prefetch import local_rows
 from golf_jax.data.text import Text, open_text
 from golf_jax.data.tokenizer import split_documents
@@ -186,7 +186,9 @@ def _packed_before(run: RunDir) -> bytes:
 def _make_loader(plan: Plan, order: str, rows: slice) -> Any:
     d, text = plan.recipe.data, plan.text
     vocab_size, bos_id = plan.recipe.model.vocab_size, text.tokenizer.bos_id
-    return make_loader(order, text.train, d.ranks, d.rows_per_rank, d.seq_len, rows, vocab_size, bos_id)
+    loader = make_loader(order, text.train, d.ranks, d.rows_per_rank, d.seq_len, rows, vocab_size, bos_id)
+    watch(loader.shards, text.identity["train"])
+    return loader
 
 
 def _validator(plan: Plan) -> Any:

@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from golf_jax.config import GolfError
 from golf_jax.data.manifest import NAME, hashes, read_manifest, sha256_file
-from golf_jax.data.shards import HEADER_BYTES
+from golf_jax.data.shards import HEADER_BYTES, Shard
 
 SAMPLES, SAMPLE_BYTES = 32, 1 << 16  # evenly spread, with the first and the last bytes; a shard up to their sum is read whole
 WHOLE_BYTES = 1 << 29  # files that are no more together are hashed whole, in about a second
@@ -79,14 +80,35 @@ def _listed(directory: Path) -> dict[str, str]:
         return {}  # of another program; `verify` is where a manifest has to be sound
 
 
+def watch(shards: Iterable[Any], known: Sequence[Mapping[str, Any]]) -> None:
+    """Have open shards whose file something touches compared with what an identity says of them (`known`: its entries of one split)."""
+    entries = {entry["name"]: entry for entry in known}
+    for shard in shards:
+        if isinstance(shard, Shard) and (entry := entries.get(shard.path.name)):
+            shard.still = partial(_is_still, entry)
+
+
+def _is_still(entry: Mapping[str, Any], descriptor: int) -> bool:
+    found = _sample_of(descriptor)
+    if "sha256" in entry:
+        with open(os.dup(descriptor), "rb") as file:
+            file.seek(0)
+            found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found.items() <= entry.items()
+
+
 def _sample(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.sha256(os.pread(file.fileno(), HEADER_BYTES, 0))
-            last = max(size - SAMPLE_BYTES, 0)
-            for number in range(SAMPLES):
-                digest.update(os.pread(file.fileno(), SAMPLE_BYTES, last * number // (SAMPLES - 1)))
+            return _sample_of(file.fileno())
     except OSError as error:
         raise GolfError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _sample_of(descriptor: int) -> dict[str, Any]:
+    size = os.fstat(descriptor).st_size
+    digest = hashlib.sha256(os.pread(descriptor, HEADER_BYTES, 0))
+    last = max(size - SAMPLE_BYTES, 0)
+    for number in range(SAMPLES):
+        digest.update(os.pread(descriptor, SAMPLE_BYTES, last * number // (SAMPLES - 1)))
     return {"bytes": size, "content": digest.hexdigest()[:32]}

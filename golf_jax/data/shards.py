@@ -4,6 +4,7 @@ import glob
 import os
 import stat
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,12 @@ class Shard:
     """The tokens of one shard file, read on demand: `shard[start:stop]` is uint16 [tokens], a copy.
 
     Read with pread, not mapped: a file that is truncated meanwhile would end a mapped process with SIGBUS, one that is overwritten
-    would be trained on. Every read compares size and modification time with those at opening (a few microseconds per sequence).
+    would be trained on. Every read compares size and modification time with those at opening (a few microseconds per sequence). What
+    only changed the time of the last change (another name or mode, its removal, or other content under an old time) asks `still`.
     """
+
+    still: Callable[[int], bool] | None = None
+    """Whether the content behind this descriptor is what it was (`golf_jax.data.identity.watch`)."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -43,9 +48,16 @@ class Shard:
             raise GolfError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
         self._count = _count_of(path, header, self._stamp[0])
 
-    def _stat(self) -> tuple[int, int]:
+    def _stat(self) -> tuple[int, int, int]:
         status = os.fstat(self._descriptor)
-        return status.st_size, status.st_mtime_ns
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+    def _unchanged(self) -> bool:
+        if (now := self._stat()) == self._stamp:
+            return True
+        same = now[:2] == self._stamp[:2] and (self.still is None or self.still(self._descriptor))
+        self._stamp = now if same else self._stamp
+        return same
 
     def __len__(self) -> int:
         return self._count
@@ -60,7 +72,7 @@ class Shard:
                 if not (count := os.preadv(self._descriptor, [view[done:]], HEADER_BYTES + TOKEN.itemsize * start + done)):
                     break
                 done += count
-            unchanged = done == len(view) and self._stat() == self._stamp
+            unchanged = done == len(view) and self._unchanged()
         except OSError as error:
             raise GolfError(f"{self.path}: cannot be read ({error.strerror})") from error
         if not unchanged:

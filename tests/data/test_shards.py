@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from golf_jax.config import GolfError
+from golf_jax.data.identity import identify, watch
 from golf_jax.data.shards import HEADER_BYTES, find_shards, load_val_tokens, open_shard, write_shard
 
 
@@ -45,6 +46,26 @@ def test_a_shard_truncated_or_overwritten_while_it_is_read_is_an_error(shard, da
     for part in (slice(0, 5), slice(90, 100)):
         with pytest.raises(GolfError, match="val_000000.bin: was truncated or altered while in use"):
             tokens[part]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_shard_that_is_touched_is_still_read_and_one_rewritten_under_its_old_time_is_not(tmp_path, whole):
+    """As `rsync --inplace -t` leaves it; without the SHA-256 of a file only a sample tells."""
+    tokens = np.arange(3_000_000) % 1000
+    path = write_shard(tmp_path / "train_000000.bin", tokens)
+    (entry,) = identify("", [path], [])["train"]
+    watch([shard := open_shard(path)], [entry if whole else {k: v for k, v in entry.items() if k != "sha256"}])
+    path.chmod(0o600)
+    os.link(path, tmp_path / "also")
+    assert shard[7:9].tolist() == [7, 8]
+    before = path.stat().st_mtime_ns
+    with open(path, "r+b") as file:
+        file.seek(HEADER_BYTES + (70_000 if whole else 5))  # between the samples, or in one
+        file.write(b"aa")
+    os.utime(path, ns=(before, before))
+    for part in (slice(0, 5), slice(90, 100)):
+        with pytest.raises(GolfError, match="train_000000.bin: was truncated or altered while in use"):
+            shard[part]
 
 
 def test_a_directory_is_answered_with_globs(tmp_path):
