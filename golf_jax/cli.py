@@ -99,7 +99,8 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
         )
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):  # what is read there and is no text is refused where it is used
-            stream.reconfigure(errors=errors)
+            with contextlib.suppress(io.UnsupportedOperation):  # a debugger, or a script that runs this, has read from it
+                stream.reconfigure(errors=errors)
     ended, ends = [1], computes or is_ours()
     if ends:
         atexit.register(_at_once, ended)  # before all others, so that it is called after them

@@ -226,6 +226,12 @@ def test_what_is_no_text_on_standard_input_reaches_whoever_can_refuse_it():
     assert (done.returncode, done.stdout) == (0, b"'caf\\udce9\\n'\n"), done.stderr
 
 
+def test_a_debugger_that_has_read_from_standard_input_may_run_a_command():
+    code = "import sys; from golf_jax import cli; sys.stdin.readline(); cli.run(lambda argv: print(sys.stdin.readline()) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], input="c\nprompt\n", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "prompt\n\n"), done.stderr
+
+
 def test_a_closed_standard_input_is_an_empty_one():
     code = f"{sys.executable} -c 'import sys; from golf_jax import cli; cli.run(lambda argv: len(sys.stdin.readline()))' <&-"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
