@@ -208,6 +208,23 @@ def test_a_home_directory_that_no_shell_has_put_there_is_told(argv, capsys, monk
     assert stopped.value.code == 0
 
 
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--vary", "seed=1", "--vary", "x=2"], "--vary is there 2 times, and only the last would count"),
+        (["--accept=seed", "--accept", "x"], "--accept is there 2 times"),
+        (["--vary", "--seed", "1"], "--vary: names nothing"),
+        (["--seed", "1", "--accept"], "--accept: names nothing"),
+        (["--vary", "seed=1", "x=2", "--seed", "1", "--seed", "2"], ""),
+    ],
+)
+def test_values_that_would_be_lost_are_told(argv, told, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda argv: 0)
+    assert stopped.value.code == 2 * bool(told) and told in capsys.readouterr().err
+
+
 def test_a_glob_that_the_shell_has_replaced_is_told(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--data.train", "d/a.bin", "d/b.bin", "--seed", "1"])
     with pytest.raises(SystemExit) as stopped:
