@@ -137,7 +137,7 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
         found = GolfError(f"{error.filename or 'output'}: {error.strerror or error}")
         status = _silent(_fail(f"error: {found}", 2))
     ended[0] = status
-    if ends and _waiting():  # before the interpreter waits for them, which it does before it calls what is registered
+    if ends and (status > 128 or _waiting()):  # before the interpreter waits for threads, which it does before it calls what is registered
         atexit._run_exitfuncs()
     sys.exit(status)
 

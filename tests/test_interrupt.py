@@ -126,6 +126,18 @@ def test_every_command_ends_with_the_status_of_its_signal():
     assert (done.returncode, done.stdout, done.stderr) == (129, "", "interrupted by SIGHUP\n")
 
 
+def test_a_thread_that_a_library_left_does_not_keep_what_a_signal_ended():
+    program = """if True:
+        import os, signal, threading
+        from golf_jax import cli
+        def main(argv):
+            threading.Timer(60, print).start()
+            os.kill(os.getpid(), signal.SIGTERM)
+        cli.run(main, computes=True)"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (143, "interrupted by SIGTERM\n")
+
+
 def test_a_signal_met_in_a_callback_that_swallows_exceptions_is_not_lost(capfd):
     def callback(phase, info):
         gc.callbacks.remove(callback)
