@@ -26,6 +26,7 @@ NO_MEMORY = "RESOURCE_EXHAUSTED|Out of memory allocating"  # as XLA calls it
 LEAST_ADDRESSES, LEAST_FILES = 2 << 30, 64
 GLOBS = ("--data.train", "--data.val", "--val")
 TEXTS = ("--prompt", "--blurb")  # flags whose value may be any text
+LISTS = ("--vary", "--accept")  # flags with several values behind them
 WANTED = """The flags most runs want; the full list follows.
 
   --data.train GLOB --data.val GLOB --data.tokenizer MODEL   shards and their SentencePiece model
@@ -100,7 +101,8 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
         )
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):  # what is read there and is no text is refused where it is used
-            stream.reconfigure(errors=errors)
+            with contextlib.suppress(io.UnsupportedOperation):  # a debugger, or a script that runs this, has read from it
+                stream.reconfigure(errors=errors)
     ended, ends = [1], computes or is_ours()
     if ends:
         atexit.register(_at_once, ended)  # before all others, so that it is called after them
@@ -136,7 +138,7 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
         found = GolfError(f"{error.filename or 'output'}: {error.strerror or error}")
         status = _silent(_fail(f"error: {found}", 2))
     ended[0] = status
-    if ends and _waiting():  # before the interpreter waits for them, which it does before it calls what is registered
+    if ends and (status > 128 or _waiting()):  # before the interpreter waits for threads, which it does before it calls what is registered
         atexit._run_exitfuncs()
     sys.exit(status)
 
@@ -178,7 +180,14 @@ def _refuse_little_room() -> None:
 
 def _refuse_slips(argv: Sequence[str]) -> None:
     """GolfError for a value that the shell left otherwise than was meant: empty, as `--resume "$RUN"` with a variable that is not set,
-    which must not start another run; `~` as it stands, which would become a folder of that name; several files of a glob."""
+    which must not start another run; `~` as it stands, which would become a folder of that name; several files of a glob. Also for a
+    flag of several values that is there twice, of which only the last would count, or has none."""
+    for flag in LISTS:
+        places = [place for place, word in enumerate(argv) if word.partition("=")[0] == flag]
+        if len(places) > 1:
+            raise GolfError(f"{flag} is there {len(places)} times, and only the last would count; give all its values behind one, as A B C")
+        if places and argv[places[0]] == flag and "".join(argv[places[0] + 1 : places[0] + 2])[:2] in ("", "--"):
+            raise GolfError(f"{flag}: names nothing; give its values, or leave it out")
     for before, flag, word in zip(["", "", *argv], ["", *argv], argv, strict=False):
         if before in GLOBS and Path(flag).suffix == Path(word).suffix == ".bin":
             raise GolfError(f"{before}: the shell has made several files of the glob; put it in quotes: {before} '{Path(flag).parent}/...'")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from golf_jax import cli
-from golf_jax.config import GolfError
+from golf_jax.config import GolfError, escape
 from golf_jax.options import Sampling
 
 if TYPE_CHECKING:  # what brings jax in is imported where it is used: --help must not wait for it
@@ -44,8 +45,8 @@ def write(model: "Model", prompt: str, max_tokens: int, sampling: Sampling) -> s
     with contextlib.suppress(UnicodeError):  # what the encoder refuses
         prompt = os.fsencode(prompt).decode()  # where the locale is not UTF-8, as the terminal is
     tokens, shown = model.encode(prompt), prompt
-    given = len(tokens)
-    print(prompt, end="", flush=True)
+    given, screen = len(tokens), sys.stdout.isatty()
+    _show(prompt, screen)
     for token in model.stream(tokens, sampling):
         if len(tokens) == given:
             first = time.perf_counter()
@@ -54,12 +55,17 @@ def write(model: "Model", prompt: str, max_tokens: int, sampling: Sampling) -> s
         tokens.append(token)
         text = model.decode(tokens[1:])
         if not text.endswith("\ufffd"):  # in the middle of a character of several bytes
-            print(text[len(shown) :], end="", flush=True)
+            _show(text[len(shown) :], screen)
             shown = text
     print()
     count, seconds = len(tokens) - given, time.perf_counter() - first
     speed = f"{(count - 1) / seconds:.1f} tokens/s" if count > 1 else "no speed"
     return f"{count} tokens, {speed}; the first after {first - begin:.1f} s (compilation, {given} tokens of prompt)"
+
+
+def _show(text: str, screen: bool) -> None:
+    """Print without a line's end; to a screen without what would steer it, which a model may write as any other text."""
+    print("".join(c if unicodedata.category(c) != "Cc" or c in "\n\t" else escape(c) for c in text) if screen else text, end="", flush=True)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+PAUSE_SECONDS = 0.05  # before a signal that could not be raised is sent once more
 ECHO_SECONDS = 1.0  # `timeout`, schedulers and a parent that passes on what its whole group gets send the same notice twice
 
 
@@ -38,6 +39,9 @@ class Signals:
         self._held = False
         self._first = 0.0
         self._again = 0  # deliveries to come that are no second notice
+        self._postponed = 0
+        self.outside: FrameType | None = None
+        """Whose `with` began this: what called that is no import of what runs in here."""
         self._hook = sys.unraisablehook
 
     @contextmanager
@@ -52,22 +56,36 @@ class Signals:
             raise Interrupted(self.number)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
-        del frame
         if self.number:  # how often it came, and when, `_watch` knows: this may run long afterwards
+            return
+        if not self._held and self._importing(frame):  # a library's C code that meets an exception there may end in a fault of memory
+            self._postponed = number
             return
         self.number = number
         if not self._held:
             self.raised = True
             raise Interrupted(number)
 
+    def _importing(self, frame: FrameType | None) -> bool:
+        while frame is not None and frame is not self.outside:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                return True
+            frame = frame.f_back
+        return False
+
     def _watch(self, pipe: int) -> None:
         """Python's handlers wait until C code returns, which a compilation does after minutes; this thread does not."""
         told = False
         while True:
-            if not select.select([pipe], [], [], ECHO_SECONDS if self._first and not told else None)[0]:
-                told = True
-                with suppress(OSError):  # nobody reads there
-                    os.write(2, b"ending as soon as what runs allows it, to lose nothing; the same signal again ends at once\n")
+            if not select.select([pipe], [], [], PAUSE_SECONDS if self._first and not (told and self.number) else None)[0]:
+                if self._postponed:
+                    again, self._postponed = self._postponed, 0
+                    self._again += 1
+                    signal.pthread_kill(threading.main_thread().ident or 0, again)
+                if not told and time.monotonic() - self._first > ECHO_SECONDS:
+                    told = True
+                    with suppress(OSError):  # nobody reads there
+                        os.write(2, b"ending as soon as what runs allows it, to lose nothing; the same signal again ends at once\n")
             elif not (number := os.read(pipe, 1)):
                 break
             elif number[0] in SIGNALS and self._again:
@@ -97,6 +115,7 @@ class Signals:
 def catching() -> Iterator[Signals]:
     """Signals that end a process raise `Interrupted` in the main thread, or are noted where `held`. Main thread only."""
     signals = Signals()
+    signals.outside = sys._getframe(2)  # behind this one and that of contextlib
     before = {number: signal.signal(number, signals._arrived) for number in heard()}
     sys.unraisablehook = signals._swallowed
     reader, writer = os.pipe()
@@ -114,6 +133,7 @@ def catching() -> Iterator[Signals]:
     finally:
         signal.set_wakeup_fd(previous)
         sys.unraisablehook = signals._hook
+        signals.outside = None
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(writer)  # ends the thread

@@ -65,7 +65,7 @@ def _keep_pages() -> None:
     if AGAIN in sys._xoptions or "glibc.malloc.hugetlb" in given:
         return
     with suppress(OSError, ValueError, AttributeError):  # another system, another C library, a program that cannot be started
-        if os.confstr("CS_GNU_LIBC_VERSION"):
+        if sys.executable and os.confstr("CS_GNU_LIBC_VERSION"):  # None where Python cannot tell
             os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [given, TUNABLES]))
             signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # kept until the new start listens (`golf_jax.interrupt.catching`)

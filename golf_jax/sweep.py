@@ -1,5 +1,6 @@
 """python -m golf_jax.sweep: a recipe over seeds and settings, and whether the differences are more than noise."""
 
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     text = f"`{recipe.name}`, scored by the {method} evaluation.\n\n{compare.markdown(rows)}\n\n{closing}\n"
     write_atomic(folder / "sweep.md", text)
     print(f"\nscored by the {method} evaluation; gains against the first line, p of a paired t-test\n{compare.table(rows)}\n\n{closing}")
-    print(f"runs.csv and sweep.md are in {folder}; figures: python -m golf_jax.report {folder}")
+    print(f"runs.csv and sweep.md are in {folder}; figures: python -m golf_jax.report {shlex.quote(str(folder))}")
     return int(bool(problems))
 
 

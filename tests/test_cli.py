@@ -208,6 +208,23 @@ def test_a_home_directory_that_no_shell_has_put_there_is_told(argv, capsys, monk
     assert stopped.value.code == 0
 
 
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--vary", "seed=1", "--vary", "x=2"], "--vary is there 2 times, and only the last would count"),
+        (["--accept=seed", "--accept", "x"], "--accept is there 2 times"),
+        (["--vary", "--seed", "1"], "--vary: names nothing"),
+        (["--seed", "1", "--accept"], "--accept: names nothing"),
+        (["--vary", "seed=1", "x=2", "--seed", "1", "--seed", "2"], ""),
+    ],
+)
+def test_values_that_would_be_lost_are_told(argv, told, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda argv: 0)
+    assert stopped.value.code == 2 * bool(told) and told in capsys.readouterr().err
+
+
 def test_a_glob_that_the_shell_has_replaced_is_told(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--data.train", "d/a.bin", "d/b.bin", "--seed", "1"])
     with pytest.raises(SystemExit) as stopped:
@@ -224,6 +241,12 @@ def test_what_is_no_text_on_standard_input_reaches_whoever_can_refuse_it():
     made = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run([sys.executable, "-c", code], input=b"caf\xe9\n", env=made, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"'caf\\udce9\\n'\n"), done.stderr
+
+
+def test_a_debugger_that_has_read_from_standard_input_may_run_a_command():
+    code = "import sys; from golf_jax import cli; sys.stdin.readline(); cli.run(lambda argv: print(sys.stdin.readline()) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], input="c\nprompt\n", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "prompt\n\n"), done.stderr
 
 
 def test_a_closed_standard_input_is_an_empty_one():

@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -56,6 +57,15 @@ def test_the_text_ends_with_the_document(artifact):
     model = golf_jax.load(artifact)
     short = next(seed for seed in range(100) if len(continued(model, "a", 40, seed)) < 40)
     assert model.generate("a", 40, seed=short) == model.decode(continued(model, "a", 40, short))
+
+
+def test_what_a_model_writes_does_not_steer_the_terminal(artifact, capsys, monkeypatch):
+    text = "a\x1b]0;title\x07\x0eb\x9b2Jc\u00a0é\t\n日"
+    monkeypatch.setattr(golf_jax.opening.Model, "decode", lambda model, tokens: "p" + text)
+    flags = ("--max-tokens", "1", "--prompt", "p")
+    assert written(capsys, artifact, *flags).out == "p" + text + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert written(capsys, artifact, *flags).out == "pa\\x1b]0;title\\x07\\x0eb\\x9b2Jc\u00a0é\t\n日\n"
 
 
 def test_a_prompt_in_a_locale_that_is_not_utf8(artifact, capsys):

@@ -1,6 +1,7 @@
 """Signals: noted where a stage holds them, raised behind it and elsewhere; the second one ends at once, its echo does not."""
 
 import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -125,6 +126,18 @@ def test_every_command_ends_with_the_status_of_its_signal():
     assert (done.returncode, done.stdout, done.stderr) == (129, "", "interrupted by SIGHUP\n")
 
 
+def test_a_thread_that_a_library_left_does_not_keep_what_a_signal_ended():
+    program = """if True:
+        import os, signal, threading
+        from golf_jax import cli
+        def main(argv):
+            threading.Timer(60, print).start()
+            os.kill(os.getpid(), signal.SIGTERM)
+        cli.run(main, computes=True)"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (143, "interrupted by SIGTERM\n")
+
+
 def test_a_signal_met_in_a_callback_that_swallows_exceptions_is_not_lost(capfd):
     def callback(phase, info):
         gc.callbacks.remove(callback)
@@ -135,6 +148,22 @@ def test_a_signal_met_in_a_callback_that_swallows_exceptions_is_not_lost(capfd):
         gc.collect()
         time.sleep(5)
     assert stop.value.status == 129 and "ignored" not in capfd.readouterr().err
+
+
+def test_a_signal_waits_for_the_end_of_an_import(tmp_path, monkeypatch):
+    """Modules of C code that meet an exception while they begin end the process, or print what nobody can read."""
+    (tmp_path / "slow_to_load.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nloaded = True\n")
+    (tmp_path / "works_while_loaded.py").write_text(
+        "import signal\nfrom golf_jax.interrupt import Interrupted, catching\ntry:\n    with catching():\n"
+        "        signal.raise_signal(signal.SIGHUP)\n        late = True\nexcept Interrupted as stop:\n    status = stop.status\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Interrupted) as stop, catching():
+        module = importlib.import_module("slow_to_load")
+        time.sleep(5)
+    assert stop.value.status == 143 and module.loaded
+    work = importlib.import_module("works_while_loaded")  # a program that somebody imports is interrupted as any other
+    assert work.status == 129 and not hasattr(work, "late")
 
 
 def test_a_signal_that_is_delivered_once_more_is_no_second_one(monkeypatch):

@@ -51,6 +51,19 @@ def test_what_computes_starts_over_keeping_pages_once_and_never_another_process(
     assert len(started) == bool(set_to)
 
 
+@pytest.mark.parametrize("program", [None, ""])
+def test_where_python_cannot_tell_its_program_nothing_starts_over(program, monkeypatch):
+    monkeypatch.setattr(sys, "executable", program)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "golf_jax.train"])
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(starting, "huge_pages", lambda on: None)  # of this process
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    starting.begin()
+    assert "GLIBC_TUNABLES" not in os.environ and not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_a_command_starts_over_before_it_imports_anything():
     """The first start costs what an empty Python does."""
     shown = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}

@@ -104,6 +104,17 @@ def raw_code_bytes(data: bytes) -> int:
     return sum(len(source.encode()) for source in unbundle(data).values())
 
 
+def runs_here(data: bytes) -> bool:
+    """Whether the bundled sources are those of this process: another version of golf_jax has others. Raises ArtifactError."""
+
+    def here(path: str) -> str | None:
+        folder = max((p for p in FOLDERS if path.startswith(p.replace(".", "/") + "/")), key=len, default="")
+        file = FOLDERS[folder] / path[len(folder) + 1 :] if folder else Path()
+        return file.read_text(encoding="utf8") if file.is_file() else None
+
+    return all(here(path) == source for path, source in unbundle(data).items())
+
+
 def _module_path(name: str) -> Path | None:
     package = max((p for p in FOLDERS if f"{name}.".startswith(f"{p}.")), key=len, default="")
     if not package:

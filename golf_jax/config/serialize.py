@@ -36,7 +36,7 @@ def from_dict(cls: Any, data: Any, where: str = "") -> Any:
         raise GolfError(f"{where}: expected an object, found {type(data).__name__}")
     hints = typing.get_type_hints(cls)
     names = {f.name for f in fields(cls)}
-    for unknown in set(data) - names:
+    for unknown in sorted(set(data) - names):
         raise GolfError(f"{where}: unknown field {unknown!r}; {_meant(unknown, names)}")
     values = {}
     for f in fields(cls):

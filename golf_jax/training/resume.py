@@ -1,5 +1,6 @@
 """What a run directory says about its run, and what may be changed when it goes on."""
 
+import contextlib
 import glob
 import json
 import os
@@ -8,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from golf_jax.config import GolfError, Recipe, differences, to_dict
+from golf_jax.config import GolfError, Recipe, differences, from_dict, to_dict
 from golf_jax.data.identity import difference
 from golf_jax.processes import from_all
-from golf_jax.training.runfiles import newest_meta, read_config, read_environment, read_stages
+from golf_jax.training.runfiles import by_other_code, newest_meta, read_config, read_environment, read_stages
 
 # What cannot change what has been trained; the text is compared by content (`golf_jax.data.identity`), wherever it lies.
 PLACES = ("data.train", "data.val", "data.tokenizer")
@@ -39,11 +40,18 @@ def stored_recipe(path: str | Path) -> Recipe:
     if not written:
         written, free = newest_meta(Path(path)).get("recipe"), FREE
     places = to_dict(located(stored).data)  # of a run that began with relative ones, killed between stages.json and config.json
-    for field, before, now in differences(written, to_dict(stored)) if written else ():
+    for field, before, now in differences(_of_now(written), to_dict(stored)) if written else ():
         if not _within(field, free) and not (field in PLACES and places[field.removeprefix("data.")] == before):
-            was = f"{field} is {now!r} and was {before!r} when the run wrote it"
-            raise GolfError(f"{Path(path) / 'config.json'}: {was}; put that back, and give what is to change as a flag")
+            was = f"{field} is {now!r} and was {before!r} when the run wrote it; put that back, and give what is to change as a flag"
+            raise GolfError(f"{Path(path) / 'config.json'}: {was}{by_other_code(Path(path))}")
     return stored
+
+
+def _of_now(recipe: dict[str, Any]) -> dict[str, Any]:
+    """`recipe`, as JSON data, with the fields that it had not when another version wrote it; as it is where this version cannot read it."""
+    with contextlib.suppress(GolfError):
+        return to_dict(from_dict(Recipe, recipe))
+    return recipe
 
 
 def devices_of(path: str | Path) -> int:
@@ -84,7 +92,7 @@ def changed(stored: Recipe, recipe: Recipe, accept: tuple[str, ...], path: str |
 def check_same_recipe(path: Path, meta: dict[str, Any], recipe: dict[str, Any], changes: list[dict[str, Any]]) -> None:
     """GolfError if a checkpoint was made by a recipe that differs from the run's in what no resume of it has changed: another run's."""
     known = FREE + tuple(change["field"] for change in changes)
-    for field, there, here in differences(meta["recipe"], recipe):
+    for field, there, here in differences(_of_now(meta["recipe"]), recipe):
         if not _within(field, known):
             raise GolfError(
                 f"checkpoint {meta['step']} is another run's: {field} is {there!r} there and {here!r} in config.json; remove it"

@@ -187,7 +187,19 @@ def read_config(run: Path) -> Recipe:
     try:
         return from_dict(Recipe, stored)
     except GolfError as error:
-        raise GolfError(f"{file}: {error}") from None
+        raise GolfError(f"{file}: {error}{by_other_code(run)}") from None
+
+
+def by_other_code(run: Path) -> str:
+    """What follows the refusal of a file that the run in `run` wrote where another version of golf_jax wrote it; else nothing."""
+    from golf_jax.artifact.code import runs_here  # where something is refused, not in every command
+
+    file = run / "code.pyz"
+    with contextlib.suppress(GolfError, OSError):
+        if file.exists() and not runs_here(read_bytes(file, MAX_BYTES)):
+            goes_on = f"python {shlex.quote(str(file))} --resume {shlex.quote(str(run))}"
+            return f" (another version of golf_jax wrote this run; its own code goes on with it: {goes_on})"
+    return ""
 
 
 def read_stages(run: Path) -> Stages:
@@ -197,7 +209,8 @@ def read_stages(run: Path) -> Stages:
         stages = read_json(file)
     except FileNotFoundError:
         return {}
-    check(isinstance(stages, dict) and stages == sealed(stages), f"{file}: was altered; {fix}")
+    if not isinstance(stages, dict) or stages != sealed(stages):
+        raise GolfError(f"{file}: was altered; {fix}{by_other_code(run)}")
     del stages["sha256"]
     checked = cast(Stages, _checked(stages, Stages, file, fix))
     for stage, before in (("pack", "train"), ("evaluations", "pack")):

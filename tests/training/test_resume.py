@@ -1,13 +1,17 @@
 """What may be changed when a run goes on."""
 
+import bz2
 import contextlib
 import glob
+import io
 import json
+import zipfile
 from dataclasses import replace
 
 import pytest
 from tiny_recipes import tiny
 
+from golf_jax.artifact.code import bundle, unbundle
 from golf_jax.config import GolfError, load_recipe, to_dict
 from golf_jax.files import sealed
 from golf_jax.training import resume
@@ -85,6 +89,31 @@ def test_the_recipe_of_a_run_comes_back(tmp_path):
         stored_recipe(tmp_path)
     with pytest.raises(GolfError, match="nowhere: no run is there"):
         stored_recipe(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_run_of_another_version_is_read_or_told_as_such(tmp_path, other):
+    """Fields that are new since hold their defaults; what cannot be read is not laid at the user's door."""
+    before = to_dict(RECIPE)
+    del before["model"]["mlp"]
+    code = bundle("golf_jax.files")
+    (tmp_path / "code.pyz").write_bytes(_with_another_source(code) if other else code)
+    for name, facts in (("config.json", before), ("stages.json", sealed({"recipe": before}))):
+        (tmp_path / name).write_text(json.dumps(facts))
+    assert stored_recipe(tmp_path) == RECIPE
+    for name in ("stages.json", "config.json"):  # stages.json is read last
+        (tmp_path / name).write_text(json.dumps(before | {"was": 1}))
+        with pytest.raises(GolfError, match=f"{name}: ") as caught:
+            stored_recipe(tmp_path)
+        told = f"another version of golf_jax wrote this run; its own code goes on with it: python {tmp_path}/code.pyz --resume {tmp_path}"
+        assert (told in str(caught.value)) == other
+
+
+def _with_another_source(code: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("source.bz2", bz2.compress(json.dumps(unbundle(code) | {"golf_jax/files.py": "older = 1"}).encode()))
+    return out.getvalue()
 
 
 @pytest.mark.parametrize(
