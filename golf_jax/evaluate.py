@@ -62,7 +62,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="python -m golf_jax.evaluate", description=DESCRIPTION, args=argv)
     if options.json:
-        check_target(options.json, '"model": "', '"text_facts"')
+        check_target(options.json)
     if several_processes() and (status := supervise(lambda: ANEW)) is not None:
         return status
     import jax  # here, and what brings it in: --help must not wait for it

@@ -150,20 +150,12 @@ def _locked(folder: Path, wait: int = 0) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_target(path: str | Path, *marks: str) -> None:
-    """GolfError unless a file may be written at `path`: told before the work whose result goes there, not after.
-
-    marks: what an earlier file of the kind holds in its first 64 kB. One without them is no such file, and is not replaced.
-    """
+def check_target(path: str | Path) -> None:
+    """GolfError unless a file may be written at `path`: told before the work whose result goes there, not after."""
     target = Path(os.path.realpath(path))
     reason = "is a directory" if target.is_dir() else "" if target.parent.is_dir() else f"there is no directory {target.parent}"
     if reason or not os.access(target.parent if target.is_file() or not target.exists() else path, os.W_OK):
         raise GolfError(f"{path}: cannot be written ({reason or 'permission denied'})")
-    if target.is_file() and _through(target) is None:
-        with open(target, "rb") as file:
-            head = file.read(1 << 16)
-        if head and not all(mark.encode() in head for mark in marks):
-            raise GolfError(f"{path}: holds something else, which would be lost; name another file, or remove it")
 
 
 def json_text(value: Any) -> str:

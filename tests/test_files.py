@@ -77,14 +77,3 @@ def test_a_place_where_no_file_can_be_made_is_told_before_the_work(tmp_path, mon
     with pytest.raises(GolfError, match=r"old.json: cannot be written \(permission denied\)"):
         check_target(tmp_path / "old.json")
     check_target("/dev/null")
-
-
-def test_a_file_of_another_kind_is_not_replaced(tmp_path):
-    """As by a report whose name was completed to that of the model."""
-    file = tmp_path / "artifact.golf"
-    file.write_bytes(b"GOLF")
-    with pytest.raises(GolfError, match=r"artifact.golf: holds something else, which would be lost; name another file, or remove it"):
-        check_target(file, "<!doctype html>")
-    for earlier in ("", "<!doctype html> of an earlier call"):
-        file.write_text(earlier)
-        check_target(file, "<!doctype html>")
