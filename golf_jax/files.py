@@ -17,6 +17,9 @@ from typing import Any
 
 from golf_jax.config import GolfError, parse_json
 
+# What a run writes in its directory, by the name of the file; `report` adds its page.
+REPLACED = ("config.json", "environment.json", "tokenizer.model", "code.pyz", "artifact.golf", "stages.json", "result.json")
+GROWING = ("run.lock", "log.txt", "metrics.jsonl")
 UNFINISHED = ".unfinished"  # ends a folder's name as no user's own would
 
 
@@ -156,6 +159,8 @@ def check_target(path: str | Path) -> None:
     reason = "is a directory" if target.is_dir() else "" if target.parent.is_dir() else f"there is no directory {target.parent}"
     if reason or not os.access(target.parent if target.is_file() or not target.exists() else path, os.W_OK):
         raise GolfError(f"{path}: cannot be written ({reason or 'permission denied'})")
+    if target.name in REPLACED + GROWING and (target.parent / GROWING[0]).exists():
+        raise GolfError(f"{path}: is a file of the run in that directory, which would be lost; name another one")
 
 
 def json_text(value: Any) -> str:

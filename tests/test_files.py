@@ -77,3 +77,15 @@ def test_a_place_where_no_file_can_be_made_is_told_before_the_work(tmp_path, mon
     with pytest.raises(GolfError, match=r"old.json: cannot be written \(permission denied\)"):
         check_target(tmp_path / "old.json")
     check_target("/dev/null")
+
+
+@pytest.mark.parametrize("name", ["artifact.golf", "metrics.jsonl", "result.json"])
+def test_a_report_or_a_result_does_not_replace_a_file_of_a_run(tmp_path, name):
+    """`report RUN --out RUN/artifact.golf`, `evaluate RUN --json RUN/result.json`."""
+    for file in ("run.lock", name):
+        (tmp_path / file).touch()
+    with pytest.raises(GolfError, match=f"{name}: is a file of the run in that directory"):
+        check_target(tmp_path / name)
+    check_target(tmp_path / "report.html")
+    (tmp_path / "run.lock").unlink()
+    check_target(tmp_path / name)

@@ -21,13 +21,12 @@ from typing import Any, TextIO
 import jax
 
 from golf_jax.config import GolfError
-from golf_jax.files import NotWritten, finite, json_rows, sealed, write_atomic
+from golf_jax.files import GROWING, REPLACED, NotWritten, finite, json_rows, sealed, write_atomic
 from golf_jax.processes import from_main
 from golf_jax.supervise import ANEW
 from golf_jax.training.runfiles import read_stages
 from golf_jax.training.trackers import Tracker, open_tracker, scalars
 
-REPLACED = ("config.json", "environment.json", "tokenizer.model", "code.pyz", "artifact.golf", "stages.json", "result.json")
 DEEPEST = 160  # bytes of a run's longest name below its directory, a file of a checkpoint
 PACKAGES = ("golf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "zstandard", "brotli", "tyro")
 
@@ -99,7 +98,7 @@ class RunDir:
                 room = f"{len(place):,} bytes, and no checkpoint can be written below more than {most - DEEPEST:,}"
                 return f"{self.path}: {room}; give another --run-dir"
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in ("run.lock", "log.txt", "metrics.jsonl"):
+            for name in GROWING:
                 if (file := self.path / name).exists() and not file.is_file():  # opening a pipe would block for ever
                     return f"{file}: not a regular file; remove it"
             for name in REPLACED:
