@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def start(python: str, cache: Path, arguments: list[str]) -> dict[str, float]:
     surroundings |= {"GOLF_JAX_CACHE": str(cache), "HOME": str(cache), "XDG_CACHE_HOME": str(cache)}
     begin, first, scoring, last = time.perf_counter(), 0.0, 0, ""
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, "-u", "-m", "golf_jax.train", *arguments, "--run-dir", f"{folder}/run"]
+        command = [os.path.abspath(shutil.which(python) or python), "-u", "-m", "golf_jax.train", *arguments, "--run-dir", f"{folder}/run"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=surroundings, cwd=folder) as run:
             for line in run.stdout or ():
                 last = line
