@@ -205,6 +205,11 @@ class Checkpoints:
         for last in (self._manager.wait_until_finished, self._manager.close):
             with suppress(Exception):
                 last()
+        self._remove_halves()  # also what a thread of tensorstore wrote on while it was removed before
+
+    def _remove_halves(self) -> None:
+        for half in self.directory.glob("*.orbax-checkpoint-tmp") if jax.process_index() == 0 else ():
+            shutil.rmtree(half, ignore_errors=True)
 
     @contextmanager
     def _written(self, what: str) -> Iterator[None]:
@@ -215,8 +220,7 @@ class Checkpoints:
         except GolfError as error:
             with suppress(Exception):  # told above; what fails beside the arrays fails while orbax still writes them where it is removed
                 self._manager._wait_for_checkpointers()  # no public way to it
-            for half in self.directory.glob("*.orbax-checkpoint-tmp") if jax.process_index() == 0 else ():
-                shutil.rmtree(half, ignore_errors=True)
+            self._remove_halves()
             there = sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())  # orbax has given up some already
             if jax.process_count() > 1 or not any(full in str(error) for full in FULL) or len(there) < 2:
                 raise

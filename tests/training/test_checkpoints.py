@@ -120,6 +120,15 @@ def test_the_reason_of_the_system_is_told_and_not_cut_off_behind_paths(state, co
     kept.close()
 
 
+def test_half_a_checkpoint_does_not_stay_behind_a_run(copy):
+    """A thread of tensorstore may write on while a full disk has it removed, and make its folder anew."""
+    kept = Checkpoints(copy)
+    whole = kept.steps()
+    (copy / "99.orbax-checkpoint-tmp/state").mkdir(parents=True)
+    kept.close()
+    assert sorted(path.name for path in copy.iterdir()) == sorted(map(str, whole))
+
+
 @pytest.mark.parametrize("name", [*SHIPPED, "pr2135"])
 def test_the_state_of_every_recipe_comes_back(name, tmp_path):
     """Averages, stale gradients, low-precision copies: whatever a recipe's state is made of."""
