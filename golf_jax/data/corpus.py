@@ -47,7 +47,7 @@ def _topics() -> dict[str, str]:
 
 
 def _docstrings(source: str) -> Iterator[str]:
-    """What stands in three double quotes first in the module, a class or a function, as it is written there.
+    """What stands in three double quotes first in the module, or behind a line that ends in a colon, as it is written there.
 
     Found without a parser, whose trees of all sources would take longer than everything else that the corpus needs.
     """

@@ -91,7 +91,7 @@ def watch(shards: Iterable[Any], known: Sequence[Mapping[str, Any]]) -> None:
 def _is_still(entry: Mapping[str, Any], descriptor: int) -> bool:
     found = _sample_of(descriptor)
     if "sha256" in entry:
-        with open(os.dup(descriptor), "rb") as file:
+        with open(descriptor, "rb", closefd=False) as file:
             file.seek(0)
             found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return found.items() <= entry.items()
