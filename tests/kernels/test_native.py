@@ -59,7 +59,7 @@ def test_another_compiler_builds_its_own(monkeypatch):
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [
-        ("/nowhere/c++", "cannot be run"),
+        ("/dev/null/c++", "cannot be run"),
         (f"{sys.executable} -c raise(SystemExit(3))", "cannot compile .*exit status 3"),
     ],
 )
