@@ -4,7 +4,8 @@
 
 Straightforward: logits of all positions, log-softmax over [B, T, V], and only the last `stride` targets are used; the peer
 (torch_peer.py, in a process of its own) does the same. Ours computes the last block's queries, gate and MLP and the head for those
-targets only. All score the same random windows with the same random weights, in turn, on all devices (of a CPU one per core).
+targets only, from weights that are prepared once (`weights_s`), as for all windows of an evaluation. All score the same random
+windows with the same random weights, in turn, on all devices (of a CPU one per core).
 Prints medians, windows per second, the temporary memory of the compiled programs, ratios, and the difference of the scores.
 """
 
@@ -25,7 +26,7 @@ import numpy as np  # noqa: E402
 from step_time import Peer, cpu_name, peer_job  # noqa: E402
 
 from golf_jax.config import DataConfig, ModelConfig, load_recipe  # noqa: E402
-from golf_jax.evaluation.scorer import scoring_program, shapes_of  # noqa: E402
+from golf_jax.evaluation.scorer import scoring_program, shapes_of, weights_program  # noqa: E402
 from golf_jax.mesh import REPLICATED, ROWS, make_mesh, platform, put, replicate  # noqa: E402
 from golf_jax.model import init_params, logits, resolve  # noqa: E402
 from golf_jax.processes import split_cpu  # noqa: E402
@@ -56,6 +57,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     programs: dict[str, Any] = {"ours": scoring_program(config, mesh, shapes_of(params), options.rows, T, last, True)}
     compile_s = time.perf_counter() - begin
+    prepare = weights_program(config, mesh, shapes_of(params))
+    given = {"ours": jax.block_until_ready(prepare(params)), "straightforward": params}
+    begin = time.perf_counter()
+    jax.block_until_ready(prepare(params))
+    weights_s = time.perf_counter() - begin
     if options.straightforward:
         programs["straightforward"] = jax.jit(naive).lower(params, tokens).compile()
     recipe = replace(recipe, model=config, data=DataConfig(seq_len=T, ranks=1, rows_per_rank=windows))
@@ -67,7 +73,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for i in range(options.repeats + 1):  # in turn, so that whatever else the machine does meets all
         for n, program in programs.items():
             wall, cpu = time.perf_counter(), time.process_time()
-            scores[n] = np.asarray(program(params, tokens), np.float64)
+            scores[n] = np.asarray(program(given[n], tokens), np.float64)
             samples[n].append({"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu})
         for n, peer in peers.items():
             answer = peer.step()
@@ -93,6 +99,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "jax": jax.__version__,
         "load_average": os.getloadavg()[0],
         "compile_s": compile_s,
+        "weights_s": weights_s,
         "seconds": median,
         "windows_per_second": {n: windows / m["wall_s"] for n, m in median.items()},
         "time_over_ours": {

@@ -52,7 +52,8 @@ def module_sources(modules: Sequence[str]) -> dict[str, str]:
             continue
         found[relative] = path.read_text(encoding="utf8")
         if (compiled := path.with_suffix(".cc")).is_file():  # what the module has a compiler make of it
-            found[relative.removesuffix(".py") + ".cc"] = compiled.read_text(encoding="utf8")
+            for file in (compiled, *compiled.parent.glob("*.h")):
+                found[f"{relative.rpartition('/')[0]}/{file.name}"] = file.read_text(encoding="utf8")
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         imports = _imports(found[relative], package)
         if "." in name:

@@ -17,7 +17,7 @@ from golf_jax.evaluation.queue import BOS
 from golf_jax.evaluation.scorer import Shapes, shapes_of
 from golf_jax.evaluation.tilt import tilted
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy
-from golf_jax.model import Model, Params, head_softcap, hidden
+from golf_jax.model import Model, Params, head_softcap, hidden, weights_of
 
 FLIPS, POSITIONS = 3, 4  # tokens flipped and distributions summed in one window
 TILT_FLIPS = 16
@@ -36,7 +36,8 @@ def checking_program(config: ModelConfig, looping: bool, shapes: Shapes, device:
         return softcap_cross_entropy(x_VD, table_VD, jnp.arange(config.vocab_size), softcap=head_softcap(config, params))
 
     def measure(params: Params, rows: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        states = jax.lax.map(lambda x_T: hidden(config, params, x_T[None], looping=looping)[0], rows)
+        weights = weights_of(config, params, packed=True)  # as scoring does
+        states = jax.lax.map(lambda x_T: hidden(config, weights, x_T[None], looping=looping)[0], rows)
         equal = jnp.all(states[:1] == states[1:], -1)
         return equal, jax.lax.map(lambda x_D: every_entry(x_D, params), states[0][places])
 

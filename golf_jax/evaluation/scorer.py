@@ -6,6 +6,7 @@ head; the few others (the first window, the cut ones at the end) are scored in f
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from golf_jax.evaluation.scorebook import ScoreBook
 from golf_jax.evaluation.stream import Stream
 from golf_jax.evaluation.windows import Windows
 from golf_jax.mesh import AXIS, REPLICATED, ROWS, own_rows, put, replicated
-from golf_jax.model import Model, nll
+from golf_jax.model import Model, Weights, nll, weights_of
 from golf_jax.progress import Log, Progress
 
 Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
@@ -35,21 +36,32 @@ def avals(mesh: Mesh, shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=replicated(mesh)) for name, shape, dtype in shapes}
 
 
+@kept(8)
+def weights_program(config: ModelConfig, mesh: Mesh, shapes: Shapes) -> jax.stages.Compiled:
+    """Compiled params -> `Weights`: what every batch would do to the parameters alone. Kept for the process."""
+    sharded = jax.shard_map(
+        partial(weights_of, config, packed=True), mesh=mesh, in_specs=(REPLICATED,), out_specs=REPLICATED, check_vma=False
+    )
+    return jax.jit(sharded).lower(avals(mesh, shapes)).compile()
+
+
 @kept(32)
 def scoring_program(
     config: ModelConfig, mesh: Mesh, shapes: Shapes, rows: int, seq_len: int, last: int | None, looping: bool
 ) -> jax.stages.Compiled:
-    """Compiled (params, tokens uint16 [devices * rows, T + 1]) -> nll float32 [devices * rows, last or T]. Kept for the process."""
+    """Compiled (weights, tokens uint16 [devices * rows, T + 1]) -> nll float32 [devices * rows, last or T]. Kept for the process."""
 
-    def local(params: dict[str, jax.Array], tokens_BT: jax.Array) -> jax.Array:
+    def local(weights: Weights, tokens_BT: jax.Array) -> jax.Array:
         tokens_BT = tokens_BT.astype(jnp.int32)
         targets_BT = tokens_BT[:, 1:] if last is None else tokens_BT[:, -last:]
-        return nll(config, params, tokens_BT[:, :-1], targets_BT, looping=looping, last=last)
+        return nll(config, weights, tokens_BT[:, :-1], targets_BT, looping=looping, last=last)
 
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(REPLICATED, ROWS), out_specs=ROWS, check_vma=False)
     total = rows * mesh.shape[AXIS]
     tokens = jax.ShapeDtypeStruct((total, seq_len + 1), jnp.uint16, sharding=NamedSharding(mesh, ROWS))
-    return jax.jit(sharded).lower(avals(mesh, shapes), tokens).compile()
+    weights = jax.eval_shape(partial(weights_of, config, packed=True), avals(mesh, shapes))
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), weights)
+    return jax.jit(sharded).lower(weights, tokens).compile()
 
 
 def gather(tokens: np.ndarray, start: np.ndarray, length: np.ndarray, seq_len: int, rows: int) -> np.ndarray:
@@ -88,8 +100,10 @@ def kinds_of(windows: Windows, stride: int, stream: Stream, mesh: Mesh, chunk_of
 
 def score_ahead(model: Model, stream: Stream, mesh: Mesh, windows: Windows, stride: int, chunk_of: np.ndarray | None = None) -> None:
     """Begin to compile what a `WindowScorer` of these windows runs. Of the parameters only shapes and dtypes count."""
+    shapes = shapes_of(model.params)
     for kind in kinds_of(windows, stride, stream, mesh, chunk_of):
-        ahead(scoring_program, *kind.program_of(model, shapes_of(model.params), mesh, stream.seq_len))
+        ahead(scoring_program, *kind.program_of(model, shapes, mesh, stream.seq_len))
+    ahead(weights_program, model.config, mesh, shapes)
 
 
 class WindowScorer:
@@ -117,15 +131,16 @@ class WindowScorer:
             kind.last: (kind.rows * mesh.shape[AXIS], scoring_program(*kind.program_of(model, shapes, mesh, self.seq_len)))
             for kind in kinds_of(windows, stride, book.stream, mesh, chunk_of)
         }
+        self.weights = weights_program(model.config, mesh, shapes)
         self.done, self.progress = 0, Progress(log, f"{label}: windows", len(windows))
 
     def run(self, params: dict[str, jax.Array], windows: Windows, chunk: int = 0) -> None:
         """Score `windows` and enter them in the book. Each batch is read while the next one computes."""
-        waiting = None
+        waiting, weights = None, self.weights(params)
         for batch, offsets, size, program in self._batches(windows):
             tokens = gather(self.book.stream.tokens, batch.start, batch.length, self.seq_len, size)
             self.book.issue(batch, offsets)
-            out = program(params, put(self.mesh, tokens))
+            out = program(weights, put(self.mesh, tokens))
             if waiting is not None:
                 self._collect(chunk, *waiting)
             waiting = (batch, offsets, out)

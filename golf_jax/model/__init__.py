@@ -5,12 +5,14 @@ from golf_jax.model.model import Model
 from golf_jax.model.module import GPT
 from golf_jax.model.params import Params, count, from_tensors, init_params, leaves, to_tensors
 from golf_jax.model.platforms import choose, resolve
+from golf_jax.model.weights import Weights, weights_of
 
 __all__ = [
     "choose",
     "GPT",
     "Model",
     "Params",
+    "Weights",
     "count",
     "from_tensors",
     "head_softcap",
@@ -21,4 +23,5 @@ __all__ = [
     "nll",
     "resolve",
     "to_tensors",
+    "weights_of",
 ]

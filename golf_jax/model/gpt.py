@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import SUFFIX, has_factors, xsa_attention
 from golf_jax.kernels.cross_entropy import softcap_cross_entropy, softcap_logits
+from golf_jax.kernels.maps import Packed, squared_leaky_mlp
 from golf_jax.kernels.mlp import squared_leaky_linear
-from golf_jax.kernels.unstack import unstack
 from golf_jax.model import layers as ops
 from golf_jax.model.cache import Cache
-from golf_jax.model.fake_quant import fake_quantize
 from golf_jax.model.inputs import check_params, check_tokens
-from golf_jax.model.params import Params, leaves
+from golf_jax.model.params import Params
 from golf_jax.model.platforms import for_default_platform
+from golf_jax.model.weights import Weights, weights_of
 
 Tap = Callable[[str, jax.Array], None]
 # (what, input [B, T, D], output [B, T, O]) -> output: something added beside a map. what: q, v, o (of the attention's input), mlp, each
@@ -30,12 +30,11 @@ Tap = Callable[[str, jax.Array], None]
 Branch = Callable[[str, jax.Array, jax.Array], jax.Array]
 Attend = Callable[..., jax.Array]  # (q, k, v, xsa=) -> y: `xsa_attention`, or a cache's
 Sight = tuple[jax.Array, int | None] | None  # first key that each position sees [B, T], most keys; None: all of the row
-LANES = ("lane_post", "lane_resid")  # one array for all layers in the challenge's naming, used per layer
 
 
 def hidden(
     config: ModelConfig,
-    params: Params,
+    params: Params | Weights,
     tokens_BT: jax.Array,
     *,
     segments_BT: jax.Array | None = None,
@@ -50,6 +49,7 @@ def hidden(
     """Normalised final state [B, T, D] in the activation dtype.
 
     config: without `auto`.
+    params: or what `weights_of` made of them; then without `fake_quant`, `cache`, `tap` and `branch`.
     segments_BT: integers [B, T]; attention stays inside each run of equal ones. None: the row is one document.
     longest: length of the longest segment at most (not checked), where it is known: attention costs less on a CPU.
     looping: depth recurrence on (evaluation) or not (start of training); no effect without it in the config.
@@ -61,23 +61,20 @@ def hidden(
     """
     if "auto" in (config.dtype, config.attention):
         raise GolfError("model.dtype and model.attention are auto: resolve(config, platform), as Model.open does")
-    tokens_BT, params = check_tokens(config, tokens_BT), check_params(config, params)
-    if fake_quant is None and config.fake_quant.in_eval:
-        fake_quant = 1.0
-    if fake_quant is not None:
-        params = fake_quantize(config, params, fake_quant)
-    dtype = jnp.dtype(config.dtype)
-    late = tap is branch is cache is None and has_factors(config.attention)
+    tokens_BT, dtype = check_tokens(config, tokens_BT), jnp.dtype(config.dtype)
+    plain = tap is branch is cache is None
+    late = plain and has_factors(config.attention)
+    if not isinstance(params, Weights):
+        params = weights_of(config, params, fake_quant=fake_quant, late=late)
+    elif not plain or fake_quant is not None:
+        raise TypeError("fake_quant, cache, tap and branch need the parameters themselves")
+    params, layers = params
     tap = tap or (lambda name, x: None)
     seq_len = tokens_BT.shape[1] if cache is None else cache.row_len
     last = None if last is None or last >= seq_len else last
 
     x_BTD, values = _embed(config, params, tokens_BT, dtype, tap)
     sight = None if segments_BT is None else (ops.first_visible(segments_BT), longest)
-    table = leaves(config).items()
-    used = {name: params[name] for name, leaf in table if leaf.per_layer or name in LANES}
-    used = _late_maps(config, used) if late else used
-    stacks = {name: unstack(x.astype(dtype), backend=config.attention) for name, x in used.items()}
     rope = ops.rope_tables(
         seq_len, config.rope_dims or config.head_dim, config.rope_base, config.rope_train_len, config.rope_bf16_frequencies
     )
@@ -94,11 +91,10 @@ def hidden(
         if 0 <= j < config.num_skips and skips:
             x_BTD = _skip(config, params, j, x_BTD, skips.pop(), dtype)
         _tap_lanes(tap, step, "in", x_BTD, lane_BTD)
-        block = {name: stack[i] for name, stack in stacks.items()}
         only = last if step == len(encoder + decoder) - 1 else None
         attend = None if cache is None else partial(cache.attend, step)
         x_BTD, lane_BTD, v_BTGK = _block(
-            config, i, block, x_BTD, lane_BTD, x0_BTD, v0_BTGK, values.get(i), rope, sight, only, _prefixed(tap, step, i), attend,
+            config, i, layers[i], x_BTD, lane_BTD, x0_BTD, v0_BTGK, values.get(i), rope, sight, only, _prefixed(tap, step, i), attend,
             branch and _at_step(branch, step), late,
         )  # fmt: skip
         v0_BTGK = v_BTGK if v0_BTGK is None else v0_BTGK
@@ -114,16 +110,6 @@ def hidden(
 
 def _prefixed(tap: Tap, step: int, layer: int) -> Tap:
     return lambda name, x: tap(f"{step}/{layer}/{name}", x)
-
-
-def _late_maps(config: ModelConfig, params: Params) -> Params:
-    """The layers' parameters with the scales of attention and MLP in the maps before them, which saves passes over the activations,
-    and a gate in the query rows as a map of its own, whose gradient is no part of the queries'."""
-    scales = {"o": "attn_scale", "down": "mlp_scale"}
-    scaled = {name: params[name] * params[scale][:, None] for name, scale in scales.items()}
-    if config.head_gate == "query_rows":
-        scaled["q"], scaled["gate"] = jnp.split(params["q"], [config.width], -1)
-    return {name: x for name, x in params.items() if name not in scales.values()} | scaled
 
 
 def _at_step(branch: Branch, step: int) -> Branch:
@@ -353,8 +339,11 @@ def _input_maps(w: Params, z_BTD: jax.Array, last: int | None) -> Params:
 @jax.named_scope("mlp")
 def mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name, x: None, r_BT1: jax.Array | None = None) -> jax.Array:
     """(leaky_relu(r z W_up))^2 W_down; r float32 [B, T, 1], None is 1."""
-    u_BTF = ops.linear(z_BTD, w["up"])
     slope = config.mlp_slope
+    if isinstance(w["up"], Packed) and isinstance(w["down"], Packed) and r_BT1 is not None:
+        y_MD = squared_leaky_mlp(z_BTD.reshape(-1, z_BTD.shape[-1]), r_BT1.reshape(-1), w["up"], w["down"], slope)
+        return y_MD.reshape(z_BTD.shape)
+    u_BTF = ops.linear(z_BTD, w["up"])
     if r_BT1 is not None and config.mlp == "pallas":
         return squared_leaky_linear(u_BTF.reshape(-1, u_BTF.shape[-1]), r_BT1.reshape(-1), w["down"], slope).reshape(z_BTD.shape)
     h_BTF: Any = ops.squared_leaky(u_BTF, slope) if r_BT1 is None else ops.scaled_squared_leaky(u_BTF, r_BT1, slope)
@@ -364,7 +353,7 @@ def mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name
 
 def nll(
     config: ModelConfig,
-    params: Params,
+    params: Params | Weights,
     tokens_BT: jax.Array,
     targets_BT: jax.Array,
     *,
@@ -382,6 +371,7 @@ def nll(
     """
     config = for_default_platform(config, segments_BT is not None)
     x_BTD = hidden(config, params, tokens_BT, segments_BT=segments_BT, longest=longest, looping=looping, last=last, fake_quant=fake_quant)
+    params = params.whole if isinstance(params, Weights) else params
     softcap = head_softcap(config, params, training)
     with jax.named_scope("head"):
         flat = softcap_cross_entropy(

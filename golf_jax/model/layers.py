@@ -6,6 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from golf_jax.kernels import maps
+
 EPS = 1.1920929e-07  # float32 machine epsilon, for every input dtype, as in the records
 HASH_PRIMES = (36313, 27191, 51497)
 
@@ -47,19 +49,24 @@ def _scaled_squared_leaky_gradients(slope: float, given: tuple[jax.Array, jax.Ar
 scaled_squared_leaky.defvjp(lambda u, r, slope: (scaled_squared_leaky(u, r, slope), (u, r)), _scaled_squared_leaky_gradients)
 
 
-def linear(x: jax.Array, w_IO: jax.Array) -> jax.Array:
+def linear(x: jax.Array, w_IO: jax.Array | maps.Packed) -> jax.Array:
     """x @ w over the last axis, [..., I] -> [..., O], as one product of two matrices.
 
     With [B, T, I] the weight's gradient contracts two axes, for which XLA:CPU copies the activations transposed: forward and backward
     of one map take 1.6 times as long.
     """
-    return (x.reshape(-1, x.shape[-1]) @ w_IO).reshape(*x.shape[:-1], w_IO.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
+    y = maps.linear(flat, w_IO) if isinstance(w_IO, maps.Packed) else flat @ w_IO
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def linears(x: jax.Array, *ws_IO: jax.Array) -> list[jax.Array]:
+def linears(x: jax.Array, *ws_IO: jax.Array | maps.Packed) -> list[jax.Array]:
     """Several linear maps of one input as one product: x is read once, and its gradient is one product instead of a sum of several."""
-    ends = list(itertools.accumulate(w.shape[-1] for w in ws_IO))
-    return jnp.split(linear(x, jnp.concatenate(ws_IO, -1)), ends[:-1], -1)
+    plain = [w for w in ws_IO if not isinstance(w, maps.Packed)]
+    if len(plain) < len(ws_IO):  # they have no gradients
+        return [linear(x, w) for w in ws_IO]
+    ends = list(itertools.accumulate(w.shape[-1] for w in plain))
+    return jnp.split(linear(x, jnp.concatenate(plain, -1)), ends[:-1], -1)
 
 
 def starts(tokens_BT: jax.Array, boundary_token: int) -> jax.Array:

@@ -1,4 +1,4 @@
-// Causal grouped-query attention with the XSA epilogue on a CPU, float32: forward and backward; and the layers of a stack of parameters.
+// Causal grouped-query attention with the XSA epilogue on a CPU, float32: forward and backward. Beside it what `maps.h` has.
 //
 // One task per sequence and kv head, in the threads of XLA. In each, blocks of queries meet the keys that they see; scores stay in the
 // cache and are computed again in the backward pass, which also gives dq.q / gain and dk.k of each row. Every product is one `tile` of
@@ -6,90 +6,15 @@
 // needed.
 // B batch, S queries (the last S of T positions), H query heads, G kv heads, K head_dim.
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <memory>
-#include <thread>
-#include <vector>
 
-#include "xla/ffi/api/c_api.h"  // the C++ interface beside it would take longer to compile than all of this
+#include "maps.h"
+#include "tiles.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int W = 16, ROWS = 8, COLS = 3;  // floats of a vector; a tile holds ROWS COLS + COLS + 1 of them in registers
-#else
-constexpr int W = 8, ROWS = 4, COLS = 2;
-#endif
-constexpr int PANEL = 48, BLOCK = 64;  // keys of a panel; queries of one head at a time
+constexpr int PANEL = 48, SPAN = 128;  // keys of a panel; keys whose values meet a block of queries at a time
 constexpr float LN2 = 0.693147181f;
-
-typedef float Vec __attribute__((vector_size(4 * W), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * W), aligned(4)));
-typedef uint32_t Bits __attribute__((vector_size(4 * W), aligned(4)));
-
-const Ints IOTA = [] { Ints x; for (int i = 0; i < W; ++i) x[i] = i; return x; }();
-
-inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
-
-// C[M, N W] (+)= sum over k < depth of A[m am + k ak] B[k ldb + n].
-template <int M, int N>
-inline void tile(int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
-  Vec sum[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * ldc + n * W) : Vec{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec row[N];
-    for (int n = 0; n < N; ++n) row[n] = load(b + k * ldb + n * W);
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) sum[m][n] += a[m * am + k * ak] * row[n];
-  }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) store(c + m * ldc + n * W, sum[m][n]);
-}
-
-template <int M>
-inline void tiles(int64_t width, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
-                  bool add) {
-  int64_t n = 0;
-  for (; n + COLS * W <= width && n + (COLS + 1) * W != width; n += COLS * W) tile<M, COLS>(depth, a, am, ak, b + n, ldb, c + n, ldc, add);
-  for (; n + 2 * W <= width; n += 2 * W) tile<M, 2>(depth, a, am, ak, b + n, ldb, c + n, ldc, add);
-  for (; n < width; n += W) tile<M, 1>(depth, a, am, ak, b + n, ldb, c + n, ldc, add);
-}
-
-// Fewer rows than ROWS, which is rare: compiled once, not wherever there is a product.
-__attribute__((noinline)) void rest(int64_t count, int64_t width, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b,
-                                    int64_t ldb, float* c, int64_t ldc, bool add) {
-  for (int64_t m = 0; m < count; ++m) tiles<1>(width, depth, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
-}
-
-// The same for any width that W divides and any count of rows up to ROWS.
-inline void product(int64_t count, int64_t width, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
-                    float* c, int64_t ldc, bool add = false) {
-  if (count == ROWS) tiles<ROWS>(width, depth, a, am, ak, b, ldb, c, ldc, add);
-  else rest(count, width, depth, a, am, ak, b, ldb, c, ldc, add);
-}
-
-template <int N, class F>
-inline float fold(const float* x, F f) {
-  typedef float Half __attribute__((vector_size(2 * N), aligned(4)));
-  if constexpr (N == 2) return f(x[0], x[1]);
-  else {
-    const Half y = f(*reinterpret_cast<const Half*>(x), *reinterpret_cast<const Half*>(x + N / 2));
-    return fold<N / 2>(reinterpret_cast<const float*>(&y), f);
-  }
-}
-inline float sum(Vec x) { return fold<W>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a + b; }); }
-inline float top(Vec x) { return fold<W>(reinterpret_cast<const float*>(&x), [](auto a, auto b) { return a > b ? a : b; }); }
-
-inline float dot(const float* a, const float* b, int64_t n) {
-  Vec s{};
-  for (int64_t k = 0; k < n; k += W) s += load(a + k) * load(b + k);
-  return sum(s);
-}
 
 // 2^x to 1e-7 relative; below -126 the smallest normal number; above 127 anything, which only unseen keys have; NaN of NaN, which must not
 // look like a weight.
@@ -149,18 +74,19 @@ struct Block {
 
   // out[m, j] = x_m . y_j, for the panels that a tile of rows sees.
   void scores(const float* x, const std::vector<float>& panels, float* out) const {
-    for (int64_t m = 0; m < count; m += ROWS) {
-      const int64_t n = std::min<int64_t>(ROWS, count - m);
-      for (int64_t p = from / PANEL * PANEL; p < last + m + n; p += PANEL)
+    for (int64_t p = from / PANEL * PANEL; p < last + count; p += PANEL)
+      for (int64_t m = std::max<int64_t>(0, p - last) / ROWS * ROWS; m < count; m += ROWS) {
+        const int64_t n = std::min<int64_t>(ROWS, count - m);
         product(n, PANEL, s.K, x + m * s.K, s.K, 1, &panels[p * s.K], PANEL, out + m * s.padded + p, s.padded);
-    }
+      }
   }
   // out[m] = sum over j of weights[m, j] y_j.
   void gather(const float* weights, Rows y, Rows out) const {
-    for (int64_t m = 0; m < count; m += ROWS) {
-      const int64_t n = std::min<int64_t>(ROWS, count - m);
-      product(n, s.K, last + m + n - from, weights + m * s.padded + from, s.padded, 1, y[from], y.stride, out[m], out.stride);
-    }
+    for (int64_t j = from; j < last + count; j += SPAN)
+      for (int64_t m = j == from ? 0 : std::max<int64_t>(0, j - last) / ROWS * ROWS; m < count; m += ROWS) {
+        const int64_t n = std::min<int64_t>(ROWS, count - m), depth = std::min<int64_t>(SPAN, last + m + n - j);
+        product(n, s.K, depth, weights + m * s.padded + j, s.padded, 1, y[j], y.stride, out[m], out.stride, j > from);
+      }
   }
   // out[j] += sum over m of weights[m, j] x_m.
   void scatter(const float* weights, const float* x, Rows out) const {
@@ -190,61 +116,13 @@ inline float unit(const float* v, int64_t K, float* u) {
   return inverse;
 }
 
-// A call by XLA. Types and shapes are those that native.py gives.
-struct Call {
-  XLA_FFI_CallFrame* frame;
-
-  const XLA_FFI_Buffer& argument(int64_t i) const { return *static_cast<XLA_FFI_Buffer*>(frame->args.args[i]); }
-  const float* in(int64_t i) const { return static_cast<const float*>(argument(i).data); }
-  float* out(int64_t i) const { return static_cast<float*>(static_cast<XLA_FFI_Buffer*>(frame->rets.rets[i])->data); }
-  Shape shape() const { return {argument(0).dims, argument(1).dims}; }
-  const int32_t* first() const { return static_cast<const int32_t*>(argument(3).data); }
-  bool xsa() const { return *static_cast<const bool*>(static_cast<XLA_FFI_Scalar*>(frame->attrs.attrs[0])->value); }
-
-  bool fails(XLA_FFI_Error* error) const {
-    XLA_FFI_Error_Destroy_Args args{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
-    if (error) frame->api->XLA_FFI_Error_Destroy(&args);
-    return error;
-  }
-  int64_t threads() const {
-    int64_t count = 0;
-    XLA_FFI_ThreadPool_NumThreads_Args args{XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, nullptr, frame->ctx, &count};
-    return fails(frame->api->XLA_FFI_ThreadPool_NumThreads(&args)) ? 1 : count;
-  }
-  template <class F>
-  void schedule(F f) const {
-    XLA_FFI_Task* task = [](void* data) { (*std::unique_ptr<F>(static_cast<F*>(data)))(); };
-    XLA_FFI_ThreadPool_Schedule_Args args{XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, nullptr, frame->ctx, task, new F(f)};
-    if (fails(frame->api->XLA_FFI_ThreadPool_Schedule(&args))) task(args.data);
-  }
-};
-
-// f(i) for all i < count, in this thread and in those of the pool that have time. Nothing waits for a thread that has not begun: those of
-// the pool may all be waiting here.
-template <class F>
-void parallel(const Call& call, int64_t count, F f) {
-  struct Shared {
-    F f;
-    const int64_t count;
-    std::atomic<int64_t> next{0}, done{0};
-    Shared(F f, int64_t count) : f(f), count(count) {}
-    void work() {
-      for (int64_t i; (i = next++) < count; ++done) f(i);
-    }
-  };
-  auto shared = std::make_shared<Shared>(f, count);
-  for (int64_t helpers = std::min(count, call.threads()) - 1; helpers > 0; --helpers) call.schedule([shared] { shared->work(); });
-  shared->work();
-  while (shared->done < count) std::this_thread::yield();
-}
-
 // (q, k, v, first, gain) -> y, o.u, lse
 void forward(const Call& call) {
-  const Shape s = call.shape();
+  const Shape s(call.argument(0).dims, call.argument(1).dims);
   const float *q = call.in(0), *k = call.in(1), *v = call.in(2), *gain = call.in(4);
   float *y = call.out(0), *along = call.out(1), *lse = call.out(2);
-  const int32_t* first = call.first();
-  const bool xsa = call.xsa();
+  const int32_t* first = static_cast<const int32_t*>(call.argument(3).data);
+  const bool xsa = call.attribute<bool>();
   const float scale = 1.0f / (std::sqrt((float)s.K) * LN2);
   parallel(call, s.B * s.G, [=](int64_t task) mutable {
     const int64_t b = task / s.G, g = task % s.G;
@@ -297,12 +175,12 @@ void forward(const Call& call) {
 // Of y = o - (o.u) u: do = dy - (dy.u) u, and do . o = do . y because do is orthogonal to u (kernels/attention/xsa.py).
 // (q, k, v, first, gain, y, o.u, lse, dy) -> dq, dk, dv, dq.q / gain, dk.k
 void backward(const Call& call) {
-  const Shape s = call.shape();
+  const Shape s(call.argument(0).dims, call.argument(1).dims);
   const float *q = call.in(0), *k = call.in(1), *v = call.in(2), *gain = call.in(4);
   const float *y = call.in(5), *along = call.in(6), *lse = call.in(7), *dy = call.in(8);
   float *dq = call.out(0), *dk = call.out(1), *dv = call.out(2), *q_dot = call.out(3), *k_dot = call.out(4);
-  const int32_t* first = call.first();
-  const bool xsa = call.xsa();
+  const int32_t* first = static_cast<const int32_t*>(call.argument(3).data);
+  const bool xsa = call.attribute<bool>();
   const float scale = 1.0f / (std::sqrt((float)s.K) * LN2);
   parallel(call, s.B * s.G, [=](int64_t task) mutable {
     const int64_t b = task / s.G, g = task % s.G;
@@ -364,29 +242,10 @@ void backward(const Call& call) {
   });
 }
 
-// (x [L, ...]) -> its L parts.
-void unstack(const Call& call) {
-  const XLA_FFI_Buffer& x = call.argument(0);
-  int64_t size = 1;
-  for (int64_t i = 1; i < x.rank; ++i) size *= x.dims[i];
-  parallel(call, x.dims[0], [=](int64_t i) { std::copy_n(call.in(0) + i * size, size, call.out(i)); });
-}
-
-// Asked about itself a handler says which interface it was compiled for, else it works.
-template <class F>
-XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame, F work) {
-  if (frame->extension_start && frame->extension_start->type == XLA_FFI_Extension_Metadata) {
-    XLA_FFI_Metadata& about = *reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)->metadata;
-    about.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
-    about.traits = 0;
-  } else {
-    work(Call{frame});
-  }
-  return nullptr;
-}
-
 }  // namespace
 
 extern "C" XLA_FFI_Error* golf_xsa_forward(XLA_FFI_CallFrame* frame) { return handle(frame, forward); }
 extern "C" XLA_FFI_Error* golf_xsa_backward(XLA_FFI_CallFrame* frame) { return handle(frame, backward); }
 extern "C" XLA_FFI_Error* golf_unstack(XLA_FFI_CallFrame* frame) { return handle(frame, unstack); }
+extern "C" XLA_FFI_Error* golf_linear(XLA_FFI_CallFrame* frame) { return handle(frame, linear); }
+extern "C" XLA_FFI_Error* golf_mlp(XLA_FFI_CallFrame* frame) { return handle(frame, mlp); }

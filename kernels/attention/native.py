@@ -24,11 +24,28 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-TARGETS = {"forward": "golf_xsa_forward", "backward": "golf_xsa_backward", "unstack": "golf_unstack"}
+TARGETS = {
+    "forward": "golf_xsa_forward",
+    "backward": "golf_xsa_backward",
+    "unstack": "golf_unstack",
+    "linear": "golf_linear",
+    "mlp": "golf_mlp",
+}
 MEASURED = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere it has not run, and is there for those who name it
 _SOURCE = Path(__file__).with_name("native.cc")
 _PATIENCE = 300  # seconds; it takes two
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
+
+
+def processor() -> list[str]:
+    """What Linux says of the first processor: its name and what it can do."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
+
+
+WIDE = MEASURED and any("avx512f" in line.split() for line in processor())
+"""Whether products in C++ are faster than XLA's, which they are with AVX-512."""
 
 
 def compiler() -> str:
@@ -125,14 +142,13 @@ def _register(library: Path) -> str:
 
 def _digest(command: list[str]) -> str:
     """Of all that decides what is built: the source, the compiler and the processor, which may differ where a home directory is shared."""
-    info = Path("/proc/cpuinfo")
-    processor = (
-        [line for line in info.read_text().splitlines() if line.startswith(("model name", "flags", "Features"))][:2]
-        if info.is_file()
-        else []
-    )
-    said = [*command, jax.__version__, platform.machine(), platform.processor(), *processor, _SOURCE.read_text()]
+    said = [*command, jax.__version__, platform.machine(), platform.processor(), *processor(), *(path.read_text() for path in sources())]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+
+
+def sources() -> list[Path]:
+    """All files that the library is made of."""
+    return [_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))]
 
 
 def _named(name: str, library: Path) -> str:

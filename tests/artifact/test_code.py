@@ -3,6 +3,7 @@
 import bz2
 import io
 import lzma
+import re
 import subprocess
 import sys
 import zipfile
@@ -64,6 +65,13 @@ def test_bundle_follows_imports_and_takes_nothing_else():
     assert {f"golf_jax/{name}" for name in needed} <= set(sources)
     assert not {p for p in sources if p.startswith(("golf_jax/data", "golf_jax/training", "tests"))}
     assert "golf_jax/configs/pr372.py" not in sources
+
+
+def test_what_a_compiler_reads_is_taken_whole():
+    sources = module_sources(["golf_jax.kernels.attention.native"])
+    compiled = {path: text for path, text in sources.items() if not path.endswith(".py")}
+    read = {f"{path.rpartition('/')[0]}/{name}" for path, text in compiled.items() for name in re.findall('#include "([^"/]+)"', text)}
+    assert read and read < set(compiled)
 
 
 def test_a_run_ships_neither_the_corpus_nor_what_writes_text():

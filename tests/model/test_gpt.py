@@ -14,7 +14,7 @@ from tiny_recipes import tiny
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import native, xsa_attention
 from golf_jax.kernels.mlp import mosaic_gpu
-from golf_jax.model import GPT, gpt, init_params, logits, nll, platforms
+from golf_jax.model import GPT, gpt, init_params, logits, nll, platforms, weights
 from golf_jax.model import layers as ops
 
 CONFIG = ModelConfig(vocab_size=40, num_layers=2, width=32, num_heads=2, num_kv_heads=1)
@@ -134,7 +134,8 @@ def test_late_norms_and_factors_change_nothing(name, last, monkeypatch):
 
     expected = loss_and_gradients(replace(config, attention="xla"), params, last)
     monkeypatch.setattr(gpt, "xsa_attention", kernels)
-    monkeypatch.setattr(gpt, "has_factors", lambda backend: backend == "pallas")
+    for module in (gpt, weights):
+        monkeypatch.setattr(module, "has_factors", lambda backend: backend == "pallas")
     monkeypatch.setattr(gpt, "squared_leaky_linear", mlp_kernels)
     assert_same(loss_and_gradients(replace(config, attention="pallas", mlp="pallas"), params, last), expected)
     assert all(given[:-1]) and given[-1] == (last is None) and len(activated) == len(given)
@@ -179,7 +180,8 @@ def test_a_recipe_with_the_kernels_of_its_mlp(name, monkeypatch):
         return jax.jit(jax.value_and_grad(lambda p: jnp.mean(nll(run, p, TOKENS, TOKENS[:, ::-1], training=True))))(params)
 
     monkeypatch.setattr(gpt, "xsa_attention", kernels)
-    monkeypatch.setattr(gpt, "has_factors", lambda backend: backend == "pallas")
+    for module in (gpt, weights):
+        monkeypatch.setattr(module, "has_factors", lambda backend: backend == "pallas")
     monkeypatch.setattr(gpt, "squared_leaky_linear", partial(mosaic_gpu.squared_leaky_linear, interpret=True))
     exact = loss_and_gradients("float32", "xla")
 
