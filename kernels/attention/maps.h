@@ -34,11 +34,16 @@ void unstack(const Call& call) {
   });
 }
 
+// A product of its own, compiled once: between these shapes and those of attention nothing is shared.
+__attribute__((noinline)) void panel(int64_t rows, int64_t c, int64_t I, const float* x, const float* w, float* y, int64_t O) {
+  for (int64_t m = 0; m < rows; m += ROWS) product(std::min<int64_t>(ROWS, rows - m), c, I, x + m * I, I, 1, w, c, y + m * O, O);
+}
+
 // y [rows, O] = x [rows, I] w; then f(m, first column, columns) for what has just been written.
 template <class F>
 inline void map(int64_t rows, int64_t I, int64_t O, const float* x, const float* w, float* y, F f) {
   panels(O, [&](int64_t n, int64_t c) {
-    for (int64_t m = 0; m < rows; m += ROWS) product(std::min<int64_t>(ROWS, rows - m), c, I, x + m * I, I, 1, w + n * I, c, y + m * O + n, O);
+    panel(rows, c, I, x, w + n * I, y + n, O);
     for (int64_t m = 0; m < rows; ++m) f(y + m * O + n, m, c);
   });
 }

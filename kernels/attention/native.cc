@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int PANEL = 48, SPAN = 128;  // keys of a panel; keys whose values meet a block of queries at a time
+constexpr int PANEL = 48;  // keys of a panel
 constexpr float LN2 = 0.693147181f;
 
 // 2^x to 1e-7 relative; below -126 the smallest normal number; above 127 anything, which only unseen keys have; NaN of NaN, which must not
@@ -74,19 +74,18 @@ struct Block {
 
   // out[m, j] = x_m . y_j, for the panels that a tile of rows sees.
   void scores(const float* x, const std::vector<float>& panels, float* out) const {
-    for (int64_t p = from / PANEL * PANEL; p < last + count; p += PANEL)
-      for (int64_t m = std::max<int64_t>(0, p - last) / ROWS * ROWS; m < count; m += ROWS) {
-        const int64_t n = std::min<int64_t>(ROWS, count - m);
+    for (int64_t m = 0; m < count; m += ROWS) {
+      const int64_t n = std::min<int64_t>(ROWS, count - m);
+      for (int64_t p = from / PANEL * PANEL; p < last + m + n; p += PANEL)
         product(n, PANEL, s.K, x + m * s.K, s.K, 1, &panels[p * s.K], PANEL, out + m * s.padded + p, s.padded);
-      }
+    }
   }
   // out[m] = sum over j of weights[m, j] y_j.
   void gather(const float* weights, Rows y, Rows out) const {
-    for (int64_t j = from; j < last + count; j += SPAN)
-      for (int64_t m = j == from ? 0 : std::max<int64_t>(0, j - last) / ROWS * ROWS; m < count; m += ROWS) {
-        const int64_t n = std::min<int64_t>(ROWS, count - m), depth = std::min<int64_t>(SPAN, last + m + n - j);
-        product(n, s.K, depth, weights + m * s.padded + j, s.padded, 1, y[j], y.stride, out[m], out.stride, j > from);
-      }
+    for (int64_t m = 0; m < count; m += ROWS) {
+      const int64_t n = std::min<int64_t>(ROWS, count - m);
+      product(n, s.K, last + m + n - from, weights + m * s.padded + from, s.padded, 1, y[from], y.stride, out[m], out.stride);
+    }
   }
   // out[j] += sum over m of weights[m, j] x_m.
   void scatter(const float* weights, const float* x, Rows out) const {

@@ -30,7 +30,7 @@ inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 
 // C[M, N W] (+)= sum over k < depth of A[m am + k ak] B[k ldb + n].
 template <int M, int N>
-__attribute__((noinline)) void tile(int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+inline void tile(int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   Vec sum[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * ldc + n * W) : Vec{};
@@ -60,7 +60,7 @@ __attribute__((noinline)) void rest(int64_t count, int64_t width, int64_t depth,
 }
 
 // The same for any width that W divides and any count of rows up to ROWS.
-__attribute__((noinline)) void product(int64_t count, int64_t width, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
+inline void product(int64_t count, int64_t width, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
                     float* c, int64_t ldc, bool add = false) {
   if (count == ROWS) tiles<ROWS>(width, depth, a, am, ak, b, ldb, c, ldc, add);
   else rest(count, width, depth, a, am, ak, b, ldb, c, ldc, add);
