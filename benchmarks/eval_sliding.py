@@ -23,7 +23,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer shar
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from step_time import Peer, cpu_name, peer_job  # noqa: E402
+from step_time import Peer, cpu_name, peer_job, settle  # noqa: E402
 
 from golf_jax.config import DataConfig, ModelConfig, load_recipe  # noqa: E402
 from golf_jax.evaluation.scorer import scoring_program, shapes_of, weights_program  # noqa: E402
@@ -72,6 +72,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     scores = {}
     for i in range(options.repeats + 1):  # in turn, so that whatever else the machine does meets all
         for n, program in programs.items():
+            settle()
             wall, cpu = time.perf_counter(), time.process_time()
             scores[n] = np.asarray(program(given[n], tokens), np.float64)
             samples[n].append({"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu})

@@ -73,6 +73,11 @@ class Options:
     """File for the results; written when the step is timed, and again with the parts."""
 
 
+def settle() -> None:
+    """Let the other side's threads go to sleep: PyTorch's watch for more work for some time, on the cores that are to be measured."""
+    time.sleep(0.1)
+
+
 class Peer:
     """The PyTorch peer in a process of its own (torch_peer.serve)."""
 
@@ -90,6 +95,7 @@ class Peer:
 
     def step(self) -> dict[str, Any]:
         assert self.process.stdout
+        settle()
         try:
             self._send("step")
             return pickle.load(self.process.stdout)
@@ -196,6 +202,7 @@ def measure(recipe: Recipe, options: Options) -> Iterator[dict[str, Any]]:
     samples: dict[str, list] = {"jax": [], **{name: [] for name in peers}}
     losses: dict[str, list[float]] = {"jax": [], **{name: [answer["loss"]] for name, answer in firsts.items()}}
     for i in range(options.steps + 2):
+        settle()
         (state, metrics), sample = timed(compiled, state, batch, inputs)
         losses["jax"].append(float(metrics.loss))
         answers = {"jax": sample} | {name: peer.step() for name, peer in peers.items()}
