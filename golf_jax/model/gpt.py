@@ -63,12 +63,12 @@ def hidden(
         raise GolfError("model.dtype and model.attention are auto: resolve(config, platform), as Model.open does")
     tokens_BT, dtype = check_tokens(config, tokens_BT), jnp.dtype(config.dtype)
     plain = tap is branch is cache is None
-    late = plain and has_factors(config.attention)
     if not isinstance(params, Weights):
-        params = weights_of(config, params, fake_quant=fake_quant, late=late)
+        params = weights_of(config, params, fake_quant=fake_quant, late=plain)
     elif not plain or fake_quant is not None:
         raise TypeError("fake_quant, cache, tap and branch need the parameters themselves")
     params, layers = params
+    late = "attn_scale" not in layers[0]  # then it is in the map before it
     tap = tap or (lambda name, x: None)
     seq_len = tokens_BT.shape[1] if cache is None else cache.row_len
     last = None if last is None or last >= seq_len else last
