@@ -133,10 +133,11 @@ def _places() -> list[Path]:
 def _register(library: Path) -> str:
     try:
         calls = ctypes.CDLL(str(library))
-    except OSError as e:
+        found = {target: jax.ffi.pycapsule(getattr(calls, target)) for target in TARGETS.values()}
+    except (OSError, AttributeError) as e:
         return f"attention backend 'native': {library} cannot be loaded ({e}); set GOLF_JAX_CACHE to another folder"
-    for target in TARGETS.values():
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(calls, target)), platform="cpu")
+    for target, call in found.items():
+        jax.ffi.register_ffi_target(target, call, platform="cpu")
     return ""
 
 

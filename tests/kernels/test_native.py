@@ -100,6 +100,13 @@ def test_a_damaged_library_is_built_again(unloaded, left):
 
 
 @needs_compiler
+def test_a_library_without_the_calls_is_told(unloaded, monkeypatch):
+    monkeypatch.setenv("CXX", f"{native.compiler()} -fvisibility=hidden")
+    with pytest.raises(ValueError, match="cannot be loaded .*golf_"):
+        native.load()
+
+
+@needs_compiler
 def test_what_cannot_be_read_is_no_library(unloaded):
     """As that of another user; here a folder, which the superuser cannot read either."""
     native.load()
