@@ -153,9 +153,11 @@ def sources() -> list[Path]:
 
 
 def _named(name: str, library: Path) -> str:
-    """A library's file name holds the digest of its bytes: one that is cut off, damaged or unreadable has another, and is built again."""
+    """A library's file name holds the digest of its bytes: one that is cut off, damaged, unreadable or no file (a pipe would never end) has
+    another, and is built again."""
     with contextlib.suppress(OSError):
-        return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
+        if library.is_file():
+            return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
     return ""
 
 

@@ -107,6 +107,18 @@ def test_a_library_without_the_calls_is_told(unloaded, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("other", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_pipe_or_a_device_is_no_library(unloaded, other):
+    native.load()
+    (library,) = unloaded.iterdir()
+    library.unlink()
+    other(library)
+    native.begin.cache_clear()
+    native.load()
+    assert [path.is_file() for path in unloaded.iterdir()] == [True]
+
+
+@needs_compiler
 def test_what_cannot_be_read_is_no_library(unloaded):
     """As that of another user; here a folder, which the superuser cannot read either."""
     native.load()
