@@ -131,12 +131,12 @@ class WindowScorer:
             kind.last: (kind.rows * mesh.shape[AXIS], scoring_program(*kind.program_of(model, shapes, mesh, self.seq_len)))
             for kind in kinds_of(windows, stride, book.stream, mesh, chunk_of)
         }
-        self.weights = weights_program(model.config, mesh, shapes)
+        self.prepare = weights_program(model.config, mesh, shapes)
         self.done, self.progress = 0, Progress(log, f"{label}: windows", len(windows))
 
     def run(self, params: dict[str, jax.Array], windows: Windows, chunk: int = 0) -> None:
         """Score `windows` and enter them in the book. Each batch is read while the next one computes."""
-        waiting, weights = None, self.weights(params)
+        waiting, weights = None, self.prepare(params)
         for batch, offsets, size, program in self._batches(windows):
             tokens = gather(self.book.stream.tokens, batch.start, batch.length, self.seq_len, size)
             self.book.issue(batch, offsets)

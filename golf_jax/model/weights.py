@@ -12,7 +12,7 @@ from golf_jax.model.fake_quant import fake_quantize
 from golf_jax.model.inputs import check_params
 from golf_jax.model.params import Params, leaves
 
-MAPS = ("q", "k", "v", "gate", "o", "up", "down")
+MAPS = ("q", "k", "v", "gate", "o", "up", "down")  # stacks that `linear` reads, which may be packed
 LANES = ("lane_post", "lane_resid")  # one array for all layers in the challenge's naming, used per layer
 
 

@@ -163,8 +163,9 @@ class Validation(TypedDict):
     val_bpb: Number
 
 
-def read_json(path: Path) -> Any:
-    """JSON of a file of a run. Raises GolfError naming it, FileNotFoundError where it is not there."""
+def read_json(path: Path, fix: str = "") -> Any:
+    """JSON of a file of a run. Raises GolfError naming it and the fix, if one is given, FileNotFoundError where it is not there."""
+    fix = f"; {fix}" if fix else ""
     try:
         if not path.exists():
             raise FileNotFoundError(path)
@@ -173,8 +174,8 @@ def read_json(path: Path) -> Any:
         raise
     except (OSError, ValueError) as error:
         if isinstance(error, GolfError) and str(path) in str(error):
-            raise
-        raise GolfError(f"{path}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+            raise GolfError(f"{error}{fix}") from None
+        raise GolfError(f"{path}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)}){fix}") from None
 
 
 def read_config(run: Path) -> Recipe:
@@ -206,7 +207,7 @@ def read_stages(run: Path) -> Stages:
     """What each finished stage of the run said (`stages.json`); nothing where there is none. Raises GolfError if it was altered."""
     file, fix = run / "stages.json", "remove it to repeat what follows training"
     try:
-        stages = read_json(file)
+        stages = read_json(file, fix)
     except FileNotFoundError:
         return {}
     if not isinstance(stages, dict) or stages != sealed(stages):
@@ -222,14 +223,14 @@ def read_result(run: Path) -> Result:
     """Of a finished run. Raises GolfError naming file and field, FileNotFoundError where it is not there."""
     file = run / "result.json"
     fix = f"go on with the run to make it anew: python -m golf_jax.train --resume {shlex.quote(str(run))}"
-    return cast(Result, _checked(read_json(file), Result, file, fix))
+    return cast(Result, _checked(read_json(file, fix), Result, file, fix))
 
 
 def read_environment(run: Path) -> Environment | None:
     """Where the run ran; None where it does not say. Raises GolfError naming file and field."""
     file, fix = run / "environment.json", "put back what the run wrote, or remove it: where the run ran is then unknown"
     try:
-        return cast(Environment, _checked(read_json(file), Environment, file, fix))
+        return cast(Environment, _checked(read_json(file, fix), Environment, file, fix))
     except FileNotFoundError:
         return None
 

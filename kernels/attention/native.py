@@ -70,6 +70,7 @@ def begin() -> Callable[[], str]:
         made, surroundings = Path(folder.name) / f"{name}.so", {**os.environ, "TMPDIR": folder.name}
         process = subprocess.Popen(
             [*command, str(_SOURCE), "-o", str(made)],
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
@@ -113,7 +114,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def load() -> None:
-    """Have the library's two calls registered, built if need be. Raises ValueError: no compiler, or it fails."""
+    """Have the library's calls registered, built if need be. Raises ValueError: no compiler, or it fails."""
     if wrong := begin()():
         raise ValueError(wrong)
 

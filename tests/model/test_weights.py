@@ -8,8 +8,10 @@ import pytest
 from tiny_recipes import tiny
 
 from golf_jax.config import GolfError
+from golf_jax.evaluation.scorer import scoring_program, shapes_of, weights_program
 from golf_jax.kernels.attention import native
 from golf_jax.kernels.maps import Packed
+from golf_jax.mesh import make_mesh
 from golf_jax.model import hidden, init_params, nll, weights_of
 
 TOKENS = np.arange(20).reshape(2, 10)
@@ -38,6 +40,20 @@ def test_scores_are_those_of_the_parameters(name, backend):
         targets = TOKENS[:, ::-1] if last is None else TOKENS[:, :last]
         got, expected = (jax.jit(lambda p, last=last: nll(config, p, TOKENS, targets, last=last))(p) for p in (once, params))  # noqa: B023
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_wide
+def test_scoring_prepares_the_weights_once():
+    """The program of the batches takes the packed maps and makes nothing of the parameters itself."""
+    config = replace(tiny("pr638").model, num_heads=2, num_kv_heads=1, attention="native")
+    mesh, shapes = make_mesh(1), shapes_of(init_params(config, jax.random.key(0)))
+    rows, seq_len, last, looping = 1, 8, None, False
+    texts = {
+        "once": weights_program(config, mesh, shapes).as_text(),
+        "per batch": scoring_program(config, mesh, shapes, rows, seq_len, last, looping).as_text(),
+    }
+    calls = {call: [when for when, text in texts.items() if call in text] for call in ("golf_unstack", "golf_linear", "golf_mlp")}
+    assert calls == {"golf_unstack": ["once"], "golf_linear": ["per batch"], "golf_mlp": ["per batch"]}
 
 
 def test_what_looks_inside_the_forward_pass_needs_the_parameters():
