@@ -163,6 +163,20 @@ def peaks(options: Options, mesh: Mesh) -> tuple[float, float]:
     return tflops, gbs
 
 
+def surroundings(mesh: Mesh) -> dict[str, Any]:
+    """What a result must say of where it was taken."""
+    device = mesh.devices.flat[0]
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": f"{mesh.size} x {cpu_name() if meshes.platform(mesh) == 'cpu' else device.device_kind}",
+        "cores": cores(),
+        "load_average": os.getloadavg()[0],
+        "environment": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")} | {"python": platform.python_version()},
+    }
+
+
 def peak_bytes(device: jax.Device, compiled: Any) -> int:
     """High-water mark of the device, or on a CPU what the compiled step plans."""
     if stats := device.memory_stats():
@@ -219,14 +233,7 @@ def measure(recipe: Recipe, options: Options) -> Iterator[dict[str, Any]]:
                 state, metrics = compiled(state, batch, inputs)
             jax.block_until_ready(metrics)
 
-    result: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"{mesh.size} x {device.device_kind if where != 'cpu' else cpu_name()}",
-        "cores": cores(),
-        "load_average": os.getloadavg()[0],
-        "environment": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")} | {"python": platform.python_version()},
+    result: dict[str, Any] = surroundings(mesh) | {
         "recipe": recipe.name,
         "config": to_dict(replace(recipe, quant=type(recipe.quant)())),
         "parameters": count(recipe.model),

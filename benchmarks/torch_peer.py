@@ -314,6 +314,15 @@ class Trainer:
             p.grad = None
         return total
 
+    def adapt(self, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, epochs: int, rows: int, clip_norm: float) -> None:
+        """Test-time training: in each epoch one update on all of int64 [sequences, T], in micro-batches of `rows`."""
+        for _ in range(epochs):
+            for i in range(0, len(x), rows):
+                (self.loss(x[i : i + rows], y[i : i + rows]) * (rows / len(x))).backward()
+            torch.nn.utils.clip_grad_norm_(self.params, clip_norm, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad()
+
     def _muon(self, batch: MuonBatch, lr_factor: float, momentum: float) -> None:
         grads = torch.stack([_wide(p.grad) for p in batch.params])  # type: ignore[arg-type]
         batch.momentum.mul_(momentum).add_(grads)
@@ -343,16 +352,34 @@ def _batches(params: list[Tensor], group: GroupConfig) -> list[MuonBatch]:
 def serve() -> None:
     """Run as a process of its own, driven by `Peer`: pickled job on stdin, one pickled answer per step on stdout.
 
-    A job with `last` scores the last targets of the batch instead of training on it; its answers hold the scores.
+    A job with `last` scores the last targets of the batch instead of training on it; its answers hold the scores. One with `chunks` scores
+    and then adapts to one chunk per step, `rows` windows or sequences at a time.
     A process apart keeps the thread pools and GPU memory pools of the two frameworks from counting against each other.
     """
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     job = pickle.load(sys.stdin.buffer)
     trainer = Trainer(job["recipe"], job["tensors"], job["roles"], job["device"], job["compile"])
     trainer.model.looping = job["looping"]
-    x, y = (torch.from_numpy(a).long().to(job["device"]) for a in (job["x"], job["y"]))
+    chunks = iter(job.get("chunks", ()))
+    sgd = torch.optim.SGD(trainer.params, **job["sgd"]) if "chunks" in job else None
 
-    def work() -> dict:  # either way the answer waits for the device
+    def device(tokens: np.ndarray) -> Tensor:
+        return torch.from_numpy(tokens).long().to(job["device"])
+
+    def chunk(windows: np.ndarray, sequences: np.ndarray) -> dict:
+        windows_BT, sequences_BT, begin = device(windows), device(sequences), time.perf_counter()
+        with torch.no_grad():
+            parts = [trainer.scores(part[:, :-1], part[:, 1:], job["last"]).cpu() for part in windows_BT.split(job["rows"])]
+        scored = time.perf_counter()
+        trainer.adapt(sgd, sequences_BT[:, :-1], sequences_BT[:, 1:], job["epochs"], job["rows"], job["clip_norm"])
+        norm = float(trainer.params[0].detach().norm())  # waits for the device
+        return {"scores": torch.cat(parts).numpy(), "score_s": scored - begin, "train_s": time.perf_counter() - scored, "norm": norm}
+
+    x, y = (None, None) if sgd else (device(job["x"]), device(job["y"]))
+
+    def work() -> dict:  # any answer waits for the device
+        if sgd:
+            return chunk(*next(chunks))
         if "last" not in job:
             return {"loss": trainer.step(x, y, job["lr_factor"], job["momentum"], job["rows"]).item()}
         with torch.no_grad():

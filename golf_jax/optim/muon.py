@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from golf_jax.config import GroupConfig
+from golf_jax.kernels import newton_schulz as kernel
 from golf_jax.mesh import ROWS
 from golf_jax.optim.rule import Rule, Tree
 
@@ -34,11 +35,13 @@ def newton_schulz(
     *,
     coefficients: Coefficients = NS_COEFFICIENTS,
     square_first: bool = False,
+    backend: str = "xla",
 ) -> jax.Array:
     """Approximate orthogonal factor of each matrix of x [..., m, n], in `dtype`. Zero stays zero.
 
     In bfloat16 every product is rounded where the records round it, with the coefficients in float32: bit for bit their eager result.
     coefficients: (a, b, c) of every step, or one for all. square_first: c (A A), as PR 1182 has it, instead of (c A) A.
+    backend: of attention; with `native` the steps in bfloat16 are one call in C++ (`golf_jax.kernels.newton_schulz`).
     """
     stored = partial(_store, dtype=dtype)
     lift = lambda v: v.astype(jnp.float32)  # noqa: E731
@@ -52,7 +55,11 @@ def newton_schulz(
     x = stored(lift(x) / lift(stored(lift(norm) + 1e-7)))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    for a, b, c in coefficients * (steps // len(coefficients)):
+    of_steps = coefficients * (steps // len(coefficients))
+    if of_steps and kernel.runs(backend, x):
+        batch = x.reshape(-1, *x.shape[-2:])
+        x, of_steps = kernel.steps(batch, jnp.array(of_steps, jnp.float32), square_first=square_first).reshape(x.shape), ()
+    for a, b, c in of_steps:
         gram = matmul(x, x.mT)
         square = stored(c * lift(matmul(gram, gram))) if square_first else matmul(stored(c * lift(gram)), gram)
         polynomial = stored(lift(stored(b * lift(gram))) + lift(square))
@@ -118,7 +125,7 @@ class StackLayout:
         return tree
 
 
-def muon(group: GroupConfig, params: Mapping[str, Any], numerics: str, shards: int, axis_name: str | None) -> Rule:
+def muon(group: GroupConfig, params: Mapping[str, Any], numerics: str, shards: int, axis_name: str | None, backend: str) -> Rule:
     """Nesterov momentum -> (row normalisation) -> Newton-Schulz -> sqrt(max(1, out/in)), on joined batches of matrices.
 
     m <- momentum m + g, u = g + momentum m (undamped, as in the records); its one scalar is the momentum. params: shapes and dtypes.
@@ -136,6 +143,7 @@ def muon(group: GroupConfig, params: Mapping[str, Any], numerics: str, shards: i
         dtype=low,
         coefficients=group.newton_schulz_coefficients,
         square_first=group.bf16_momentum,
+        backend=backend,
     )
 
     def pack(tree: Tree) -> Tree:

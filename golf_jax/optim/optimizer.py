@@ -85,17 +85,19 @@ def make_optimizer(
     live: Mapping[str, jax.Array] | None = None,
     shards: int = 1,
     axis_name: str | None = None,
+    backend: str = "xla",
 ) -> Optimizer:
     """Optimizer over a flat dictionary of leaves.
 
     params: shapes and storage dtypes. roles: leaf -> role, routed by `config.groups`. numerics `as_run`: Newton-Schulz and the
     gathered updates in bfloat16. live: per leaf a 0/1 mask (broadcastable) of what is trained at all; absent means everything.
     shards, axis_name: number of devices and mesh axis when it runs inside shard_map.
+    backend: of attention, which Newton-Schulz shares.
     """
     groups = route(config, roles)
     owned = {g.name: [n for n in params if groups[n] == g] for g in config.groups if g.kind in RULES}
     rules = {
-        g.name: RULES[g.kind][0](g, {n: params[n] for n in owned[g.name]}, numerics, shards, axis_name)
+        g.name: RULES[g.kind][0](g, {n: params[n] for n in owned[g.name]}, numerics, shards, axis_name, backend)
         for g in config.groups
         if g.kind in RULES
     }

@@ -44,6 +44,7 @@ def optimizer(recipe: Recipe, params: Any, shards: int, axis_name: str | None) -
         live=live,
         shards=shards,
         axis_name=axis_name,
+        backend=recipe.model.attention,
     )
 
 

@@ -30,6 +30,8 @@ TARGETS = {
     "unstack": "golf_unstack",
     "linear": "golf_linear",
     "mlp": "golf_mlp",
+    "newton_schulz_float32": "golf_newton_schulz",
+    "newton_schulz_bfloat16": "golf_newton_schulz_bf16",
 }
 MEASURED = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere it has not run, and is there for those who name it
 _SOURCE = Path(__file__).with_name("native.cc")
@@ -44,8 +46,11 @@ def processor() -> list[str]:
     return [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
 
 
-WIDE = MEASURED and any("avx512f" in line.split() for line in processor())
+_CAN = {word for line in processor() for word in line.split()} if MEASURED else set()
+WIDE = "avx512f" in _CAN
 """Whether products in C++ are faster than XLA's, which they are with AVX-512."""
+PAIRS = "avx512_bf16" in _CAN and "amx_bf16" not in _CAN
+"""Likewise those of bfloat16. XLA does not use this instruction; what it makes of AMX has not been compared."""
 
 
 def compiler() -> str:
