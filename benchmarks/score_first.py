@@ -2,11 +2,11 @@
 
     python benchmarks/score_first.py [pr2005] [--chunks 2] [--chunk-tokens 4096] [--peer compile] [--plain-peer] [--json FILE]
 
-Each chunk is scored by sliding windows, then trained on by SGD with the recipe's settings (pr2005's for recipes that have none), both sides
-from the same random weights on the same random tokens; the peer (torch_peer.py, in a process of its own) computes all logits of every window.
-Chunks are shorter than the recipe's 32,768 tokens, for patience; their windows and rows keep the proportion of 512 to 16 times the epochs.
-The first chunk, which compiles and has fewer windows, is not timed. Prints seconds per chunk, scoring and training apart, their ratios, and
-the difference of each chunk's sum of scores, which follows both sides through all updates.
+Each chunk is scored by sliding windows, then trained on by SGD with the recipe's settings (pr2005's for recipes that have none), both
+sides from the same random weights on the same random tokens; the peer (torch_peer.py, in a process of its own) computes all logits of
+every window. Chunks are shorter than the recipe's 32,768 tokens, for patience; windows and rows keep the proportion of 512 to 16 times the
+epochs. The first chunk, which compiles and has fewer windows, is not timed. Prints seconds per chunk, scoring and training apart, their
+ratios, and the difference of each chunk's sum of scores, which follows both sides through all updates.
 """
 
 import json
@@ -127,7 +127,8 @@ def main(argv: list[str]) -> int:
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{recipe.name} on {result['device']}: {result['windows_per_chunk']} windows and {result['sequences_per_chunk']} sequences per chunk")
+    of_chunk = f"{result['windows_per_chunk']} windows scored, {result['sequences_per_chunk']} sequences trained on"
+    print(f"{recipe.name} on {result['device']}, per chunk {of_chunk}")
     for name, ratio in result["jax_over_torch"].items():
         print(
             f"JAX / PyTorch {name}: {ratio['wall_s']:.3f} (cpu {ratio['cpu_s']:.3f}; scoring {ratio['score_s']:.3f}, training "

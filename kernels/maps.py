@@ -1,4 +1,4 @@
-"""The layers of a stack as arrays of their own, and the linear maps of evaluation, on a CPU in C++ (kernels/attention/maps.h).
+"""The layers of a stack as arrays of their own, and the linear maps of evaluation, on a CPU in C++ (kernels/native/maps.h).
 
 For XLA:CPU each layer is a program to compile, as its place in the stack is a constant in it, and so is whatever takes it in: a quarter
 of the compilation of a step. `native` makes them in one call per stack, which nothing is fused into. What is not trained it packs in
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from golf_jax.kernels.attention import native
+from golf_jax.kernels.native import library
 
 
 class Packed(NamedTuple):
@@ -23,7 +23,7 @@ class Packed(NamedTuple):
 
 def packs(backend: str, stack: jax.Array) -> bool:
     """Whether `unstack` can pack the layers of a stack."""
-    return backend == "native" and native.WIDE and stack.ndim == 3 and stack.shape[-1] % 16 == 0
+    return backend == "native" and library.WIDE and stack.ndim == 3 and stack.shape[-1] % 16 == 0
 
 
 def unstack(x: jax.Array, *, backend: str = "xla", packed: bool = False) -> list[jax.Array] | list[Packed]:
@@ -33,13 +33,13 @@ def unstack(x: jax.Array, *, backend: str = "xla", packed: bool = False) -> list
         return [part[0] for part in jax.lax.split(x, (1,) * x.shape[0], axis=0)]
     if x.dtype != jnp.float32:
         raise ValueError(f"unstack with backend 'native' needs float32, got {x.dtype}")
-    native.ready()
+    library.ready()
     return [Packed(part) for part in _layers(x, True)] if packed else _unstack(x)
 
 
 def _layers(x: jax.Array, packed: bool) -> list[jax.Array]:
     part = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    return list(jax.ffi.ffi_call(native.TARGETS["unstack"], [part] * x.shape[0], vmap_method="sequential")(x, packed=packed))
+    return list(jax.ffi.ffi_call(library.TARGETS["unstack"], [part] * x.shape[0], vmap_method="sequential")(x, packed=packed))
 
 
 @jax.custom_vjp
@@ -53,11 +53,11 @@ _unstack.defvjp(lambda x: (_unstack(x), None), lambda _, parts: (jnp.stack(parts
 def linear(x_MI: jax.Array, w: Packed) -> jax.Array:
     """x w, float32 [M, O]."""
     out = jax.ShapeDtypeStruct((x_MI.shape[0], w.w_IO.shape[1]), jnp.float32)
-    return jax.ffi.ffi_call(native.TARGETS["linear"], out, vmap_method="sequential")(x_MI, w.w_IO)
+    return jax.ffi.ffi_call(library.TARGETS["linear"], out, vmap_method="sequential")(x_MI, w.w_IO)
 
 
 def squared_leaky_mlp(x_MI: jax.Array, r_M: jax.Array, up: Packed, down: Packed, slope: float) -> jax.Array:
     """(leaky_relu(r x up))^2 down, float32 [M, O]; up [I, F], down [F, O]."""
     out = jax.ShapeDtypeStruct((x_MI.shape[0], down.w_IO.shape[1]), jnp.float32)
-    call = jax.ffi.ffi_call(native.TARGETS["mlp"], out, vmap_method="sequential")
+    call = jax.ffi.ffi_call(library.TARGETS["mlp"], out, vmap_method="sequential")
     return call(x_MI, r_M, up.w_IO, down.w_IO, slope=np.float32(slope))

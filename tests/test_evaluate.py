@@ -24,7 +24,7 @@ from golf_jax.evaluation import METHODS
 from golf_jax.evaluation.stream import first_documents
 from golf_jax.files import sealed
 from golf_jax.interop import open_model
-from golf_jax.kernels.attention import native
+from golf_jax.kernels.native import library
 from golf_jax.mesh import make_mesh
 from golf_jax.model import init_params
 
@@ -156,10 +156,10 @@ def test_an_attention_backend_that_does_not_run_here_is_refused(folder, attentio
 
 def test_an_attention_backend_that_cannot_be_built_is_refused_and_nothing_else_is_said(folder, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
-    native.begin.cache_clear()
+    library.begin.cache_clear()
     with pytest.raises(GolfError, match="--attention native: .*/bin/false cannot compile"):
         evaluate.main(arguments(folder, "--attention", "native"))
-    native.begin.cache_clear()
+    library.begin.cache_clear()
     said = capsys.readouterr()
     assert "computes" not in said.out + said.err
 

@@ -8,7 +8,7 @@ from tiny_recipes import tiny
 
 from golf_jax import opening
 from golf_jax.config import GolfError
-from golf_jax.kernels.attention import native
+from golf_jax.kernels.native import library
 from golf_jax.model import leaves
 from golf_jax.opening import opened_here, with_attention
 
@@ -18,7 +18,7 @@ def test_an_attention_backend_that_is_not_here_is_exchanged_aloud(attention, cap
     def load():
         raise ValueError("c++ cannot be run")
 
-    monkeypatch.setattr(native, "load", load)
+    monkeypatch.setattr(library, "load", load)
     config = replace(tiny("baseline").model, attention=attention)
     model = opened_here(config, {name: np.zeros(leaf.shape, np.float32) for name, leaf in leaves(config).items()}, name="a.golf")
     said = capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 One operation, `xsa_attention`, and four backends. What is asked for is what runs, or an error:
 - `xla`     the reference (`reference.py`): any platform, any shape, also a suffix of the queries.
-- `native`  on a CPU, float32: C++ (`native.cc`) that this machine's compiler builds when it is first needed; also a suffix.
+- `native`  on a CPU, float32: C++ (`kernels/native`) that this machine's compiler builds when it is first needed; also a suffix.
 - `pallas`  on NVIDIA Hopper our fused Mosaic GPU kernels (`mosaic_gpu.py`), bf16 or fp16; on a TPU the shipped splash
             attention followed by the XSA custom_vjp (`splash_tpu.py`).
 - `cudnn`   cuDNN's fused attention through jax.nn.dot_product_attention, then the XSA custom_vjp (`cudnn.py`).
@@ -17,6 +17,7 @@ import jax
 from golf_jax.kernels.attention import native
 from golf_jax.kernels.attention.reference import causal_attention
 from golf_jax.kernels.attention.xsa import exclude_self_value
+from golf_jax.kernels.native import library
 
 BACKENDS = ("xla", "native", "pallas", "cudnn")
 SUFFIX = ("xla", "native")  # those that take the last queries of a row alone
@@ -103,9 +104,9 @@ def supported_backends(platform: str, head_dim: int, dtype, *, documents: bool =
     """
     name, half = jax.numpy.dtype(dtype).name, jax.numpy.dtype(dtype).itemsize == 2
     if platform == "cpu":
-        if name != "float32" or head_dim % 16 or not native.compiler():
+        if name != "float32" or head_dim % 16 or not library.compiler():
             return ("xla",)
-        return ("native", "xla") if native.MEASURED else ("xla", "native")
+        return ("native", "xla") if library.MEASURED else ("xla", "native")
     if platform == "tpu":
         return ("pallas", "xla") if name in ("bfloat16", "float32") and (head_dim == 64 or head_dim % 128 == 0) else ("xla",)
     if platform in ("gpu", "cuda"):
@@ -118,13 +119,13 @@ def supported_backends(platform: str, head_dim: int, dtype, *, documents: bool =
 def begin(backend: str) -> None:
     """Let a compiler begin with what `prepare` waits for, which must be called before anything that uses the backend is compiled."""
     if backend == "native":
-        native.begin()
+        library.begin()
 
 
 def prepare(backend: str) -> None:
     """Have ready what the backend needs, before anything that uses it is compiled. Raises ValueError."""
     if backend == "native":
-        native.load()
+        library.load()
 
 
 def assert_backend(hlo_text: str, backend: str) -> None:

@@ -68,7 +68,7 @@ def test_bundle_follows_imports_and_takes_nothing_else():
 
 
 def test_what_a_compiler_reads_is_taken_whole():
-    sources = module_sources(["golf_jax.kernels.attention.native"])
+    sources = module_sources(["golf_jax.kernels.native.library"])
     compiled = {path: text for path, text in sources.items() if not path.endswith(".py")}
     read = {f"{path.rpartition('/')[0]}/{name}" for path, text in compiled.items() for name in re.findall('#include "([^"/]+)"', text)}
     assert read and read < set(compiled)

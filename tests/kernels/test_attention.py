@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from golf_jax.kernels.attention import assert_backend, mosaic_gpu, native, splash_tpu, supported_backends, xsa_attention
 from golf_jax.kernels.attention.xsa import exclude_self_value
+from golf_jax.kernels.native import library
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
 IMPLEMENTATIONS = {
@@ -25,7 +26,7 @@ IMPLEMENTATIONS = {
 needs_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="the GPU interpreter of Pallas works from jax 0.11 (Python 3.12) on"
 )
-needs_compiler = pytest.mark.skipif(not native.compiler(), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(not library.compiler(), reason="no C++ compiler on this machine")
 ON_CPU = ["xla", pytest.param("native", marks=needs_compiler)]
 
 
@@ -307,7 +308,7 @@ def test_kernels_refuse_what_they_do_not_have(module, dtype, head_dim, message):
 def test_backends_of_a_platform_best_first(monkeypatch):
     monkeypatch.setenv("CXX", "c++")
     for measured, backends in ((True, ("native", "xla")), (False, ("xla", "native"))):
-        monkeypatch.setattr(native, "MEASURED", measured)
+        monkeypatch.setattr(library, "MEASURED", measured)
         assert supported_backends("cpu", 64, jnp.float32) == backends
     assert supported_backends("cpu", 24, jnp.float32) == supported_backends("cpu", 64, jnp.bfloat16) == ("xla",)
     monkeypatch.setenv("PATH", "")

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from golf_jax.kernels.attention import native
 from golf_jax.kernels.maps import linear, packs, squared_leaky_mlp, unstack
+from golf_jax.kernels.native import library
 
-needs_compiler = pytest.mark.skipif(not native.compiler(), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(not library.compiler(), reason="no C++ compiler on this machine")
 
 
 @needs_compiler
@@ -59,11 +59,11 @@ def test_packed_rows_of_several_calls_at_a_time():
 
 def test_what_is_packed(monkeypatch):
     """Maps whose outputs fill vectors, where the processor has wide ones; else XLA's products are as fast."""
-    monkeypatch.setattr(native, "WIDE", True)
+    monkeypatch.setattr(library, "WIDE", True)
     shapes = (2, 8, 32), (2, 8, 24), (2, 32)
     assert [packs("native", jnp.zeros(shape)) for shape in shapes] == [True, False, False]
     assert not packs("xla", jnp.zeros(shapes[0]))
-    monkeypatch.setattr(native, "WIDE", False)
+    monkeypatch.setattr(library, "WIDE", False)
     assert not packs("native", jnp.zeros(shapes[0]))
 
 

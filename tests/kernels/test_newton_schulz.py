@@ -10,21 +10,21 @@ from tiny_recipes import tiny
 
 from golf_jax.config import load_recipe
 from golf_jax.kernels import newton_schulz as kernel
-from golf_jax.kernels.attention import native
+from golf_jax.kernels.native import library
 from golf_jax.model import init_params
 from golf_jax.optim import newton_schulz
 from golf_jax.optim.optimizer import group_scalars
 from golf_jax.training.state import optimizer
 
-pytestmark = pytest.mark.skipif(not native.compiler(), reason="no C++ compiler on this machine")
+pytestmark = pytest.mark.skipif(not library.compiler(), reason="no C++ compiler on this machine")
 OF_2135 = next(g for g in load_recipe("pr2135").optim.groups if g.kind == "muon").newton_schulz_coefficients
 
 
 @pytest.fixture
 def everywhere(monkeypatch):
     """Also on processors whose products are no faster in C++."""
-    monkeypatch.setattr(native, "WIDE", True)
-    monkeypatch.setattr(native, "PAIRS", True)
+    monkeypatch.setattr(library, "WIDE", True)
+    monkeypatch.setattr(library, "PAIRS", True)
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -72,8 +72,8 @@ def test_the_optimizer_of_a_recipe_takes_them(attention, taken, numerics):
 
 
 def test_they_are_left_to_xla_where_it_is_faster(monkeypatch):
-    monkeypatch.setattr(native, "WIDE", True)
-    monkeypatch.setattr(native, "PAIRS", False)
+    monkeypatch.setattr(library, "WIDE", True)
+    monkeypatch.setattr(library, "PAIRS", False)
     wide, half = jnp.zeros((16, 32)), jnp.zeros((16, 32), jnp.bfloat16)
     assert kernel.runs("native", wide) and not kernel.runs("native", half) and not kernel.runs("xla", wide)
     assert not kernel.runs("native", jnp.zeros((16, 40)))

@@ -12,8 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from tiny_recipes import tiny
 
 from golf_jax.config import GolfError, ModelConfig
-from golf_jax.kernels.attention import native, xsa_attention
+from golf_jax.kernels.attention import xsa_attention
 from golf_jax.kernels.mlp import mosaic_gpu
+from golf_jax.kernels.native import library
 from golf_jax.model import GPT, gpt, init_params, logits, nll, platforms, weights
 from golf_jax.model import layers as ops
 
@@ -141,7 +142,7 @@ def test_late_norms_and_factors_change_nothing(name, last, monkeypatch):
     assert all(given[:-1]) and given[-1] == (last is None) and len(activated) == len(given)
 
 
-@pytest.mark.skipif(not native.compiler(), reason="no C++ compiler on this machine")
+@pytest.mark.skipif(not library.compiler(), reason="no C++ compiler on this machine")
 @pytest.mark.parametrize("last", [None, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["pr372", "pr562", "pr638", "pr1182", "pr2005", "pr2135"])
 def test_native_attention_changes_nothing(name, last):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from golf_jax.config import FakeQuantConfig, GolfError, ModelConfig
-from golf_jax.kernels.attention import native
+from golf_jax.kernels.native import library
 from golf_jax.model import count, hidden, leaves, logits, nll, resolve
 from golf_jax.model.params import dead_layers, from_tensors, to_tensors
 
@@ -266,7 +266,7 @@ def test_tensors_round_trip_in_the_challenges_names(all_techniques):
 
 
 def test_auto_is_resolved_by_platform(monkeypatch):
-    monkeypatch.setattr(native, "compiler", lambda: "")
+    monkeypatch.setattr(library, "compiler", lambda: "")
     for platform, found in (("cpu", ("float32", "xla")), ("gpu", ("bfloat16", "cudnn"))):
         config = resolve(ModelConfig(), platform)
         assert (config.dtype, config.attention) == found

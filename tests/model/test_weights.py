@@ -9,8 +9,8 @@ from tiny_recipes import tiny
 
 from golf_jax.config import GolfError
 from golf_jax.evaluation.scorer import scoring_program, shapes_of, weights_program
-from golf_jax.kernels.attention import native
 from golf_jax.kernels.maps import Packed
+from golf_jax.kernels.native import library
 from golf_jax.mesh import make_mesh
 from golf_jax.model import hidden, init_params, nll, weights_of
 
@@ -22,7 +22,7 @@ def varied(config):
     return {name: x + 0.2 * jax.random.normal(jax.random.key(i), x.shape) for i, (name, x) in enumerate(fresh.items())}
 
 
-needs_wide = pytest.mark.skipif(not native.WIDE or not native.compiler(), reason="no AVX-512 or no C++ compiler on this machine")
+needs_wide = pytest.mark.skipif(not library.WIDE or not library.compiler(), reason="no AVX-512 or no C++ compiler on this machine")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The library that a machine's C++ compiler makes of native.cc: built once, by whichever compiler is named, or told why not."""
+"""The library that a machine's C++ compiler makes of library.cc: built once, by whichever compiler is named, or told why not."""
 
 import os
 import subprocess
@@ -11,40 +11,41 @@ import pytest
 
 from golf_jax.config import GolfError, ModelConfig
 from golf_jax.kernels.attention import native
+from golf_jax.kernels.native import library
 from golf_jax.model import choose, resolve
 
-needs_compiler = pytest.mark.skipif(not native.compiler(), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(not library.compiler(), reason="no C++ compiler on this machine")
 
 
 @pytest.fixture
 def unloaded(tmp_path, monkeypatch):
-    """Nothing loaded and nothing built; the folder where libraries are kept. In place of native.cc a source that is compiled at once."""
-    (tmp_path / "small.cc").write_text("".join(f'extern "C" void {name}() {{}}\n' for name in native.TARGETS.values()))
-    monkeypatch.setattr(native, "_SOURCE", tmp_path / "small.cc")
+    """Nothing loaded and nothing built; the folder where libraries are kept. In place of library.cc a source that is compiled at once."""
+    (tmp_path / "small.cc").write_text("".join(f'extern "C" void {name}() {{}}\n' for name in library.TARGETS.values()))
+    monkeypatch.setattr(library, "_SOURCE", tmp_path / "small.cc")
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
-    native.begin.cache_clear()
-    monkeypatch.setattr(native, "MEASURED", True)
+    library.begin.cache_clear()
+    monkeypatch.setattr(library, "MEASURED", True)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *a, **k: None)  # other tests use those that are registered
     yield tmp_path / "xla"
     jax.config.update("jax_compilation_cache_dir", before)
-    native.begin.cache_clear()
+    library.begin.cache_clear()
 
 
 @needs_compiler
 def test_built_once_and_kept_with_the_compiled_programs(unloaded, monkeypatch):
-    native.load()
-    (library,) = unloaded.iterdir()
-    native.begin.cache_clear()
+    library.load()
+    (built,) = unloaded.iterdir()
+    library.begin.cache_clear()
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("built twice"))
-    native.load()
-    assert [*unloaded.iterdir()] == [library]
+    library.load()
+    assert [*unloaded.iterdir()] == [built]
 
 
 @needs_compiler
 def test_without_a_cache_it_lies_where_python_keeps_compiled_modules(unloaded):
     jax.config.update("jax_compilation_cache_dir", None)
-    native.load()
+    library.load()
     assert [path.suffix for path in (unloaded.parent / "__pycache__").iterdir()] == [".so"]
 
 
@@ -52,7 +53,7 @@ def test_another_compiler_builds_its_own(monkeypatch):
     names = set()
     for compiler in ("g++", "clang++ -stdlib=libc++"):
         monkeypatch.setenv("CXX", compiler)
-        names.add(native._digest(native.compiler().split()))
+        names.add(library._digest(library.compiler().split()))
     assert len(names) == 2
 
 
@@ -89,60 +90,60 @@ def test_the_compiler_works_while_something_else_is_done(unloaded, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("left", [lambda whole: whole[:3000], lambda whole: whole.replace(b"\x01", b"\x02", 1), lambda whole: b""])
 def test_a_damaged_library_is_built_again(unloaded, left):
-    native.load()
-    (library,) = unloaded.iterdir()
-    whole = library.read_bytes()
-    library.unlink()  # not written over: this process has it loaded
-    library.write_bytes(left(whole))
-    native.begin.cache_clear()
-    native.load()
+    library.load()
+    (built,) = unloaded.iterdir()
+    whole = built.read_bytes()
+    built.unlink()  # not written over: this process has it loaded
+    built.write_bytes(left(whole))
+    library.begin.cache_clear()
+    library.load()
     assert whole in [path.read_bytes() for path in unloaded.iterdir()]
 
 
 @needs_compiler
 def test_a_library_without_the_calls_is_told(unloaded, monkeypatch):
-    monkeypatch.setenv("CXX", f"{native.compiler()} -fvisibility=hidden")
+    monkeypatch.setenv("CXX", f"{library.compiler()} -fvisibility=hidden")
     with pytest.raises(ValueError, match="cannot be loaded .*golf_"):
-        native.load()
+        library.load()
 
 
 @needs_compiler
 @pytest.mark.parametrize("other", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_a_pipe_or_a_device_is_no_library(unloaded, other):
-    native.load()
-    (library,) = unloaded.iterdir()
-    library.unlink()
-    other(library)
-    native.begin.cache_clear()
-    native.load()
+    library.load()
+    (built,) = unloaded.iterdir()
+    built.unlink()
+    other(built)
+    library.begin.cache_clear()
+    library.load()
     assert [path.is_file() for path in unloaded.iterdir()] == [True]
 
 
 @needs_compiler
 def test_what_cannot_be_read_is_no_library(unloaded):
     """As that of another user; here a folder, which the superuser cannot read either."""
-    native.load()
-    (library,) = unloaded.iterdir()
-    (unloaded / f"{library.name[:-19]}{'0' * 16}.so").mkdir()
-    library.rename(library.with_suffix(".moved"))
-    native.begin.cache_clear()
-    native.load()
-    assert library.is_file()
+    library.load()
+    (built,) = unloaded.iterdir()
+    (unloaded / f"{built.name[:-19]}{'0' * 16}.so").mkdir()
+    built.rename(built.with_suffix(".moved"))
+    library.begin.cache_clear()
+    library.load()
+    assert built.is_file()
 
 
 @needs_compiler
 def test_a_place_that_keeps_nothing_is_no_hindrance(unloaded, monkeypatch):
     unloaded.write_text("a file")
-    native.load()
+    library.load()
 
 
 def test_a_compiler_that_hangs_or_makes_nothing_is_told(unloaded, monkeypatch):
-    monkeypatch.setattr(native, "_PATIENCE", 0.2)
+    monkeypatch.setattr(library, "_PATIENCE", 0.2)
     for command, message in ((f"{sys.executable} -c while(1):pass", "timed out"), (f"{sys.executable} -c 0", "exit status 0")):
         monkeypatch.setenv("CXX", command)
-        native.begin.cache_clear()
+        library.begin.cache_clear()
         with pytest.raises(ValueError, match=message):
-            native.load()
+            library.load()
 
 
 def test_a_command_that_ends_takes_the_compiler_with_it(tmp_path):
@@ -153,9 +154,9 @@ def test_a_command_that_ends_takes_the_compiler_with_it(tmp_path):
     driver.chmod(0o755)
     program = f"""
 import pathlib, time
-from golf_jax.kernels.attention import native
-native._places = lambda: [pathlib.Path({str(tmp_path)!r})]
-native.begin()
+from golf_jax.kernels.native import library
+library._places = lambda: [pathlib.Path({str(tmp_path)!r})]
+library.begin()
 while not (pathlib.Path({str(said)!r}).exists() and pathlib.Path({str(said)!r}).read_text()): time.sleep(0.01)
 """
     surroundings = {**os.environ, "CXX": str(driver), "TMPDIR": str(scratch)}

@@ -1,4 +1,4 @@
-// Causal grouped-query attention with the XSA epilogue on a CPU, float32: forward and backward. Beside it what `maps.h` has.
+// Causal grouped-query attention with the XSA epilogue on a CPU, float32: forward and backward.
 //
 // One task per sequence and kv head, in the threads of XLA. In each, blocks of queries meet the keys that they see; scores stay in the
 // cache and are computed again in the backward pass, which also gives dq.q / gain and dk.k of each row. Every product is one `tile` of
@@ -6,10 +6,10 @@
 // needed.
 // B batch, S queries (the last S of T positions), H query heads, G kv heads, K head_dim.
 
+#pragma once
+
 #include <cmath>
 
-#include "maps.h"
-#include "newton_schulz.h"
 #include "tiles.h"
 
 namespace {
@@ -243,11 +243,3 @@ void backward(const Call& call) {
 }
 
 }  // namespace
-
-extern "C" XLA_FFI_Error* golf_xsa_forward(XLA_FFI_CallFrame* frame) { return handle(frame, forward); }
-extern "C" XLA_FFI_Error* golf_xsa_backward(XLA_FFI_CallFrame* frame) { return handle(frame, backward); }
-extern "C" XLA_FFI_Error* golf_unstack(XLA_FFI_CallFrame* frame) { return handle(frame, unstack); }
-extern "C" XLA_FFI_Error* golf_linear(XLA_FFI_CallFrame* frame) { return handle(frame, linear); }
-extern "C" XLA_FFI_Error* golf_mlp(XLA_FFI_CallFrame* frame) { return handle(frame, mlp); }
-extern "C" XLA_FFI_Error* golf_newton_schulz(XLA_FFI_CallFrame* frame) { return handle(frame, newton_schulz<float>); }
-extern "C" XLA_FFI_Error* golf_newton_schulz_bf16(XLA_FFI_CallFrame* frame) { return handle(frame, newton_schulz<Half>); }
