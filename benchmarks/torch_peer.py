@@ -317,8 +317,8 @@ class Trainer:
     def adapt(self, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, epochs: int, rows: int, clip_norm: float) -> None:
         """Test-time training: in each epoch one update on all of int64 [sequences, T], in micro-batches of `rows`."""
         for _ in range(epochs):
-            for i in range(0, len(x), rows):
-                (self.loss(x[i : i + rows], y[i : i + rows]) * (rows / len(x))).backward()
+            for some, targets in zip(x.split(rows), y.split(rows), strict=True):
+                (self.loss(some, targets) * (len(some) / len(x))).backward()
             torch.nn.utils.clip_grad_norm_(self.params, clip_norm, foreach=True)
             optimizer.step()
             optimizer.zero_grad()
