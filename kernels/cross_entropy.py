@@ -14,6 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from golf_jax.kernels.maps import weight_gradient
+
 MAX_LOGITS = 2**27  # logits in one piece (512 MiB in fp32): above, `chunk=None` splits the tokens
 MAX_SOFTCAP = 80.0  # exp(80) * vocabulary still fits in fp32
 
@@ -92,7 +94,8 @@ def _piece_gradients(x_ND, table_VD, targets_N, lse_N, raw_NV, g_N, softcap):
     if isinstance(softcap, tuple):
         d_side_NV = d_capped * (capped - raw_NV / side * (1 - capped * capped))
         d_softcap = tuple(jnp.sum(jnp.where(mask, d_side_NV, 0)) for mask in (raw_NV >= 0, raw_NV < 0))
-    return _matmul("nv,vd->nd", d_raw_NV, table_VD), _matmul("nv,nd->vd", d_raw_NV, x_ND), d_softcap
+    dtable_VD = weight_gradient(d_raw_NV, x_ND, preferred_element_type=jnp.float32)
+    return _matmul("nv,vd->nd", d_raw_NV, table_VD), dtable_VD, d_softcap
 
 
 def _split(array: jax.Array, pieces: int) -> jax.Array:

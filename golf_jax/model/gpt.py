@@ -348,7 +348,7 @@ def mlp(config: ModelConfig, w: Params, z_BTD: jax.Array, tap: Tap = lambda name
         return squared_leaky_linear(u_BTF.reshape(-1, u_BTF.shape[-1]), r_BT1.reshape(-1), w["down"], slope).reshape(z_BTD.shape)
     h_BTF: Any = ops.squared_leaky(u_BTF, slope) if r_BT1 is None else ops.scaled_squared_leaky(u_BTF, r_BT1, slope)
     tap("down_in", h_BTF)
-    return ops.linear(h_BTF, w["down"])
+    return ops.linear(h_BTF, w["down"], config.attention)
 
 
 def nll(

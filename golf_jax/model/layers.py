@@ -49,14 +49,17 @@ def _scaled_squared_leaky_gradients(slope: float, given: tuple[jax.Array, jax.Ar
 scaled_squared_leaky.defvjp(lambda u, r, slope: (scaled_squared_leaky(u, r, slope), (u, r)), _scaled_squared_leaky_gradients)
 
 
-def linear(x: jax.Array, w_IO: jax.Array | maps.Packed) -> jax.Array:
-    """x @ w over the last axis, [..., I] -> [..., O], as one product of two matrices.
+def linear(x: jax.Array, w_IO: jax.Array | maps.Packed, backend: str = "xla") -> jax.Array:
+    """x @ w over the last axis, [..., I] -> [..., O], as one product of two matrices. backend: of attention.
 
     With [B, T, I] the weight's gradient contracts two axes, for which XLA:CPU copies the activations transposed: forward and backward
     of one map take 1.6 times as long.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = maps.linear(flat, w_IO) if isinstance(w_IO, maps.Packed) else flat @ w_IO
+    if isinstance(w_IO, maps.Packed):
+        y = maps.linear(flat, w_IO)
+    else:
+        y = maps.narrowing(flat, w_IO) if backend == "native" else flat @ w_IO
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from golf_jax.kernels.maps import linear, packs, squared_leaky_mlp, unstack
+from golf_jax.kernels.maps import linear, narrowing, packs, squared_leaky_mlp, unstack, weight_gradient
 from golf_jax.kernels.native import library
 
 needs_compiler = pytest.mark.skipif(not library.compiler(), reason="no C++ compiler on this machine")
@@ -77,3 +77,23 @@ def test_several_stacks_at_a_time():
 def test_native_is_for_float32():
     with pytest.raises(ValueError, match="needs float32, got bfloat16"):
         unstack(jnp.zeros((2, 3), jnp.bfloat16), backend="native")
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 3), (3, 8)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.1)])
+def test_a_narrowing_map_has_the_gradients_of_the_product(inputs, outputs, dtype, tolerance):
+    sizes = (2, 6, inputs), (2, inputs, outputs), (2, 6, outputs)
+    x, w, dy = (jax.random.normal(jax.random.key(i), size, dtype) for i, size in enumerate(sizes))
+    (y, back), (expected, back_of_it) = jax.vjp(jax.vmap(narrowing), x, w), jax.vjp(jnp.matmul, x, w)
+    for got, want in zip((y, *back(dy)), (expected, *back_of_it(dy)), strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=0, atol=tolerance)
+
+
+def test_only_a_cpu_turns_the_product_of_a_narrowing_map():
+    x, dy = jnp.zeros((4, 8)), jnp.zeros((4, 3))
+    texts = {
+        platform: jax.jit(weight_gradient).trace(x, dy).lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda")
+    }
+    assert {platform: "optimization_barrier" in text for platform, text in texts.items()} == {"cpu": True, "cuda": False}
+    assert "tensor<3x8xf32>" in texts["cpu"] and "tensor<3x8xf32>" not in texts["cuda"]
