@@ -77,6 +77,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             scores[n] = np.asarray(program(given[n], tokens), np.float64)
             samples[n].append({"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu})
         for n, peer in peers.items():
+            settle()
             answer = peer.step()
             scores[n] = answer["scores"].astype(np.float64)
             samples[n].append({k: answer[k] for k in ("wall_s", "cpu_s")})

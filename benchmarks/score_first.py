@@ -95,8 +95,10 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
     samples: dict[str, list[dict[str, Any]]] = {"jax": [], **{name: [] for name in peers}}
     differences: dict[str, list[float]] = {name: [] for name in peers}
     for c in range(1 + options.chunks):  # in turn, so that whatever else the machine does meets all
-        settle()
-        answers = {"jax": ours(c)} | {name: peer.step() for name, peer in peers.items()}
+        answers = {}
+        for name, take in {"jax": lambda c=c: ours(c), **{name: peer.step for name, peer in peers.items()}}.items():
+            settle()
+            answers[name] = take()
         chosen = windows[chunk_of == c]
         for name, answer in answers.items():
             if name in peers:

@@ -3,9 +3,9 @@
     python benchmarks/step_time.py pr638 --data.ranks 1 --peer compile --json benchmarks/results/h200.json   # one GPU's share
     python benchmarks/step_time.py quickstart --peer eager compile                                            # a laptop
 
-The first argument is a recipe, `--section.field value` overrides it. Steps of JAX and of each peer alternate in one run, so that
-other load on the machine meets all of them; medians are reported. On a CPU the CPU seconds of a step are reported too: they
-hardly depend on other load when the run is pinned to one core (`taskset -c 0`).
+The first argument is a recipe, `--section.field value` overrides it. JAX and each peer take two steps in turn, so that other load on the
+machine meets all of them, and the second counts, as steps follow each other in training; medians are reported. On a CPU the CPU seconds of
+a step are reported too: they hardly depend on other load when the run is pinned to one core (`taskset -c 0`).
 """
 
 import importlib.metadata
@@ -58,7 +58,7 @@ class Options:
     devices: int = 0
     """As of `python -m golf_jax.train`: 0 for all, of a CPU about one per core."""
     steps: int = 20
-    """Timed steps of each, after two that are not timed."""
+    """Timed steps of each, every other one, after two that are not timed."""
     looping: bool = False
     """The phase with depth recurrence."""
     peak_tflops: float = 0.0
@@ -95,7 +95,6 @@ class Peer:
 
     def step(self) -> dict[str, Any]:
         assert self.process.stdout
-        settle()
         try:
             self._send("step")
             return pickle.load(self.process.stdout)
@@ -215,16 +214,19 @@ def measure(recipe: Recipe, options: Options) -> Iterator[dict[str, Any]]:
     firsts = {name: peer.step() for name, peer in peers.items()}  # compiles
     samples: dict[str, list] = {"jax": [], **{name: [] for name in peers}}
     losses: dict[str, list[float]] = {"jax": [], **{name: [answer["loss"]] for name, answer in firsts.items()}}
-    for i in range(options.steps + 2):
-        settle()
+
+    def step() -> dict[str, Any]:
+        nonlocal state
         (state, metrics), sample = timed(compiled, state, batch, inputs)
-        losses["jax"].append(float(metrics.loss))
-        answers = {"jax": sample} | {name: peer.step() for name, peer in peers.items()}
-        for name, answer in answers.items():
-            if i > 1:
-                samples[name].append(answer)
-            if name in peers:
-                losses[name].append(answer["loss"])
+        return sample | {"loss": float(metrics.loss)}
+
+    for i in range(options.steps + 1):
+        for name, take in {"jax": step, **{name: peer.step for name, peer in peers.items()}}.items():
+            settle()
+            answers = [take(), take()]  # the first has to get back what the other side's turn has cost: caches, pages, threads that sleep
+            losses[name] += [answer["loss"] for answer in answers]
+            if i:
+                samples[name].append(answers[1])
     for peer in peers.values():
         peer.close()
     if options.trace:
