@@ -4,12 +4,14 @@
 
 Training step (the phase that takes most), validation, sliding window, Hessians (recipes with GPTQ) and test-time training (recipes that
 have it), for one device, by sequences per forward pass and by sequence length: arguments, results and temporaries, what is donated counted
-once. On a CPU in float32, or what --dtype says; code is generated without optimisation, which changes no buffer.
+once; for scoring also the parameters, which lie beside the weights that it prepares. On a CPU in float32, or what --dtype says; code is
+generated without optimisation, which changes no buffer.
 """
 
 import argparse
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -37,17 +39,19 @@ from golf_jax.training.state import graph  # noqa: E402
 from golf_jax.training.step import compile_step  # noqa: E402
 
 
-def programs(recipe: Recipe, mesh: Mesh, batch: int, seq_len: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, compiles it) at `batch` sequences of `seq_len` tokens per forward pass, two passes in a training step."""
+def programs(recipe: Recipe, mesh: Mesh, batch: int, seq_len: int) -> Iterator[tuple[str, Callable[[], Any], int]]:
+    """(name, compiles it, bytes that lie beside what it takes) at `batch` sequences of `seq_len` tokens per forward pass, two passes in a
+    training step."""
     config, quiet = recipe.model, replace(recipe.eval, sliding=replace(recipe.eval.sliding, stride=0))
     data = replace(recipe.data, ranks=1, rows_per_rank=2 * batch, seq_len=seq_len)
     quiet = replace(quiet, score_first=type(quiet.score_first)(), adapt_first=type(quiet.adapt_first)())  # they may ask for longer rows
     step = replace(recipe, data=data, micro_rows=batch, eval=quiet)
     shapes: Shapes = tuple((name, leaf.shape, "float32") for name, leaf in leaves(config).items())
+    beside = sum(4 * math.prod(shape) for _, shape, _ in shapes)
     if not recipe.optim.clip_per_rank:  # which fixes the rows
-        yield "training", lambda: compile_step(graph(step), mesh, phases(step)[-1]).run
-    yield "validation", lambda: scoring_program(config, mesh, shapes, batch, seq_len, None, True)
-    yield "sliding", lambda: scoring_program(config, mesh, shapes, batch, seq_len, min(64, seq_len), True)
+        yield "training", lambda: compile_step(graph(step), mesh, phases(step)[-1]).run, 0
+    yield "validation", lambda: scoring_program(config, mesh, shapes, batch, seq_len, None, True), beside
+    yield "sliding", lambda: scoring_program(config, mesh, shapes, batch, seq_len, min(64, seq_len), True), beside
     if recipe.quant.gptq_batches:
         hessians = jax.shard_map(
             functools.partial(_batch_hessians, config),
@@ -61,14 +65,14 @@ def programs(recipe: Recipe, mesh: Mesh, batch: int, seq_len: int) -> Iterator[t
         real = jax.ShapeDtypeStruct((batch,), jnp.float32, sharding=rows(mesh))
         given = avals(mesh, shapes), tokens, real
         total = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), jax.eval_shape(hessians, *given))
-        yield "Hessians", lambda: jax.jit(add, donate_argnums=0).lower(total, *given).compile()
+        yield "Hessians", lambda: jax.jit(add, donate_argnums=0).lower(total, *given).compile(), 0
     if recipe.eval.score_first.on:
         rule = Rule(optax.trace(recipe.eval.score_first.momentum), 1.0)
-        yield "test-time training", lambda: training_program(config, rule, mesh, shapes, (1, 2 * batch, 1), seq_len, 1, batch)
+        yield "test-time training", lambda: training_program(config, rule, mesh, shapes, (1, 2 * batch, 1), seq_len, 1, batch), 0
 
 
 def measure(recipe: Recipe, mesh: Mesh, batch: int, seq_len: int) -> Iterator[dict[str, Any]]:
-    for name, compile in programs(recipe, mesh, batch, seq_len):
+    for name, compile, beside in programs(recipe, mesh, batch, seq_len):
         begin = time.process_time()
         compiled = compile()
         m = compiled.memory_analysis()
@@ -77,7 +81,7 @@ def measure(recipe: Recipe, mesh: Mesh, batch: int, seq_len: int) -> Iterator[di
             "program": name,
             "rows": batch,
             "seq_len": seq_len,
-            "bytes": program_bytes(compiled),
+            "bytes": program_bytes(compiled) + beside,
             "temporary_bytes": m.temp_size_in_bytes,
             "argument_bytes": m.argument_size_in_bytes,
             "compile_cpu_s": round(time.process_time() - begin, 1),

@@ -41,7 +41,8 @@ def newton_schulz(
 
     In bfloat16 every product is rounded where the records round it, with the coefficients in float32: bit for bit their eager result.
     coefficients: (a, b, c) of every step, or one for all. square_first: c (A A), as PR 1182 has it, instead of (c A) A.
-    backend: of attention; with `native` the steps in bfloat16 are one call in C++ (`golf_jax.kernels.newton_schulz`).
+    backend: of attention; with `native` the steps are one call in C++ where that is faster (`golf_jax.kernels.newton_schulz`), their sums in
+    another order.
     """
     stored = partial(_store, dtype=dtype)
     lift = lambda v: v.astype(jnp.float32)  # noqa: E731
@@ -54,17 +55,18 @@ def newton_schulz(
     norm = stored(jnp.sqrt(jnp.sum(jnp.square(lift(x)), (-2, -1), keepdims=True)))
     x = stored(lift(x) / lift(stored(lift(norm) + 1e-7)))
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    turned = lambda v: v.mT if tall else v  # noqa: E731
+    x = turned(x)
     of_steps = coefficients * (steps // len(coefficients))
     if of_steps and kernel.runs(backend, x):
         batch = x.reshape(-1, *x.shape[-2:])
-        x, of_steps = kernel.steps(batch, jnp.array(of_steps, jnp.float32), square_first=square_first).reshape(x.shape), ()
+        return turned(kernel.steps(batch, jnp.array(of_steps, jnp.float32), square_first=square_first).reshape(x.shape))
     for a, b, c in of_steps:
         gram = matmul(x, x.mT)
         square = stored(c * lift(matmul(gram, gram))) if square_first else matmul(stored(c * lift(gram)), gram)
         polynomial = stored(lift(stored(b * lift(gram))) + lift(square))
         x = stored(lift(stored(a * lift(x))) + lift(matmul(polynomial, x)))
-    return x.mT if tall else x
+    return turned(x)
 
 
 class Member(NamedTuple):
