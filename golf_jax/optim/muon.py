@@ -41,7 +41,7 @@ def newton_schulz(
 
     In bfloat16 every product is rounded where the records round it, with the coefficients in float32: bit for bit their eager result.
     coefficients: (a, b, c) of every step, or one for all. square_first: c (A A), as PR 1182 has it, instead of (c A) A.
-    backend: of attention; with `native` the steps are one call in C++ where that is faster (`golf_jax.kernels.newton_schulz`), their sums in
+    backend: of attention; with `native` the steps are one call in C++ where that is faster (`golf_jax.kernels.newton_schulz`), with sums in
     another order.
     """
     stored = partial(_store, dtype=dtype)
