@@ -372,8 +372,8 @@ def serve() -> None:
             parts = [trainer.scores(part[:, :-1], part[:, 1:], job["last"]).cpu() for part in windows_BT.split(job["rows"])]
         scored = time.perf_counter()
         trainer.adapt(sgd, sequences_BT[:, :-1], sequences_BT[:, 1:], job["epochs"], job["rows"], job["clip_norm"])
-        norm = float(trainer.params[0].detach().norm())  # waits for the device
-        return {"scores": torch.cat(parts).numpy(), "score_s": scored - begin, "train_s": time.perf_counter() - scored, "norm": norm}
+        trainer.params[0].sum().item()  # waits for the device
+        return {"scores": torch.cat(parts).numpy(), "score_s": scored - begin, "train_s": time.perf_counter() - scored}
 
     x, y = (None, None) if sgd else (device(job["x"]), device(job["y"]))
 

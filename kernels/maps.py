@@ -3,6 +3,7 @@
 For XLA:CPU each layer is a program to compile, as its place in the stack is a constant in it, and so is whatever takes it in: a quarter
 of the compilation of a step. `native` makes them in one call per stack, which nothing is fused into. What is not trained it packs in
 the order in which tiles of registers read them: products are then a tenth faster, and the MLP's hidden state is never in memory.
+Beside them the map of training whose weight's gradient XLA:CPU is slow to compute as it stands.
 Shapes: L layers, M rows, I inputs, O outputs, F hidden.
 """
 
@@ -51,8 +52,10 @@ _unstack.defvjp(lambda x: (_unstack(x), None), lambda _, parts: (jnp.stack(parts
 
 
 def weight_gradient(x_MI: jax.Array, dy_MO: jax.Array, **ways: Any) -> jax.Array:
-    """x.T dy [I, O], on a CPU as the transpose of dy.T x where O is smaller: XLA:CPU takes half the time for a product [O, I] if O is 128.
-    ways: of `jnp.matmul`."""
+    """x.T dy [I, O], on a CPU as the transpose of dy.T x where O is smaller: XLA:CPU takes half the time for that if O is 128.
+
+    ways: of `jnp.matmul`.
+    """
     if x_MI.shape[1] <= dy_MO.shape[1]:
         return jnp.matmul(x_MI.T, dy_MO, **ways)
     return jax.lax.platform_dependent(

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from golf_jax.config import ModelConfig
+from golf_jax.kernels.cross_entropy import softcap_cross_entropy
 from golf_jax.kernels.maps import linear, narrowing, packs, squared_leaky_mlp, unstack, weight_gradient
 from golf_jax.kernels.native import library
+from golf_jax.model.gpt import mlp
 
 needs_compiler = pytest.mark.skipif(not library.compiler(), reason="no C++ compiler on this machine")
 
@@ -88,6 +91,21 @@ def test_a_narrowing_map_has_the_gradients_of_the_product(inputs, outputs, dtype
     for got, want in zip((y, *back(dy)), (expected, *back_of_it(dy)), strict=True):
         assert got.dtype == dtype
         np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=0, atol=tolerance)
+
+
+def test_training_has_it_in_the_mlp_and_the_head():
+    """With attention `xla` the MLP stays what forward mode can differentiate."""
+    x, up, down = jnp.ones((1, 4, 8)), jnp.ones((8, 16)), jnp.ones((16, 8))
+
+    def turned(f, *args):
+        return "optimization_barrier" in jax.jit(jax.grad(lambda *given: f(*given).sum(), argnums=(0, 1))).lower(*args).as_text()
+
+    def layer(attention):
+        config = ModelConfig(attention=attention, dtype="float32")
+        return lambda up, down: mlp(config, {"up": up, "down": down}, x)
+
+    assert {attention: turned(layer(attention), up, down) for attention in ("native", "xla")} == {"native": True, "xla": False}
+    assert turned(lambda x, table: softcap_cross_entropy(x, table, jnp.zeros(4, jnp.int32), softcap=30.0), x[0], jnp.ones((32, 8)))
 
 
 def test_only_a_cpu_turns_the_product_of_a_narrowing_map():
