@@ -21,6 +21,7 @@ from step_time import Peer, peer_job, settle, surroundings
 
 from golf_jax.cli import parse, run
 from golf_jax.config import Recipe, load_recipe
+from golf_jax.config.base import check
 from golf_jax.data.tokenizer import ByteTables
 from golf_jax.evaluation import Stream
 from golf_jax.evaluation.adapter import Adapter
@@ -56,6 +57,10 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
     config = resolve(recipe.model, platform(mesh))
     settings = recipe.eval.score_first if recipe.eval.score_first.on else load_recipe("pr2005").eval.score_first
     settings = replace(settings, chunk_tokens=options.chunk_tokens)
+    check(
+        options.chunk_tokens >= recipe.data.seq_len and options.chunk_tokens % recipe.data.seq_len == 0,
+        f"--chunk-tokens must be a multiple of data.seq_len {recipe.data.seq_len}, got {options.chunk_tokens}",
+    )
     T, last, noise = recipe.data.seq_len, settings.stride, np.random.default_rng(0)
     fresh = init_params(config, jax.random.key(0))
     params = replicate(mesh, {n: p + 0.02 * noise.standard_normal(p.shape).astype(np.float32) for n, p in fresh.items()})
@@ -67,7 +72,7 @@ def measure(recipe: Recipe, options: Options) -> dict[str, Any]:
 
     book = ScoreBook(stream, 1 + options.chunks)
     adapter = Adapter(model, stream, mesh, settings, momentum_rule(settings), sequences, settings.epochs)
-    assert len(adapter.plan.sequence) == 1, "the peer makes one update of a chunk"
+    check(len(adapter.plan.sequence) == 1, f"--chunk-tokens {options.chunk_tokens}: the peer makes one update per epoch; give fewer tokens")
     scorer = WindowScorer(model, shapes_of(params), mesh, book, windows, last, chunk_of)
     lr = np.full((settings.epochs, 1), settings.lr)
 

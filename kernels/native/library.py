@@ -48,7 +48,7 @@ _CAN = {word for line in processor() for word in line.split()} if MEASURED else 
 WIDE = "avx512f" in _CAN
 """Whether products in C++ are faster than XLA's, which they are with AVX-512."""
 PAIRS = "avx512_bf16" in _CAN and "amx_bf16" not in _CAN
-"""Likewise those of bfloat16. XLA does not use this instruction; what it makes of AMX has not been compared."""
+"""Likewise those of bfloat16, as measured with AVX512_BF16 (Zen 4); with AMX, which XLA may use, they have not been compared."""
 
 
 def compiler() -> str:
