@@ -1,5 +1,6 @@
 """The code bundle is reproducible, reversible, complete enough to run alone, and holds nothing it does not need."""
 
+import ast
 import bz2
 import io
 import lzma
@@ -14,7 +15,7 @@ import pytest
 
 import golf_jax
 from golf_jax.artifact import ArtifactError, pack
-from golf_jax.artifact.code import bundle, module_sources, raw_code_bytes, unbundle
+from golf_jax.artifact.code import FOLDERS, _imports, bundle, module_sources, raw_code_bytes, unbundle
 from golf_jax.config import GolfError
 from golf_jax.quant import QTensor
 
@@ -65,6 +66,35 @@ def test_bundle_follows_imports_and_takes_nothing_else():
     assert {f"golf_jax/{name}" for name in needed} <= set(sources)
     assert not {p for p in sources if p.startswith(("golf_jax/data", "golf_jax/training", "tests"))}
     assert "golf_jax/configs/pr372.py" not in sources
+
+
+def test_imports_are_read_as_a_parser_reads_them():
+    """In every source of this project, and where they stand in more lines than one, behind others or in a comment."""
+
+    def parsed(source: str) -> set[str]:
+        nodes = list(ast.walk(ast.parse(source)))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):
+                up = ["golf_jax", "data"][: 3 - node.level] if node.level else []
+                module = ".".join([*up, *filter(None, [node.module])])
+                names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        return names
+
+    odd = """from .shards import (  # of it, (a, b
+    one,  # the first, and only
+    two as three,
+)
+if True:
+    import os, json as j; x = 1
+# import never
+from . import text
+from .. import config  # import not
+import a.b
+from golf_jax.mesh import rows; y = 2
+"""
+    for source in [odd, *(path.read_text(encoding="utf8") for folder in FOLDERS.values() for path in folder.rglob("*.py"))]:
+        assert _imports(source, "golf_jax.data") == parsed(source)
 
 
 def test_what_a_compiler_reads_is_taken_whole():
