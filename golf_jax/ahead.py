@@ -87,6 +87,13 @@ class Kept(Generic[Result]):
                 result.set_exception(error)
         return result.result()
 
+    def take(self, *args: Any) -> Result:
+        """What was made of `args`, or is being made, for this caller alone, and what nobody has asked for let go; made now if need be."""
+        with self._lock:
+            begun = self._results.pop(args, None)
+            self._results.clear()
+        return begun.result() if begun else self._make(*args)
+
     def cache_clear(self) -> None:
         with self._lock:
             self._results.clear()

@@ -10,7 +10,7 @@ from golf_jax.ahead import beside
 from golf_jax.artifact.model import check_packing
 from golf_jax.config import GolfError, ModelConfig, Recipe
 from golf_jax.data import find_shards, open_shard
-from golf_jax.data.text import Text, open_text
+from golf_jax.data.text import Text, embedded, open_text
 from golf_jax.evaluation.methods import methods_of
 from golf_jax.evaluation.packed import streams
 from golf_jax.mesh import make_mesh, platform
@@ -21,7 +21,7 @@ from golf_jax.options import Options
 from golf_jax.processes import initialize_distributed, keep_compiled_programs, split_cpu
 from golf_jax.training.phases import phases
 from golf_jax.training.resume import check_alike, devices_of, located
-from golf_jax.training.state import compile_init, graph
+from golf_jax.training.state import begin_state, graph
 from golf_jax.training.step import compile_step, micro_rows
 from golf_jax.training.trackers import check_tracker
 
@@ -58,7 +58,8 @@ def check(recipe: Recipe, options: Options) -> Plan:
     chosen = replace(recipe, model=choose(recipe.model, platform(mesh), documents=masked))
     check_devices(chosen, mesh.size)
     if d.train == "embedded" and not options.resume:  # a text that is not refused: no error has to wait for a compiler
-        beside(compile_init, chosen, mesh)
+        embedded().content_hash(recipe.model.vocab_size)  # before: beside a thread that traces, each file would wait for the interpreter
+        begin_state(chosen, mesh)
         beside(_first_program, chosen, mesh)
     text = open_text(d.train, d.val, d.tokenizer, recipe.model.vocab_size, d.seq_len)
     check_text(recipe, len(text.val_tokens), text.tokenizer.bos_id)

@@ -30,6 +30,26 @@ def test_what_two_threads_ask_for_is_made_once():
     assert made == ["a", "b", "c", "a"]  # the two that were asked for last are kept
 
 
+def test_what_is_taken_is_nobody_elses():
+    """One state is donated to one training."""
+    made, begun, go = [], threading.Event(), threading.Event()
+
+    @kept(2)
+    def state(name):
+        begun.set()
+        assert go.wait(10)
+        made.append(name)
+        return object()
+
+    beside(state, "a")
+    assert begun.wait(10)
+    threading.Timer(0.05, go.set).start()
+    first = state.take("a")  # begun above
+    assert made == ["a"] and state.take("a") is not first and made == ["a", "a"]
+    state("b"), state.take("c")
+    assert state.take("b") and made == ["a", "a", "b", "c", "b"]  # what nobody took was let go
+
+
 def test_a_failure_is_told_where_the_program_is_asked_for():
     tried = []
 

@@ -5,6 +5,7 @@ text depends on the Python version (the manifest's hashes say which); two machin
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import os
@@ -78,14 +79,11 @@ def documents() -> list[str]:
     return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
+@functools.cache
 def content_hash(vocab_size: int) -> str:
-    """Identity of the corpus and what is made of it: rules, texts and sources, tokenizer trainer."""
-    digest = hashlib.sha256(f"{RULES} {vocab_size} {sentencepiece.__version__}".encode())
-    for text in _topics().values():
-        digest.update(text.encode())
-    for path in _sources():
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    """Identity of the corpus and what is made of it: rules, texts and sources, tokenizer trainer. Reads some 600 files, once."""
+    head = f"{RULES} {vocab_size} {sentencepiece.__version__}"
+    return hashlib.sha256(b"".join([head.encode(), *map(str.encode, _topics().values()), *map(Path.read_bytes, _sources())])).hexdigest()
 
 
 def build_embedded(root: str | Path, vocab_size: int = 1024) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def prove_round_trip(
     tried, failures, batch = 0, [], []
 
     def compare() -> int:
-        texts = [tokenizer.decode(document) for document in batch]
+        texts = tokenizer.decode_documents(batch)
         if tokenizer.space_behind:  # encoding puts it there again
             texts = [text.removesuffix(" ") for text in texts]
         if tokenizer.caseops:

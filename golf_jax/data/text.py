@@ -44,6 +44,11 @@ class Text:
     """Validation text met where training was read."""
 
 
+def embedded() -> Any:
+    """`golf_jax.data.corpus`, by name: it ships with the recipes that train on it alone."""
+    return import_module("golf_jax.data.corpus")
+
+
 def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: int, *, sha256: str = "") -> Text:
     """Open shards and tokenizer and check that they fit the model and each other.
 
@@ -52,8 +57,7 @@ def open_text(train: str, val: str, tokenizer: str, vocab_size: int, seq_len: in
     here (`golf_jax.data.proof`). Raises GolfError.
     """
     if train == "embedded":
-        corpus = import_module("golf_jax.data.corpus")  # by name: it ships with the recipes that train on it alone
-        directory = Path(corpus.build_embedded(cache_directory(), vocab_size)["directory"])
+        directory = Path(embedded().build_embedded(cache_directory(), vocab_size)["directory"])
         train, val, tokenizer = (str(directory / n) for n in ("train_*.bin", "val_*.bin", "tokenizer.model"))
     if not Path(tokenizer).is_file():
         raise GolfError(f"tokenizer {tokenizer}: no such file; the export has it: python -m golf_jax.data download --help")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from golf_jax.ahead import beside, kept
 from golf_jax.config import DataConfig, EvalConfig, GroupConfig, Recipe, ScheduleConfig, SlidingConfig
 from golf_jax.mesh import AXIS, REPLICATED, ROWS, platform, run_rarely
 from golf_jax.model.module import GPT
@@ -121,9 +122,16 @@ def state_shapes(recipe: Recipe, mesh: Mesh) -> TrainState:
 
 def init_state(recipe: Recipe, mesh: Mesh, seed: int, params: dict[str, Any] | None = None) -> TrainState:
     """State on the mesh, from the recipe's initialisation or from given parameters (any device, any host)."""
-    return _maker(graph(recipe), mesh)(jax.random.key(seed), params)
+    if params is not None:
+        return _maker(graph(recipe), mesh)(jax.random.key(seed), params)
+    return _initial.take(graph(recipe), mesh, seed)
 
 
-def compile_init(recipe: Recipe, mesh: Mesh) -> None:
-    """Have the program of `init_state` compiled into jax's cache, from where it is read when it is asked for."""
-    _maker(graph(recipe), mesh).lower(jax.random.key(recipe.seed), None).compile()
+@kept(1)
+def _initial(graph: Recipe, mesh: Mesh, seed: int) -> TrainState:
+    return _maker(graph, mesh)(jax.random.key(seed), None)
+
+
+def begin_state(recipe: Recipe, mesh: Mesh) -> None:
+    """Begin what `init_state` will be asked for: its program and, where the devices have nothing else to do yet, the state itself."""
+    beside(_initial, graph(recipe), mesh, recipe.seed)

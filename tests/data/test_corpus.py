@@ -110,7 +110,9 @@ def test_embedded_corpus_hash_follows_what_it_is_made_of(monkeypatch):
     before = corpus.content_hash(512)
     assert corpus.content_hash(512) == before != corpus.content_hash(1024)
     monkeypatch.setattr(corpus, "_topics", lambda: {"one": "text"})
+    corpus.content_hash.cache_clear()
     assert corpus.content_hash(512) != before
+    corpus.content_hash.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["val_000000.bin", "tokenizer.model", "extra.bin"])

@@ -85,6 +85,12 @@ def test_real_and_odd_text_is_counted_exactly(trained, texts):
     assert check_tables(trained, tokens) == sum(len(trained.decode(trained.encode(t)).encode()) for t in [*texts, *ODD_TEXTS])
 
 
+def test_documents_are_decoded_together_as_one_by_one(trained, texts):
+    documents = [*trained.encode_documents(texts), np.array([], np.uint16), np.array([trained.bos_id], np.uint16)]
+    assert trained.decode_documents(documents) == [trained.decode(ids) for ids in documents]
+    assert trained.decode_documents([]) == [] and trained.decode_documents(documents[-2:-1]) == [""]
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.text(), st.text("a \u2581\t\n\u00a0é1"), st.sampled_from(ODD_TEXTS)), min_size=1, max_size=4))
 def test_any_text_is_counted_exactly(trained, random_texts):

@@ -20,7 +20,7 @@ from golf_jax.optim.optimizer import group_scalars
 from golf_jax.optim.schedules import Clock
 from golf_jax.training.leak import warm_up
 from golf_jax.training.phases import phase_at, phases
-from golf_jax.training.state import TrainState, init_state, optimizer, state_shapes, state_specs
+from golf_jax.training.state import TrainState, begin_state, init_state, optimizer, state_shapes, state_specs
 from golf_jax.training.step import make_step, micro_rows, step_inputs
 
 RECORDS = ("pr372", "pr562", "pr638", "pr1182", "pr2005")
@@ -116,6 +116,18 @@ def test_state_bytes_per_device(leaky):
     batch, scalars = 2 * 16 * 4, 4 * (3 + 2 + 2 * 8 + 3 + 2)  # at most: the compiler drops what nothing reads
     assert abs(program.memory_analysis().argument_size_in_bytes - sum(per_device.values()) - batch) <= scalars
     assert program.memory_analysis().alias_size_in_bytes == sum(per_device.values())  # everything is donated
+
+
+def test_a_state_begun_ahead_is_that_of_its_seed_and_given_to_one_training(leaky):
+    mesh = make_mesh(1)
+    begin_state(leaky, mesh)
+    first = init_state(leaky, mesh, leaky.seed)
+    values = jax.device_get(first)
+    jax.tree.map(lambda x: x.delete(), first)  # as the first step does, to which it is donated
+    jax.tree.map(np.testing.assert_array_equal, values, jax.device_get(init_state(leaky, mesh, leaky.seed)))
+    begin_state(leaky, mesh)
+    other = init_state(leaky, mesh, leaky.seed + 1)
+    assert any(not np.array_equal(x, values.params[name]) for name, x in other.params.items())
 
 
 def test_newton_schulz_is_divided_among_the_devices():
