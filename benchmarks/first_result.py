@@ -25,7 +25,8 @@ from step_time import cpu_name
 
 def start(python: str, cache: Path, arguments: list[str]) -> dict[str, float]:
     """Seconds of one run, with GOLF_JAX_CACHE (and the caches of versions that do not know it) in `cache`."""
-    surroundings = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    unusual = ("GLIBC_TUNABLES", "PYTHONDONTWRITEBYTECODE")  # without bytecode every start compiles this package's sources
+    surroundings = {name: value for name, value in os.environ.items() if name not in unusual}
     surroundings |= {"GOLF_JAX_CACHE": str(cache), "HOME": str(cache), "XDG_CACHE_HOME": str(cache)}
     begin, first, scoring, last = time.perf_counter(), 0.0, 0, ""
     with tempfile.TemporaryDirectory() as folder:

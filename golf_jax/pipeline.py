@@ -44,7 +44,7 @@ from golf_jax.plan import Plan, border, check
 from golf_jax.processes import cores, from_main, initialize_distributed, keep_compiled_programs, others_alive, split_cpu
 from golf_jax.progress import Log, Progress, clock_seconds, patience
 from golf_jax.quant import quantize, rules_for, without_hessians
-from golf_jax.starting import huge_pages
+from golf_jax.starting import work_begins
 from golf_jax.supervise import said_all
 from golf_jax.training.checkpoints import Checkpoints, digest_ahead
 from golf_jax.training.keep import Keeper
@@ -265,7 +265,7 @@ def pack(plan: Plan, run: RunDir, signals: Signals, trained: Trained, code_bytes
     """Score once more before quantization, quantize, fit under the cap, and write artifact.golf."""
     recipe, text = plan.recipe, plan.text
     validate = _validator(plan)
-    huge_pages(True)  # where a resumed run begins with this stage
+    work_begins()  # where a resumed run begins with this stage
     before = validate(trained.params, log=run.log)
     run.log(f"pre_quantization_{recipe.schedule.export} {before.score.line()}")
     run.metrics("score", stage="pre_quantization", **before.to_dict())

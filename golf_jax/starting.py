@@ -1,5 +1,6 @@
 """What a command of this package does before anything else is imported, and whether this process is one."""
 
+import gc
 import os
 import signal
 import sys
@@ -31,12 +32,21 @@ def begin() -> None:
     module = _module(sys.orig_argv)
     if (module.removeprefix("golf_jax.") if "." in module else "".join(sys.argv[1:2])) in COMPUTING:
         _keep_pages()
+        gc.disable()
         huge_pages(False)
 
 
 def is_ours() -> bool:
     """Whether this process is a command of this package, never somebody else's: a notebook that runs the module, a test."""
     return _module(sys.orig_argv).split(".")[0] == "golf_jax" or os.path.basename(" ".join(sys.orig_argv[1:2])) == "golf-jax"
+
+
+def work_begins() -> None:
+    """What is loaded and traced makes a million objects, to stay: only what comes from here on is searched for cycles."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+    huge_pages(True)
 
 
 def huge_pages(on: bool) -> None:

@@ -1,5 +1,6 @@
 """What a command does before anything is imported: it may start over, and nobody else's process does."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -39,6 +40,7 @@ def test_what_computes_starts_over_keeping_pages_once_and_never_another_process(
     monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.36", raising=False)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(starting, "huge_pages", lambda on: None)  # of this process
+    monkeypatch.setattr(gc, "disable", lambda: None)
     monkeypatch.setattr(sys, "orig_argv", ["python", *words])
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setenv("GLIBC_TUNABLES", given)
@@ -58,6 +60,7 @@ def test_where_python_cannot_tell_its_program_nothing_starts_over(program, monke
     monkeypatch.setattr(sys, "argv", ["-m"])
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(starting, "huge_pages", lambda on: None)  # of this process
+    monkeypatch.setattr(gc, "disable", lambda: None)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     starting.begin()
@@ -117,3 +120,25 @@ def test_huge_pages_wait_for_the_steps_and_what_is_free_by_then_may_lie_in_them(
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True)
     assert done.stdout.startswith(states), done.stderr
     assert tunables != TUNABLES or int(done.stdout.split()[2]) >= 32
+
+
+def test_nobody_looks_for_cycles_before_the_work_begins_and_then_only_in_what_is_new():
+    code = """if True:
+        import gc, sys
+        sys.orig_argv, sys.argv = [sys.executable, "-X", "golf_jax_keeps_pages", "-m", "golf_jax.train"], ["-m"]
+        import golf_jax
+        from golf_jax.starting import work_begins
+        before = gc.isenabled()
+        work_begins()
+        frozen = gc.get_freeze_count()
+        new = [[] for _ in range(1000)]
+        work_begins()
+        print(before, gc.isenabled(), frozen > 1000, gc.get_freeze_count() <= frozen)"""
+    done = subprocess.run([sys.executable, "-X", AGAIN, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True", "True", "True"], done.stderr
+
+
+def test_what_only_saving_needs_is_not_loaded_for_the_first_step():
+    code = "import golf_jax.pipeline, sys; print(*(name for name in ('orbax', 'matplotlib', 'torch', 'pandas') if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [], done.stderr

@@ -18,7 +18,7 @@ from golf_jax.evaluation.score_first import evaluate_score_first, score_first_ah
 from golf_jax.evaluation.stream import Stream
 from golf_jax.model import Model
 from golf_jax.progress import Log, patience
-from golf_jax.starting import huge_pages
+from golf_jax.starting import work_begins
 
 METHODS: dict[str, Callable[..., Result]] = {
     "standard": evaluate_fixed,
@@ -60,7 +60,7 @@ def score(
     eval.check_length(seq_len)
     with patience(log, "C1 and C2: compiling"):
         causal, error = check_model(model, Stream.of(text.val_tokens, text.tables, seq_len).tokens, mesh, seq_len)
-    huge_pages(True)
+    work_begins()
     for name in methods or methods_of(eval):
         config = getattr(eval, name, None)
         stream = Stream.of(text.val_tokens, text.tables, getattr(config, "seq_len", seq_len), eval.batch_rows, max_targets)

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from golf_jax.ahead import ahead
@@ -83,6 +82,13 @@ def digest_ahead(shapes: TrainState) -> None:
     ahead(lambda: _digests().lower(shapes._asdict()).compile())
 
 
+def _orbax() -> Any:
+    """orbax.checkpoint, loaded when a state is saved or looked for: a fifth of what a start imports, and none of it for step 1."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
 @functools.cache
 def _set_up() -> None:
     """How orbax is to behave.
@@ -101,6 +107,7 @@ def _set_up() -> None:
 
     sys.unraisablehook = told
     # Not a slice of every array by every device that holds it: each would be a program of its own, compiled at the first save.
+    ocp = _orbax()
     ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True)
 
 
@@ -110,14 +117,15 @@ class Checkpoints:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).absolute()
         self._last = self._synced = 0  # step of the save under way, and of the one that would outlive a power loss
-        _set_up()
         with self._reported("cannot be opened"):
             self.directory.mkdir(parents=True, exist_ok=True)  # orbax finds out that it is a file when the first save is due
-            self._open()
 
-    def _open(self) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+    @functools.cached_property
+    def _manager(self) -> Any:
+        with self._reported("cannot be opened"):
+            _set_up()
+            options = _orbax().CheckpointManagerOptions(max_to_keep=KEPT, create=True, cleanup_tmp_directories=True)
+            return _orbax().CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: TrainState, *, wait: bool = False, **facts: Any) -> None:
         """Start saving; returns once the arrays are copied out (`wait`: once they are on disk).
@@ -129,10 +137,11 @@ class Checkpoints:
         if not finite:
             raise GolfError(f"step {step}: the weights are not finite any more; nothing is saved from here on")
         meta = sealed({"step": step, "digests": named, **facts})
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
+        args = _orbax().args
+        both = args.Composite(state=args.StandardSave(state._asdict()), meta=args.JsonSave(meta))
         self._last = step
         with self._written(f"checkpoint {step} cannot be written"):
-            self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=both, force=True)
         if wait:
             self.wait()
 
@@ -163,12 +172,13 @@ class Checkpoints:
         with self._reported(f"checkpoint {step} cannot be read"):
             if odd := [p for p in (self.directory / str(step)).rglob("*") if not (p.is_file() or p.is_dir())]:
                 raise GolfError(f"checkpoint {step}: {odd[0]} is no regular file")  # opening a pipe would block for ever
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            args = _orbax().args
+            meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
             meta = checked_meta(meta, step)
             folder: Any = self.directory / str(step) / "state"
-            check_same_shapes(abstract, ocp.StandardCheckpointHandler().metadata(folder).tree)
+            check_same_shapes(abstract, _orbax().StandardCheckpointHandler().metadata(folder).tree)
             # Not strict: what the check lets through is padding, which orbax cuts or fills with zeros.
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract, strict=False)))["state"]
+            restored = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(abstract, strict=False)))["state"]
             state = TrainState(**restored)
             named, _ = _named_digests(state)
             if wrong := [name for name, value in named.items() if meta["digests"].get(name) != value]:
@@ -184,7 +194,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             source.rename(target)
         from_main("renamed")  # the others look only afterwards
-        self._open()
+        del self._manager  # opened again when it is next used
         return target
 
     def wait(self) -> None:
@@ -202,9 +212,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait, and let go. A failure is told by `save` and `wait`; it must not hide here what else has happened."""
-        for last in (self._manager.wait_until_finished, self._manager.close):
+        for last in ("wait_until_finished", "close") if "_manager" in vars(self) else ():
             with suppress(Exception):
-                last()
+                getattr(self._manager, last)()
         self._remove_halves()  # also what a thread of tensorstore wrote on while it was removed before
 
     def _remove_halves(self) -> None:

@@ -23,7 +23,7 @@ from golf_jax.optim.averaging import swa_mean
 from golf_jax.optim.schedules import Clock
 from golf_jax.processes import CompileTimes, from_all
 from golf_jax.progress import patience
-from golf_jax.starting import huge_pages
+from golf_jax.starting import work_begins
 from golf_jax.training.checkpoints import Found
 from golf_jax.training.clock import TrainingClock
 from golf_jax.training.keep import Keeper
@@ -112,7 +112,7 @@ def train(
         begun = thread.submit(lambda: found.state if found else init_state(recipe, mesh, recipe.seed))
         steps, compile_seconds = compile_phases(recipe, mesh, begun.result, run)
     state = begun.result()
-    huge_pages(True)
+    work_begins()
     if recipe.schedule.leak_warmup_steps and not step:
         state = leaked_state(recipe, mesh, state, loader, list(steps.values())[-1])
     if recipe.schedule.leak_momentum_steps and not step:
