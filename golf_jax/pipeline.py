@@ -356,8 +356,8 @@ def score_artifact(recipe: Recipe, options: Options) -> None:
 
 def reference_compressors(text: Text) -> dict[str, float]:
     """Bits per byte that zstd -22 and xz reach on the validation text: the scale for a small model's score."""
-    documents = split_documents(text.val_tokens[: 1 << 22], text.tokenizer.bos_id)
-    raw = "".join(text.tokenizer.original(document, strict=False) for document in documents).encode()
+    documents = list(split_documents(text.val_tokens[: 1 << 22], text.tokenizer.bos_id))
+    raw = "".join(text.tokenizer.originals(documents, strict=False)).encode()
     packed = {"zstd-22": zstandard.ZstdCompressor(level=22).compress(raw), "xz": lzma.compress(raw, preset=9)}
     return {name: 8 * len(data) / len(raw) for name, data in packed.items()}
 

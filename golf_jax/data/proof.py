@@ -143,7 +143,7 @@ def refuse_private_text(tokenizer: Tokenizer, tokens: np.ndarray, bos_id: int) -
 
     GolfError when they are more than 1 % of the bytes. CaseOps text goes back to what it was first; its sidecar counts what stood there.
     """
-    texts = [tokenizer.original(document, strict=False) for document in split_documents(tokens[:SAMPLED_TOKENS], bos_id)]
+    texts = tokenizer.originals(list(split_documents(tokens[:SAMPLED_TOKENS], bos_id)), strict=False)
     found, size = "".join(mark for text in texts for mark in NO_TEXT.findall(text)), sum(len(text.encode()) for text in texts)
     if (part := len(found.encode()) / max(size, 1)) > TOLERATED and not tokenizer.caseops:
         raise GolfError(

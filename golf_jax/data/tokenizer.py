@@ -83,8 +83,12 @@ class Tokenizer:
 
     def original(self, ids: Sequence[int] | np.ndarray, strict: bool = True) -> str:
         """The text of `ids` before any transform. GolfError where it is none, unless not `strict` (what a model writes may be anything)."""
-        text = self.decode(ids)
-        return caseops.decode(text, strict) if self.caseops else text
+        return self.originals([ids], strict)[0]
+
+    def originals(self, documents: Sequence[Sequence[int] | np.ndarray], strict: bool = True) -> list[str]:
+        """`original` of each."""
+        texts = self.decode_documents(documents)
+        return [caseops.decode(text, strict) for text in texts] if self.caseops else texts
 
     def encode_surfaces(self, text: str) -> tuple[list[int], list[str]]:
         """Tokens of a (transformed) text, and the part of it that each stands for, as it was before SentencePiece normalised it."""
@@ -100,13 +104,12 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """(Transformed) text of `ids`. GolfError where the model's own pieces make no text."""
-        with self._sound("decode its own tokens"):
-            return self.processor.decode(np.asarray(ids).tolist())
+        return self.decode_documents([ids])[0]
 
-    def decode_documents(self, documents: Sequence[np.ndarray]) -> list[str]:
+    def decode_documents(self, documents: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
         """`decode` of each, in one call: between calls a thread that traces a program takes the interpreter for milliseconds."""
         with self._sound("decode its own tokens"):
-            return self.processor.decode([ids.tolist() for ids in documents]) if len(documents) else []
+            return self.processor.decode([np.asarray(ids).tolist() for ids in documents]) if len(documents) else []
 
     def changes(self) -> list[str]:
         """What encoding does not keep of a text, found by trying: line ends, runs of spaces, case, compatibility forms, other letters."""
