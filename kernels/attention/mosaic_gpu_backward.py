@@ -181,20 +181,29 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
     def xsa_attention_dkv(q_ref, k_ref, v_ref, gain_ref, documents, y_ref, do_ref, lse_ref, delta_ref, a_ref, c_ref, *rest):
         dk_ref, dv_ref, dot_ref, dot_smem, *scratch = rest
         k_smem, v_smem, q_smem, do_smem, first_smem, lse_smem, delta_smem, *scratch = scratch
-        own_y_smem, own_do_smem, a_smem, c_smem, kv_ready, q_ready, do_ready, free, own_ready, own_free = scratch
+        own_y_smem, own_do_smem, a_smem, c_smem, own_ready, q_ready, do_ready, free, own_free = scratch
         batch, kv_head, tile = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile")
         first = tile * per_tile  # of the query blocks that see this tile
-        full, per_head = blocks, blocks - first
-        if documents is not None:
-            full = lax.div(documents.full[batch, tile], jnp.int32(width))
-            per_head = lax.div(documents.seen[batch, tile] + (width - 1), jnp.int32(width)) - first
+
+        def num_blocks():
+            """Of queries that see this tile; each side asks for itself, as what both keep ptxas spills."""
+            if documents is None:
+                return blocks - first
+            return lax.div(documents.seen[batch, tile] + (width - 1), jnp.int32(width)) - first
 
         def compute(warpgroup):
+            per_head = num_blocks()
+            full = 0 if documents is None else lax.div(documents.full[batch, tile], jnp.int32(width)) - first
             rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
-            own_k, own_v, ready = k_smem.at[warpgroup], v_smem.at[warpgroup], kv_ready.at[warpgroup]
+            own_k, own_v, ready = k_smem.at[warpgroup], v_smem.at[warpgroup], own_ready.at[warpgroup]
             plgpu.copy_gmem_to_smem(k_ref.at[batch, rows, kv_head], own_k, ready)
             plgpu.copy_gmem_to_smem(v_ref.at[batch, rows, kv_head], own_v, ready)
+            if xsa:  # `ready` counts four later on
+                plgpu.barrier_arrive(ready)
+                plgpu.barrier_arrive(ready)
             plgpu.barrier_wait(ready)
+            if xsa:  # from here on it tells of y, do, a and c of a head: ptxas spills where barriers are more
+                plgpu.barrier_arrive(own_free)
 
             def mask(scores, offset):
                 row, column = iota(scores.shape, 0, warpgroup * ROWS), iota(scores.shape, 1, offset)
@@ -207,7 +216,7 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
 
             def add_epilogue(dv):
                 """The query head's share of -(a y + c do)."""
-                plgpu.barrier_wait(own_ready)
+                plgpu.barrier_wait(ready)
                 for scalars, tiles in ((a_smem, own_y_smem), (c_smem, own_do_smem)):
                     per_row = load(scalars.at[warpgroup], plgpu.Layout.WGMMA.reduce(1))
                     dv = dv - columns(per_row, dv.shape) * load_rows(tiles.at[warpgroup])
@@ -223,7 +232,7 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
                 scores = dot(own_k, transposed(q_smem.at[slot])) * (head_scale * LOG2E)
                 scores = lax.cond(index < per_tile, lambda x: mask(x, index * width), lambda x: x, scores)
                 if documents is not None:
-                    scores = lax.cond(first + index >= full, lambda x: mask_documents(x, slot), lambda x: x, scores)
+                    scores = lax.cond(index >= full, lambda x: mask_documents(x, slot), lambda x: x, scores)
                 log_total = load(lse_smem.at[slot], plgpu.Layout.WGMMA.reduce(0))
                 p = jnp.exp2(scores - lax.broadcast_in_dim(log_total, scores.shape, [1]))
                 plgpu.barrier_wait(do_ready.at[slot])
@@ -257,6 +266,8 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
             plgpu.wait_smem_to_gmem(0)
 
         def copy():
+            per_head = num_blocks()
+
             def produce(step, slot):
                 h = lax.div(step, per_head)
                 block = lax.rem(step, per_head)
@@ -268,16 +279,16 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
                 plgpu.copy_gmem_to_smem(do_ref.at[batch, rows, head], do_smem.at[slot], do_ready.at[slot])
                 plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, rows], delta_smem.at[slot], do_ready.at[slot])
                 if xsa:
-                    pl.when(block == per_head - 1)(lambda: produce_own(h, head))
+                    pl.when(block == per_head - 1)(lambda: produce_own(head))
 
-            def produce_own(h, head):
-                pl.when(h > 0)(lambda: plgpu.barrier_wait(own_free))
+            def produce_own(head):
+                plgpu.barrier_wait(own_free)
                 for i in range(WARPGROUPS):
                     rows = pl.ds(tile * TILE + i * ROWS, ROWS)
-                    plgpu.copy_gmem_to_smem(y_ref.at[batch, rows, head], own_y_smem.at[i], own_ready)
-                    plgpu.copy_gmem_to_smem(do_ref.at[batch, rows, head], own_do_smem.at[i], own_ready)
-                    plgpu.copy_gmem_to_smem(a_ref.at[batch, head, rows], a_smem.at[i], own_ready)
-                    plgpu.copy_gmem_to_smem(c_ref.at[batch, head, rows], c_smem.at[i], own_ready)
+                    plgpu.copy_gmem_to_smem(y_ref.at[batch, rows, head], own_y_smem.at[i], own_ready.at[i])
+                    plgpu.copy_gmem_to_smem(do_ref.at[batch, rows, head], own_do_smem.at[i], own_ready.at[i])
+                    plgpu.copy_gmem_to_smem(a_ref.at[batch, head, rows], a_smem.at[i], own_ready.at[i])
+                    plgpu.copy_gmem_to_smem(c_ref.at[batch, head, rows], c_smem.at[i], own_ready.at[i])
 
             stage_loop(group * per_head, stages, produce, lambda slot: plgpu.barrier_wait(free.at[slot]))
             if xsa:
@@ -298,11 +309,10 @@ def backward_dkv(q, k, v, gain, documents, y, do, lse, delta, a, c, interpret):
             *[statistics_buffer(stages, width)] * 2,
             *([own, own] if xsa else [None, None]),
             *([statistics_buffer(WARPGROUPS, ROWS)] * 2 if xsa else [None, None]),
-            plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=4 if xsa else 2, num_barriers=WARPGROUPS),
             plgpu.Barrier(num_arrivals=2 if documents is None else 3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=4 * WARPGROUPS) if xsa else None,
             plgpu.Barrier(num_arrivals=WARPGROUPS) if xsa else None,
         ],
         grid={"batch": B, "head": G, "tile": tiles},
