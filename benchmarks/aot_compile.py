@@ -95,26 +95,28 @@ def kernel_programs(mesh: Mesh, head_dim: int) -> Iterator[Program]:
             yield Program(f"{name}: forward", local(attention, *[sharded] * 3, out=sharded), (q, kv, kv), backend)
             yield Program(f"{name}: forward and backward", local(with_gradients, *[sharded] * 4, out=sharded), (q, kv, kv, q), backend)
 
-    def gated(q, k, v, gate, gain, dy):
+    def gated(q, k, v, gate, gain, dy, first=None):
         def attention(q, k, v, gate, gain, *logs):
-            return xsa_attention(q, k, v, xsa=True, gate_BSH=gate, factors=(gain, *logs), backend="pallas")
+            return xsa_attention(q, k, v, xsa=True, gate_BSH=gate, factors=(gain, *logs), first_BS=first, backend="pallas")
 
         y, pullback = jax.vjp(attention, q, k, v, gate, gain, *(jnp.zeros(x.shape[:3]) for x in (q, k, v)))
         return y, *pullback(dy)
 
+    def inside_documents(q, k, v, dy, first):
+        y, pullback = jax.vjp(lambda q, k, v: xsa_attention(q, k, v, xsa=True, first_BS=first, backend="pallas"), q, k, v)
+        return y, *pullback(dy)
+
     arguments = (q, kv, kv, array(batch, T, H), array(H, dtype=jnp.float32, spec=P()), q)
     specs, out = (*[sharded] * 4, P(), sharded), (*[sharded] * 5, P(), *[sharded] * 3)
-    yield Program("pallas attention, xsa, head gate, factors: forward and backward", local(gated, *specs, out=out), arguments, "pallas")
+    name = "pallas attention, xsa, head gate, factors"
+    yield Program(f"{name}: forward and backward", local(gated, *specs, out=out), arguments, "pallas")
     for sequences, length in ((BATCH, T), (1, BATCH * T)):  # documents inside 48 rows, and packed into one
         q, kv = (array(sequences * mesh.size, length, heads, head_dim) for heads in (H, G))
-        first = array(sequences * mesh.size, length, dtype=jnp.int32)
-
-        def inside_documents(q, k, v, first, dy):
-            y, pullback = jax.vjp(lambda q, k, v: xsa_attention(q, k, v, xsa=True, first_BS=first, backend="pallas"), q, k, v)
-            return y, *pullback(dy)
-
-        name = f"pallas attention, xsa, documents in rows of {length}: forward and backward"
-        yield Program(name, local(inside_documents, *[sharded] * 5, out=sharded), (q, kv, kv, first, q), "pallas")
+        first, where = array(sequences * mesh.size, length, dtype=jnp.int32), f"documents in rows of {length}: forward and backward"
+        function = local(inside_documents, *[sharded] * 5, out=sharded)
+        yield Program(f"pallas attention, xsa, {where}", function, (q, kv, kv, q, first), "pallas")
+        arguments = (q, kv, kv, array(sequences * mesh.size, length, H), array(H, dtype=jnp.float32, spec=P()), q, first)
+        yield Program(f"{name}, {where}", local(gated, *specs, sharded, out=out), arguments, "pallas")
     for hidden in (3 * WIDTH, 4 * WIDTH):
 
         def mlp(u, r, w, dm):
