@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import dataclasses
-import gc
 import io
 import os
 import re
@@ -92,8 +91,6 @@ def run(main: Callable[[list[str]], int], *, computes: bool = False) -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    if computes:
-        gc.set_threshold(100_000)  # by default it looks at all of jax a hundred times while that is loaded and traces a step
     sys.stdin = sys.stdin or open(0)
     if sys.stderr is sys.__stderr__:
         sys.stderr = io.TextIOWrapper(

@@ -42,9 +42,11 @@ def is_ours() -> bool:
 
 
 def work_begins() -> None:
-    """What is loaded and traced makes a million objects, to stay: only what comes from here on is searched for cycles."""
-    if not gc.isenabled():
+    """What is loaded and traced makes a million objects, to stay: only what comes from here on is searched for cycles, and seldom, as the
+    programs of scoring are still to be traced."""
+    if not gc.isenabled():  # a command's own process (`begin`)
         gc.freeze()
+        gc.set_threshold(100_000)
         gc.enable()
     huge_pages(True)
 
